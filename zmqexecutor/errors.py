@@ -1,0 +1,132 @@
+"""Every exception that zmqexecutor raises on purpose.
+
+Each one is a subclass of the standard exception that callers of
+`concurrent.futures` already catch, so that a changed import is enough.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import signal
+from concurrent.futures.process import BrokenProcessPool
+from pickle import PicklingError
+from typing import Any
+
+__all__ = [
+    "BrokenPoolError",
+    "ForkedExecutorError",
+    "JobFailedError",
+    "TaskTimeoutError",
+    "NoWorkerError",
+    "ProtocolError",
+    "RegistrationError",
+    "SerializationError",
+    "WorkerLostError",
+    "ZmqExecutorError",
+]
+
+
+class ZmqExecutorError(Exception):
+    """Base class of the exceptions defined here; catch it to catch them all."""
+
+
+class BrokenPoolError(ZmqExecutorError, BrokenProcessPool):
+    """The pool cannot run anything any more; the message says why.
+
+    Raised by every pending and later future when an initializer fails, when
+    workers die again and again before they are ready, or when the supervisor
+    cannot be kept running.
+    """
+
+
+class WorkerLostError(ZmqExecutorError, BrokenProcessPool):
+    """The worker died while it ran this job. Other jobs and the pool go on.
+
+    Attributes:
+        job: what ran, as text (a function's name, or a job id).
+        pid: the worker's process id, or None if it is not known.
+        exitcode: the exit status as `subprocess` gives it (negative: a signal
+            number), or None if nobody could tell.
+        signal: the name of the signal that ended it, such as "SIGKILL", or None.
+        stderr: the last lines that the worker wrote to its standard error.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        job: str = "",
+        pid: int | None = None,
+        exitcode: int | None = None,
+        stderr: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.job = job
+        self.pid = pid
+        self.exitcode = exitcode
+        self.stderr = stderr
+
+    @property
+    def signal(self) -> str | None:
+        """The name of the signal that ended the worker, or None."""
+        if self.exitcode is None or self.exitcode >= 0:
+            return None
+        try:
+            return signal.Signals(-self.exitcode).name
+        except ValueError:
+            return f"signal {-self.exitcode}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild_worker_lost, (
+            self.args[0],
+            self.job,
+            self.pid,
+            self.exitcode,
+            self.stderr,
+        )
+
+
+def _rebuild_worker_lost(
+    message: str, job: str, pid: int | None, exitcode: int | None, stderr: str
+) -> WorkerLostError:
+    return WorkerLostError(message, job=job, pid=pid, exitcode=exitcode, stderr=stderr)
+
+
+if concurrent.futures.TimeoutError is TimeoutError:  # Python 3.11 and newer
+
+    class TaskTimeoutError(ZmqExecutorError, TimeoutError):
+        """The job did not end within the time its caller allowed."""
+
+else:
+
+    class TaskTimeoutError(  # type: ignore[no-redef]
+        ZmqExecutorError, concurrent.futures.TimeoutError, TimeoutError
+    ):
+        """The job did not end within the time its caller allowed."""
+
+
+class JobFailedError(ZmqExecutorError, RuntimeError):
+    """A worker's target raised; the message ends with the worker's traceback."""
+
+
+class NoWorkerError(ZmqExecutorError, RuntimeError):
+    """No worker that could take the job registered in the time allowed."""
+
+
+class RegistrationError(ZmqExecutorError, ConnectionError):
+    """A worker found no master at its endpoint, or the master refused it."""
+
+
+class SerializationError(ZmqExecutorError, PicklingError):
+    """Something on its way to or from a worker could not be pickled or unpickled.
+
+    The exception that stopped it is the `__cause__`.
+    """
+
+
+class ProtocolError(ZmqExecutorError, ValueError):
+    """Bytes that are not a message of the protocol, or not one expected here."""
+
+
+class ForkedExecutorError(ZmqExecutorError, RuntimeError):
+    """An executor made before `os.fork` was used in the child process."""
