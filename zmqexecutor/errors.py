@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import signal
+import sys
 from concurrent.futures.process import BrokenProcessPool
 from pickle import PicklingError
 from typing import Any
@@ -16,11 +17,11 @@ __all__ = [
     "BrokenPoolError",
     "ForkedExecutorError",
     "JobFailedError",
-    "TaskTimeoutError",
     "NoWorkerError",
     "ProtocolError",
     "RegistrationError",
     "SerializationError",
+    "TaskTimeoutError",
     "WorkerLostError",
     "ZmqExecutorError",
 ]
@@ -92,17 +93,15 @@ def _rebuild_worker_lost(
     return WorkerLostError(message, job=job, pid=pid, exitcode=exitcode, stderr=stderr)
 
 
-if concurrent.futures.TimeoutError is TimeoutError:  # Python 3.11 and newer
+if sys.version_info >= (3, 11):
 
     class TaskTimeoutError(ZmqExecutorError, TimeoutError):
-        """The job did not end within the time its caller allowed."""
+        """The task did not end within the time its caller allowed."""
 
 else:
 
-    class TaskTimeoutError(  # type: ignore[no-redef]
-        ZmqExecutorError, concurrent.futures.TimeoutError, TimeoutError
-    ):
-        """The job did not end within the time its caller allowed."""
+    class TaskTimeoutError(ZmqExecutorError, concurrent.futures.TimeoutError, TimeoutError):
+        """The task did not end within the time its caller allowed."""
 
 
 class JobFailedError(ZmqExecutorError, RuntimeError):

@@ -3,15 +3,15 @@
 A message is one ZeroMQ frame of msgpack, an array whose first element is the
 message's name; big binary buffers may follow as frames of their own. What a
 job's data means is known only to the two ends (see `serialization`): here it
-is text or bytes, carried as given.
+is bytes, carried as given.
 
 Two channels carry messages between the master and each of its workers (the
 endpoint for control, the workpoint for jobs), and a third, a plain socket pair
 and not ZeroMQ, connects a `Workers` group with its supervisor process:
 
-    control, worker to master     Hello, Recalled, Goodbye, Pong
+    control, worker to master     Hello, Recalled, Unready
     control, master to worker     Welcome, Refused, Recall, Drain, Ping
-    work, worker to master        Ready, Results
+    work, worker to master        Ready, Results, Goodbye
     work, master to worker        Jobs
     group to supervisor           Configure, Scale, Quit
     supervisor to group           Spawned, Reaped, GroupFailed
@@ -21,7 +21,8 @@ docs/protocol.md describes the same for authors of workers in other languages.
 
 from __future__ import annotations
 
-from typing import Any, Final, TypeAlias
+from collections.abc import Callable
+from typing import Final, TypeAlias, TypeVar
 
 import msgspec
 
@@ -30,14 +31,18 @@ from .errors import ProtocolError
 __all__ = [
     "VERSION",
     "Configure",
+    "ControlFromMaster",
+    "ControlFromWorker",
     "Drain",
+    "EncodedResults",
+    "Frame",
+    "FromSupervisor",
     "Goodbye",
     "GroupFailed",
     "Hello",
     "Job",
     "Jobs",
     "Ping",
-    "Pong",
     "Quit",
     "Ready",
     "Reaped",
@@ -47,14 +52,22 @@ __all__ = [
     "Result",
     "Results",
     "Scale",
+    "Shared",
     "Spawned",
+    "ToSupervisor",
+    "Unready",
     "Welcome",
+    "WorkFromWorker",
     "decode_control_from_master",
     "decode_control_from_worker",
     "decode_jobs",
+    "decode_result",
     "decode_work_from_worker",
     "encode",
 ]
+
+_T = TypeVar("_T")
+Frame: TypeAlias = bytes | bytearray | memoryview
 
 VERSION: Final = 1
 """The protocol's version. A master refuses a worker that speaks another one."""
@@ -67,7 +80,7 @@ class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
 # ---------------------------------------------------------------- supervision
 
 
-class Configure(Message):
+class Configure(Message, frozen=True):
     """The first message to a supervisor: what to run, and how many of it."""
 
     cmd: list[str]
@@ -81,25 +94,27 @@ class Configure(Message):
     capture_stderr: bool = True
 
 
-class Scale(Message):
+class Scale(Message, frozen=True):
     """Keep this many processes alive from now on."""
 
     numprocesses: int
+    spare: bool = False
+    """Let surplus processes end by themselves instead of stopping them."""
 
 
-class Quit(Message):
+class Quit(Message, frozen=True):
     """Stop every process, then end the supervisor."""
 
     graceful_timeout: float | None = None
 
 
-class Spawned(Message):
+class Spawned(Message, frozen=True):
     """The supervisor started a process."""
 
     pid: int
 
 
-class Reaped(Message):
+class Reaped(Message, frozen=True):
     """A process of the group ended; exitcode is as `subprocess` gives it."""
 
     pid: int
@@ -108,7 +123,7 @@ class Reaped(Message):
     """The last lines it wrote to its standard error."""
 
 
-class GroupFailed(Message):
+class GroupFailed(Message, frozen=True):
     """The supervisor cannot start processes at all."""
 
     reason: str
@@ -116,3 +131,182 @@ class GroupFailed(Message):
 
 ToSupervisor: TypeAlias = Configure | Scale | Quit
 FromSupervisor: TypeAlias = Spawned | Reaped | GroupFailed
+
+
+# -------------------------------------------------------------------- control
+
+
+class Hello(Message, frozen=True):
+    """A worker asks to be registered. Sent on every new connection."""
+
+    version: int
+    worker: str
+    """Unique to this worker process; also the routing id of both its sockets."""
+    pid: int
+    host: str
+    machine: str
+    """Equal for processes that share process ids and files: see docs/protocol.md."""
+    workpoint: str | None
+    """Where the worker has bound its work socket, or None if it connects."""
+    journal: str | None
+    """The file of its `journal`, which a master on the same host may map."""
+    python: str = ""
+    """Version of the worker's interpreter, empty for other languages."""
+
+
+class Welcome(Message, frozen=True):
+    """The worker is registered. It opens its work socket and says `Ready`."""
+
+    version: int
+    work: str
+    """Where to connect the work socket (unused if the worker named a workpoint)."""
+    setup: bytes = b""
+    """What the worker must prepare before it is ready; known to the two ends."""
+
+
+class Refused(Message, frozen=True):
+    """The worker is not registered and should end."""
+
+    reason: str
+
+
+class Recall(Message, frozen=True):
+    """Give back those of these jobs that have not been started."""
+
+    seqs: list[int]
+
+
+class Recalled(Message, frozen=True):
+    """The answer to `Recall`: these jobs will not be run by this worker."""
+
+    seqs: list[int]
+
+
+class Drain(Message, frozen=True):
+    """Finish the jobs at hand, say `Goodbye` and leave."""
+
+
+class Unready(Message, frozen=True):
+    """The worker cannot do its work (its initializer failed) and ends."""
+
+    reason: str
+
+
+class Ping(Message, frozen=True):
+    """Is the way to this worker open? Needs no answer."""
+
+
+# ----------------------------------------------------------------------- work
+
+
+class Ready(Message, frozen=True):
+    """The first message on the work socket: jobs may come."""
+
+    worker: str
+
+
+class Job(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One job; `buffers` frames of the message belong to it, in order."""
+
+    seq: int
+    """Counts the jobs that this worker was sent, from 1."""
+    id: str
+    """The caller's name for the job."""
+    data: bytes
+    codec: str = ""
+    """What `data` is: empty for bytes, "text" for text in UTF-8."""
+    shared: bytes = b""
+    """Key of the `Shared` object that this job needs, or empty."""
+    buffers: int = 0
+
+
+class Shared(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Data that many jobs need: sent once, kept by the worker until forgotten."""
+
+    key: bytes
+    data: bytes
+
+
+class Jobs(Message, frozen=True):
+    """Jobs to run in this order, and how far the worker's journal is confirmed.
+
+    An empty list of jobs is a bare confirmation.
+    """
+
+    confirmed: int
+    jobs: list[Job]
+    shared: list[Shared] = []
+    forget: list[bytes] = []
+    """Keys of shared data that will not be needed again."""
+
+
+class Result(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """How a job ended: its result, or what it raised if not ok."""
+
+    seq: int
+    ok: bool
+    data: bytes
+    codec: str = ""
+    seconds: float = 0.0
+    """How long it ran."""
+    buffers: int = 0
+
+
+class Results(Message, frozen=True):
+    """Results, and the position of the worker's journal after the last of them."""
+
+    position: int
+    results: list[Result]
+    confirm: bool = False
+    """The worker waits for this position to be confirmed before it goes on."""
+
+
+class Goodbye(Message, frozen=True):
+    """The worker leaves; what it has not answered, it has not started."""
+
+
+# ------------------------------------------------------------ encode and decode
+
+ControlFromWorker: TypeAlias = Hello | Recalled | Unready
+ControlFromMaster: TypeAlias = Welcome | Refused | Recall | Drain | Ping
+WorkFromWorker: TypeAlias = Ready | Results | Goodbye
+
+_encoder = msgspec.msgpack.Encoder()
+encode = _encoder.encode
+"""Encode any message, or a single `Result`, as bytes."""
+
+_jobs = msgspec.msgpack.Decoder(Jobs)
+_result = msgspec.msgpack.Decoder(Result)
+_control_from_worker = msgspec.msgpack.Decoder(ControlFromWorker)
+_control_from_master = msgspec.msgpack.Decoder(ControlFromMaster)
+_work_from_worker = msgspec.msgpack.Decoder(WorkFromWorker)
+
+
+class EncodedResults(msgspec.Struct, frozen=True, array_like=True, tag="Results", gc=False):
+    """`Results` whose elements a worker has encoded before, one by one."""
+
+    position: int
+    results: list[msgspec.Raw]
+    confirm: bool = False
+
+
+def _decoder(decoder: msgspec.msgpack.Decoder[_T]) -> Callable[[Frame], _T]:
+    def decode(frame: Frame) -> _T:
+        try:
+            return decoder.decode(frame)
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise ProtocolError(f"not a message that may come here: {error}") from None
+
+    return decode
+
+
+decode_control_from_worker = _decoder(_control_from_worker)
+"""Decode a frame from a worker's control socket; ProtocolError if it is none."""
+decode_control_from_master = _decoder(_control_from_master)
+"""Decode a frame from the master's control socket; ProtocolError if it is none."""
+decode_work_from_worker = _decoder(_work_from_worker)
+"""Decode a frame from a worker's work socket; ProtocolError if it is none."""
+decode_jobs = _decoder(_jobs)
+"""Decode a frame from the master's work socket; ProtocolError if it is none."""
+decode_result = _decoder(_result)
+"""Decode a single result, as a journal holds it; ProtocolError if it is none."""

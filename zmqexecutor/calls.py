@@ -1,0 +1,108 @@
+"""An executor's worker process: it runs calls that `serialization` has packed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+import msgspec
+
+from .errors import RegistrationError
+from .protocol import Frame, Job
+from .serialization import CallPickler, CallRunner
+from .worker import Outcome, Worker
+
+__all__ = ["Initializer", "Setup", "boot_code", "main"]
+
+
+class Initializer(msgspec.Struct, frozen=True):
+    """The call that each worker makes before its first task."""
+
+    function_id: bytes
+    function: bytes
+    data: bytes
+    buffers: list[bytes]
+
+
+class Setup(msgspec.Struct, frozen=True):
+    """What a worker takes over from the process that made the executor."""
+
+    argv: list[str]
+    path: list[str]
+    """The module search path, in its order; as in the parent."""
+    authkey: bytes
+    """multiprocessing's, so that a Manager's proxies work in tasks."""
+    umask: int
+    initializer: Initializer | None
+
+
+class InitializerError(Exception):
+    """The user's initializer raised; its traceback has been logged."""
+
+
+class CallHandler:
+    """Runs packed calls (see `worker.Handler`)."""
+
+    def __init__(self) -> None:
+        self._runner = CallRunner()
+
+    def setup(self, data: bytes) -> None:
+        """Take over the parent's settings, and run the initializer."""
+        setup = msgspec.msgpack.decode(data, type=Setup)
+        sys.argv[:] = setup.argv
+        sys.path[:] = setup.path
+        os.umask(setup.umask)
+        from multiprocessing import process
+
+        process.current_process().authkey = setup.authkey
+        if setup.initializer is not None:
+            self._initialize(setup.initializer)
+
+    def _initialize(self, call: Initializer) -> None:
+        self._runner.load_function(call.function_id, call.function)
+        outcome = self._runner.run(call.function_id, call.data, call.buffers)
+        self._runner.forget(call.function_id)
+        try:
+            CallPickler().load_outcome(outcome.ok, outcome.data, outcome.buffers)
+        except BaseException as error:
+            # Where and how the standard library says it.
+            logging.getLogger("concurrent.futures").critical(
+                "Exception in initializer:", exc_info=True
+            )
+            raise InitializerError(
+                f"the initializer raised {type(error).__name__}: {error}"
+            ) from None
+
+    def define(self, key: bytes, data: bytes) -> None:
+        """Keep a function."""
+        self._runner.load_function(key, data)
+
+    def forget(self, key: bytes) -> None:
+        """Let go of a function."""
+        self._runner.forget(key)
+
+    def run(self, job: Job, buffers: Sequence[Frame]) -> Outcome:
+        """Call a function that was defined before."""
+        ok, data, out_of_band = self._runner.run(job.shared, job.data, buffers)
+        return Outcome(ok, data, "", out_of_band)
+
+
+def boot_code(path: Sequence[str], endpoint: str, journals: str) -> str:
+    """Source for `python -c` that becomes a worker with this module search path."""
+    return (
+        f"import sys; sys.path[:] = {list(path)!r}; "
+        f"from zmqexecutor.calls import main; main({endpoint!r}, {journals!r})"
+    )
+
+
+def main(endpoint: str, journals: str) -> None:
+    """Be a worker of the executor at this endpoint, for as long as it lives."""
+    worker = Worker.with_handler(endpoint, CallHandler(), journals=journals, patience=0)
+    try:
+        worker.run()
+    except InitializerError:
+        sys.exit(1)
+    except RegistrationError as error:
+        sys.exit(f"zmqexecutor worker {os.getpid()}: {error}")

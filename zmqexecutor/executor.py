@@ -1,0 +1,293 @@
+"""`ZmqExecutor`: a drop-in replacement for `ProcessPoolExecutor`."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from functools import partial
+from multiprocessing import current_process
+from types import TracebackType
+from typing import Any, ParamSpec, TypeVar
+
+import msgspec
+
+from .calls import Initializer, Setup, boot_code
+from .errors import ForkedExecutorError, SerializationError
+from .interpreter import python_command, search_path, start_path
+from .machine import usable_cpus
+from .master import Master, MasterOptions
+from .protocol import Frame, Result
+from .security import PrivateDirectory
+from .serialization import CallPickler
+from .tasks import Shared, Task
+from .workers import Workers
+
+__all__ = ["ZmqExecutor"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class ZmqExecutor(Executor):
+    """Runs calls in worker processes that Circus supervises and ZeroMQ reaches.
+
+    It is used like `concurrent.futures.ProcessPoolExecutor`, and differs where that
+    one disappoints: lambdas, closures and functions of a script or notebook can be
+    submitted, no `__main__` guard is needed, and a worker that dies costs the task
+    that it ran and nothing else.
+    """
+
+    def __init__(
+        self,
+        max_workers: int | None = None,
+        mp_context: object = None,  # noqa: ARG002  (part of the signature to be replaced)
+        initializer: Callable[..., object] | None = None,
+        initargs: tuple[Any, ...] = (),
+        *,
+        max_tasks_per_child: int | None = None,
+    ) -> None:
+        """Start the pool in the background, and return at once.
+
+        Args:
+            max_workers: the most worker processes there may be; by default as many
+                as this process may use processors. They start as work demands it.
+            mp_context: accepted for compatibility; it has no effect, since workers
+                are fresh interpreters under any start method.
+            initializer: called in each worker before its first task. If it raises,
+                the pool is broken.
+            initargs: the initializer's arguments.
+            max_tasks_per_child: how many tasks a worker does before it is replaced,
+                or None for no limit.
+
+        Raises:
+            ValueError: a number is not positive.
+            TypeError: an argument has the wrong type.
+            SerializationError: the initializer or its arguments cannot be pickled.
+            OSError: there is no place for the pool's private directory.
+        """
+        self._max_workers = _check_max_workers(max_workers)
+        if initializer is not None and not callable(initializer):
+            raise TypeError("initializer must be a callable")
+        if max_tasks_per_child is not None:
+            if not isinstance(max_tasks_per_child, int):
+                raise TypeError("max_tasks_per_child must be an integer")
+            if max_tasks_per_child <= 0:
+                raise ValueError("max_tasks_per_child must be >= 1")
+        self._pickler = CallPickler()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._pid = os.getpid()
+        setup = _make_setup(self._pickler, initializer, initargs)
+        self._master = _start_master(self._max_workers, max_tasks_per_child, setup)
+        # A forgotten executor's workers finish what is pending, and go away.
+        weakref.finalize(self, self._master.close).atexit = False
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Schedule `fn(*args, **kwargs)` in a worker, and return its future.
+
+        What cannot be pickled fails the future, with SerializationError.
+
+        Raises:
+            RuntimeError: the executor was shut down, or the interpreter is exiting.
+            BrokenPoolError: the pool cannot run tasks any more.
+            ForkedExecutorError: the executor was made before this process was forked.
+        """
+        self._check_open()
+        future: Future[T] = Future()
+        try:
+            call = self._pickler.dump_call(fn, args, kwargs)
+        except SerializationError as error:
+            future.set_exception(error)
+            return future
+        task = Task(
+            future,
+            call.data,
+            _decode,
+            name=getattr(fn, "__qualname__", None) or type(fn).__name__,
+            shared=Shared(call.function_id, call.function),
+            buffers=call.buffers,
+        )
+        with self._lock:
+            self._check_open()
+            self._master.submit(task)
+        return future
+
+    def map(
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+    ) -> Iterator[T]:
+        """Return an iterator over `map(fn, *iterables)`, computed in the workers.
+
+        Args:
+            fn: called with as many arguments as there are iterables.
+            iterables: where the arguments come from; the shortest one ends it.
+            timeout: seconds from this call after which waiting for a result raises.
+            chunksize: how many calls travel and run together as one task.
+            buffersize: how many tasks may be submitted ahead of the result that is
+                being waited for; the iterables are then consumed as results are.
+                None consumes them at once.
+
+        Raises:
+            ValueError: `chunksize` or `buffersize` is less than 1.
+            TypeError: `buffersize` is not an integer.
+            TimeoutError: raised by the iterator when the timeout is over.
+        """
+        if chunksize < 1:
+            raise ValueError("chunksize must be >= 1.")
+        if buffersize is not None:
+            if not isinstance(buffersize, int):
+                raise TypeError("buffersize must be an integer or None")
+            if buffersize < 1:
+                raise ValueError("buffersize must be None or > 0")
+        deadline = None if timeout is None else time.monotonic() + timeout
+        calls = zip(*iterables)  # noqa: B905  (the shortest one ends it)
+        if chunksize == 1:
+            submits = (partial(self.submit, fn, *args) for args in calls)
+            return _results(submits, deadline, buffersize)
+        run = partial(_run_chunk, fn)
+        chunks = iter(lambda: tuple(itertools.islice(calls, chunksize)), ())
+        chunked = (partial(self.submit, run, chunk) for chunk in chunks)
+        lists: Iterator[list[T]] = _results(chunked, deadline, buffersize)
+        return itertools.chain.from_iterable(lists)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more tasks, and end the workers when the pending ones are done.
+
+        Args:
+            wait: return when all is done and the workers have ended; otherwise at
+                once, and they end in the background.
+            cancel_futures: cancel the tasks that have not been sent to a worker.
+        """
+        if self._pid != os.getpid():
+            return
+        with self._lock:
+            self._closed = True
+            self._master.close(cancel=cancel_futures)
+        if wait:
+            self._master.join()
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        if exc_type is not None and issubclass(exc_type, KeyboardInterrupt):
+            # Whoever pressed Ctrl-C does not want to wait for what was running.
+            with self._lock:
+                self._closed = True
+            self._master.abort(exc or KeyboardInterrupt())
+            self._master.join()
+        else:
+            self.shutdown(wait=True)
+        return None
+
+    def _check_open(self) -> None:
+        if self._pid != os.getpid():
+            raise ForkedExecutorError(
+                "this executor belongs to the process that made it, not to its forked child; "
+                "make a new one in the child"
+            )
+        if self._master.broken:
+            raise self._master.broken
+        if self._closed:
+            raise RuntimeError("cannot schedule new futures after shutdown")
+        if self._master.exiting:
+            raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+
+_load_outcome = CallPickler().load_outcome
+
+
+def _decode(result: Result, buffers: Sequence[Frame]) -> Any:
+    return _load_outcome(result.ok, result.data, buffers)
+
+
+def _run_chunk(fn: Callable[..., T], chunk: Sequence[tuple[Any, ...]]) -> list[T]:
+    return [fn(*args) for args in chunk]
+
+
+def _results(
+    submits: Iterator[Callable[[], Future[T]]], deadline: float | None, buffersize: int | None
+) -> Iterator[T]:
+    """Submit now, as far as the buffer allows; yield results in order, later."""
+    futures = deque(submit() for submit in itertools.islice(submits, buffersize))
+
+    def generate() -> Iterator[T]:
+        try:
+            while futures:
+                if buffersize is not None and (submit := next(submits, None)) is not None:
+                    futures.append(submit())
+                future = futures.popleft()
+                try:
+                    # No variable keeps the result once it is yielded.
+                    yield future.result(
+                        None if deadline is None else max(0.0, deadline - time.monotonic())
+                    )
+                finally:
+                    future.cancel()
+                    del future
+        finally:
+            while futures:
+                futures.popleft().cancel()
+
+    return generate()
+
+
+def _check_max_workers(max_workers: int | None) -> int:
+    if max_workers is None:
+        return usable_cpus()
+    if not isinstance(max_workers, int):
+        raise TypeError(f"max_workers must be an integer, not {type(max_workers).__name__}")
+    if max_workers <= 0:
+        raise ValueError("max_workers must be greater than 0")
+    return max_workers
+
+
+def _make_setup(
+    pickler: CallPickler, initializer: Callable[..., object] | None, initargs: tuple[Any, ...]
+) -> Setup:
+    packed = None
+    if initializer is not None:
+        call = pickler.dump_call(initializer, tuple(initargs), {})
+        packed = Initializer(
+            call.function_id, call.function, call.data, [bytes(b) for b in call.buffers]
+        )
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return Setup(
+        argv=list(sys.argv),
+        path=search_path(),
+        authkey=bytes(current_process().authkey),
+        umask=umask,
+        initializer=packed,
+    )
+
+
+def _start_master(max_workers: int, allowance: int | None, setup: Setup) -> Master:
+    directory = PrivateDirectory()
+    endpoint = f"ipc://{directory.path}/control"
+    command = python_command(boot_code(start_path(), endpoint, directory.path))
+    options = MasterOptions(
+        endpoint=endpoint,
+        work=f"ipc://{directory.path}/work",
+        setup=msgspec.msgpack.encode(setup),
+        max_workers=max_workers,
+        allowance=allowance,
+        finish_at_exit=True,
+    )
+    group = Workers(command, 1, directory=directory.path)
+    master = Master(options, group, cleanup=directory.close)
+    master.start()
+    return master

@@ -1,0 +1,251 @@
+"""What the master makes of its group of supervised workers: starts, deaths, ends."""
+
+from __future__ import annotations
+
+import select
+import signal
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+from .errors import WorkerLostError
+from .protocol import GroupFailed, Reaped, Spawned
+from .tasks import Task
+
+__all__ = ["Fleet", "Group"]
+
+STARTS_BEFORE_BROKEN: Final = 3
+"""Workers in a row that may die before they are ready."""
+SUPERVISORS_BEFORE_BROKEN: Final = 3
+"""Supervisors that may die within `SUPERVISOR_PERIOD` seconds."""
+SUPERVISOR_PERIOD: Final = 60.0
+WAIT_FOR_EXIT_STATUS: Final = 1.0
+"""Seconds that a lost task waits for the supervisor's word on how its worker died."""
+WAIT_FOR_EXIT: Final = 5.0
+"""Seconds that idle workers have at shutdown for their exit handlers."""
+
+_LIKELY_CAUSES: Final = {
+    signal.SIGKILL: "the system ran out of memory, or somebody used kill -9",
+    signal.SIGSEGV: "a fault in native code, such as an extension module",
+    signal.SIGABRT: "native code gave up (abort), such as a failed assertion",
+    signal.SIGBUS: "a fault in native code, or a memory-mapped file that was cut short",
+    signal.SIGFPE: "an arithmetic fault in native code",
+    signal.SIGILL: "native code built for another processor",
+    signal.SIGTERM: "somebody asked the process to end",
+    signal.SIGXCPU: "a limit on processor time",
+}
+
+
+class Group(Protocol):
+    """A supervised group of workers, as the master uses it (`Workers` is one)."""
+
+    def start(self) -> None:
+        """Start the supervisor, and with it the group."""
+
+    def restart(self) -> None:
+        """Start the group anew after its supervisor has died."""
+
+    def fileno(self) -> int:
+        """A descriptor that is readable when `receive` has news."""
+
+    def receive(self) -> Sequence[Spawned | Reaped | GroupFailed]:
+        """What has happened since the last call."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether the supervisor has gone without being asked."""
+
+    def scale(self, numprocesses: int, *, spare: bool = False) -> None:
+        """Keep this many alive; `spare` leaves surplus ones to end by themselves."""
+
+    def stop(self) -> None:
+        """Stop workers and supervisor, in bounded steps."""
+
+    def kill(self) -> None:
+        """The same at once, by SIGKILL."""
+
+
+class Fleet:
+    """Used by the master thread only. Without a group it never has any news."""
+
+    def __init__(self, group: Group | None) -> None:
+        self.group = group
+        self.polled = -1
+        """The descriptor that the master's poll watches."""
+        self.failure = ""
+        """Why the group cannot run tasks any more, once that is so."""
+        self._alive: set[int] = set()
+        self._ready: set[int] = set()
+        self._lost: dict[int, tuple[Task, float]] = {}  # by pid, with a deadline
+        self._failed_starts = 0
+        self._supervisor_deaths: deque[float] = deque()
+        self._started = False
+        self._stopped = False
+
+    def start(self) -> None:
+        """Start the group; a failure is told in `failure`."""
+        if self.group and not self._stopped:
+            try:
+                self.group.start()
+                self._started = True
+            except (OSError, RuntimeError) as error:
+                self.failure = f"the supervisor could not be started: {error}"
+
+    def fileno(self) -> int:
+        """The descriptor to poll for reading, or -1."""
+        return self.group.fileno() if self.group and self._started and not self._stopped else -1
+
+    def receive(self) -> list[Spawned | Reaped | GroupFailed]:
+        """News of the group. Pass each `Reaped` on to `reaped`."""
+        events = list(self.group.receive()) if self.group else []
+        for event in events:
+            if isinstance(event, Spawned):
+                self._alive.add(event.pid)
+            elif isinstance(event, GroupFailed):
+                self.failure = event.reason
+        return events
+
+    def worker_ready(self, pid: int) -> None:
+        """A worker can take tasks: starting workers works."""
+        if self.group:
+            self._ready.add(pid)
+            self._failed_starts = 0
+
+    def reaped(self, event: Reaped) -> None:
+        """A process of the group has ended."""
+        self._alive.discard(event.pid)
+        if event.pid in self._lost:
+            task, _ = self._lost.pop(event.pid)
+            task.fail(_lost_error(task, event.pid, event.exitcode, event.stderr))
+        if event.pid in self._ready:
+            self._ready.discard(event.pid)
+            return
+        self._failed_starts += 1
+        if self._failed_starts >= STARTS_BEFORE_BROKEN:
+            self.failure = (
+                f"{self._failed_starts} workers in a row ended before they were ready, the last "
+                f"{_ending(event.exitcode)}{_quoted(event.stderr)}"
+            )
+
+    def bury(self, task: Task, pid: int) -> None:
+        """A worker died while it ran this task; say how, as soon as it is known."""
+        if pid in self._alive:
+            self._lost[pid] = (task, time.monotonic() + WAIT_FOR_EXIT_STATUS)
+        else:
+            task.fail(_lost_error(task, pid, None, ""))
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a lost task still waits for its worker's exit status."""
+        return bool(self._lost)
+
+    def next_deadline(self) -> float | None:
+        """When `check_deadlines` must be called, even if nothing happens."""
+        return min((deadline for _, deadline in self._lost.values()), default=None)
+
+    def check_deadlines(self, now: float) -> None:
+        """Wait no longer for exit statuses that are overdue."""
+        for pid in [pid for pid, (_, deadline) in self._lost.items() if deadline <= now]:
+            task, _ = self._lost.pop(pid)
+            task.fail(_lost_error(task, pid, None, ""))
+
+    def fail_lost(self, reason: BaseException) -> None:
+        """Wait no longer for any exit status."""
+        for task, _ in self._lost.values():
+            task.fail(reason)
+        self._lost.clear()
+
+    def supervisor_died(self) -> bool:
+        """Whether the supervisor is gone and should be restarted."""
+        return self.group is not None and not self._stopped and self.group.closed
+
+    def restart(self) -> None:
+        """Start a new supervisor, unless too many have died lately."""
+        assert self.group is not None
+        now = time.monotonic()
+        self.check_deadlines(float("inf"))
+        self._alive.clear()
+        self._ready.clear()
+        deaths = self._supervisor_deaths
+        deaths.append(now)
+        while deaths[0] < now - SUPERVISOR_PERIOD:
+            deaths.popleft()
+        if len(deaths) > SUPERVISORS_BEFORE_BROKEN:
+            self._stopped = True
+            self.failure = f"the supervisor died {len(deaths)} times within a minute"
+            return
+        try:
+            self.group.restart()
+        except (OSError, RuntimeError) as error:
+            self.failure = f"the supervisor could not be started again: {error}"
+
+    def scale(self, workers: int) -> None:
+        """Keep this many workers."""
+        if self.group and not self._stopped:
+            try:
+                self.group.scale(workers)
+            except (OSError, RuntimeError):
+                pass  # the supervisor is gone, which `supervisor_died` will tell
+
+    def leave(self) -> None:
+        """Wait until the workers, who have been told to leave, have ended; bounded."""
+        if not self.group or self._stopped:
+            return
+        deadline = time.monotonic() + WAIT_FOR_EXIT
+        while self._alive and not self.group.closed and self.fileno() != -1:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                return
+            poll = select.poll()
+            poll.register(self.fileno(), select.POLLIN)
+            poll.poll(remaining * 1000)
+            for event in self.receive():
+                if isinstance(event, Reaped):
+                    self._alive.discard(event.pid)
+
+    def keep_no_more(self) -> None:
+        """Replace no worker that ends from now on."""
+        if self.group and not self._stopped:
+            try:
+                self.group.scale(0, spare=True)
+            except (OSError, RuntimeError):
+                pass  # the supervisor is gone, and replaces nothing
+
+    def stop(self) -> None:
+        """Stop the group in bounded steps."""
+        if self.group and not self._stopped:
+            self._stopped = True
+            self.group.stop()
+
+    def kill(self) -> None:
+        """Stop the group at once."""
+        if self.group and not self._stopped:
+            self.group.kill()
+
+
+def _lost_error(task: Task, pid: int, exitcode: int | None, stderr: str) -> WorkerLostError:
+    message = (
+        f"the worker (pid {pid}) that ran {task.name} {_ending(exitcode)}. "
+        "Only this task is lost; the pool goes on with a new worker"
+    )
+    return WorkerLostError(
+        message + _quoted(stderr), job=task.name, pid=pid, exitcode=exitcode, stderr=stderr
+    )
+
+
+def _ending(exitcode: int | None) -> str:
+    if exitcode is None:
+        return "is gone, how it ended is not known"
+    if exitcode >= 0:
+        return f"ended with exit code {exitcode}; likely cause: something called os._exit"
+    try:
+        signum = signal.Signals(-exitcode)
+    except ValueError:
+        return f"was killed by signal {-exitcode}"
+    cause = _LIKELY_CAUSES.get(signum)
+    return f"was killed by {signum.name}" + (f"; likely cause: {cause}" if cause else "")
+
+
+def _quoted(stderr: str) -> str:
+    return f"\nThe last lines of its standard error:\n{stderr.rstrip()}" if stderr else ""

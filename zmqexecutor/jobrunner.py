@@ -1,0 +1,179 @@
+"""`JobRunner`: the public master, which pushes jobs to registered workers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import CancelledError, Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from types import TracebackType
+from typing import TypeAlias
+
+from . import security
+from .errors import JobFailedError, TaskTimeoutError
+from .master import Master, MasterOptions
+from .peers import WorkerInfo
+from .protocol import Frame, Result
+from .tasks import Task
+
+__all__ = ["JobRunner"]
+
+Data: TypeAlias = "str | bytes"
+
+PATIENCE = 10.0
+"""Default of how long a job waits while no worker is registered, in seconds."""
+
+
+class JobRunner:
+    """A master at an endpoint, where workers register to be sent jobs.
+
+    Example:
+        With workers at the same endpoint that square numbers::
+
+            with JobRunner("ipc:///tmp/master.ipc") as runner:
+                print(runner.execute("1", "12"))  # 144
+    """
+
+    def __init__(self, endpoint: str, *, patience: float | None = PATIENCE) -> None:
+        """Check the arguments; nothing is opened before `start`.
+
+        Args:
+            endpoint: where to listen to workers, `ipc://PATH` or `tcp://HOST:PORT`.
+            patience: seconds that a job waits while no worker is registered, or
+                None to wait for ever.
+
+        Raises:
+            TypeError: the endpoint is not text.
+            ValueError: the endpoint cannot be used.
+        """
+        self._endpoint = security.check_address(endpoint, "endpoint")
+        self._patience = patience
+        self._lock = threading.Lock()
+        self._master: Master | None = None
+
+    def start(self) -> None:
+        """Listen at the endpoint, in a background thread.
+
+        Raises:
+            RuntimeError: it has been started already.
+            OSError: the endpoint is in use, or cannot be bound.
+        """
+        with self._lock:
+            if self._master is not None:
+                raise RuntimeError("this JobRunner has been started; call stop() first")
+            work = (
+                self._endpoint.rpartition(":")[0] + ":*"
+                if self._endpoint.startswith("tcp://")
+                else self._endpoint + ".work"
+            )
+            master = Master(
+                MasterOptions(endpoint=self._endpoint, work=work, patience=self._patience)
+            )
+            master.start()
+            self._master = master
+
+    def stop(self) -> None:
+        """Stop listening. Workers stay, and look for the next master at the endpoint.
+
+        Jobs that no worker has yet are cancelled, others fail with JobFailedError.
+        """
+        with self._lock:
+            master, self._master = self._master, None
+        if master is not None:
+            master.abort(JobFailedError("the master was stopped before the result came"))
+            master.join()
+
+    @property
+    def workers(self) -> Sequence[WorkerInfo]:
+        """The workers that are registered and ready, oldest first."""
+        master = self._master
+        return master.workers if master else ()
+
+    def submit(self, job_id: str, data: Data) -> Future[Data]:
+        """Queue a job, and return a future of its result.
+
+        Args:
+            job_id: a name for the job; the target gets it, and messages show it.
+            data: what the target gets, as `str` or `bytes` just as given here.
+
+        Raises:
+            RuntimeError: the runner is not started.
+            TypeError: an argument has the wrong type.
+        """
+        if not isinstance(job_id, str):
+            raise TypeError(f"job_id must be str, not {type(job_id).__name__}")
+        if not isinstance(data, (str, bytes)):
+            raise TypeError(f"data must be str or bytes, not {type(data).__name__}; encode it")
+        future: Future[Data] = Future()
+        task = Task(
+            future,
+            data.encode() if isinstance(data, str) else data,
+            _Decoder(job_id),
+            name=f"job {job_id!r}",
+            id=job_id,
+            codec="text" if isinstance(data, str) else "",
+        )
+        with self._lock:
+            if self._master is None:
+                raise RuntimeError("this JobRunner is not running; call start() first")
+            self._master.submit(task)
+        return future
+
+    def execute(self, job_id: str, data: Data, timeout: float | None = None) -> Data:
+        """Have a worker do a job, and return its result.
+
+        Args:
+            job_id: as for `submit`.
+            data: as for `submit`.
+            timeout: seconds to wait for the result, or None to wait for as long as
+                it takes; a worker that dies ends the wait in any case.
+
+        Raises:
+            NoWorkerError: no worker registered within the runner's `patience`.
+            TaskTimeoutError: the result did not come in time.
+            JobFailedError: the target raised; the message has its traceback.
+            WorkerLostError: the worker died while it ran the job.
+            RuntimeError: the runner is not started.
+            TypeError: an argument has the wrong type.
+        """
+        future = self.submit(job_id, data)
+        try:
+            return future.result(timeout)
+        except CancelledError:
+            raise JobFailedError("the master was stopped before a worker had the job") from None
+        except FutureTimeoutError:
+            if future.done():
+                raise  # the job's own error
+            queued = future.cancel()
+            raise TaskTimeoutError(
+                f"job {job_id!r} had no result after {timeout:g} s: "
+                + ("no worker was free to take it" if queued else "a worker is still running it")
+            ) from None
+
+    def __enter__(self) -> JobRunner:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+
+class _Decoder:
+    """Makes text or bytes of a result, or raises what went wrong."""
+
+    __slots__ = ("_job_id",)
+
+    def __init__(self, job_id: str) -> None:
+        self._job_id = job_id
+
+    def __call__(self, result: Result, buffers: Sequence[Frame]) -> Data:
+        data = bytes(buffers[0]) if buffers else result.data
+        if not result.ok:
+            text = data.decode(errors="replace").rstrip()
+            raise JobFailedError(f"job {self._job_id!r} failed in its worker:\n{text}")
+        return data.decode() if result.codec == "text" else data

@@ -1,0 +1,173 @@
+"""What a worker has done, in memory that survives it.
+
+A process that is killed takes with it the results that it has finished but that
+ZeroMQ's I/O thread has not sent yet. So a worker writes each result into a small
+memory-mapped file, its journal, before it starts the next job, and notes there
+which job it is running. The master maps the same file and learns from it
+
+- when the worker has died: which results it had, and which one job it was in;
+- when the worker is long in a job: the results that it was about to send in one
+  message with others.
+
+The journal is a ring of bytes. A position counts all the bytes ever written, as
+a TCP sequence number does. Messages carry the position after their last result,
+the master confirms positions, and what it has confirmed may be overwritten.
+
+    worker                                            master
+    append(result) ──► ring ──► position ──────────►  read(from its position)
+    confirmed ◄──────────── Jobs.confirmed ◄────────  position seen so far
+
+Every entry has a checksum, since on some processors another process may see the
+new end of the ring before it sees the bytes. An entry that does not check is one
+that has not been written yet.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import stat
+import struct
+import tempfile
+import zlib
+
+__all__ = ["JournalReader", "JournalWriter"]
+
+CAPACITY = 256 * 1024
+"""Bytes of results that may wait for confirmation."""
+LARGEST_ENTRY = CAPACITY // 4
+"""Results of more bytes than this are not kept; see `JournalWriter.append`."""
+
+# The header: magic, sequence number of the running job, end of the ring.
+_HEADER = 64
+_MAGIC = b"zmqexjn1"
+_running = struct.Struct("<Q")
+_RUNNING_AT = 8
+_END_AT = 16
+_entry = struct.Struct("<II")  # length, checksum
+
+
+class JournalWriter:
+    """A worker's side of its journal. Used by the thread that runs the jobs."""
+
+    def __init__(self, directory: str) -> None:
+        """Make the file.
+
+        Args:
+            directory: a private directory on this host.
+
+        Raises:
+            OSError: there is no room for it.
+        """
+        descriptor, self.path = tempfile.mkstemp(prefix="journal-", dir=directory)
+        try:
+            # Reserve the space: a full file system must show here, as an error,
+            # and not later, as a SIGBUS at the first write to a page.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(descriptor, 0, _HEADER + CAPACITY)
+            else:
+                os.write(descriptor, bytes(_HEADER + CAPACITY))
+            self._map = mmap.mmap(descriptor, _HEADER + CAPACITY)
+        except BaseException:
+            os.unlink(self.path)
+            raise
+        finally:
+            os.close(descriptor)
+        self._map[: len(_MAGIC)] = _MAGIC
+        self._confirmed = 0
+        self.position = 0
+
+    def start(self, seq: int) -> None:
+        """Note that this job is being run from now on."""
+        _running.pack_into(self._map, _RUNNING_AT, seq)
+
+    def append(self, result: bytes) -> bool:
+        """Keep an encoded result, and say whether there was room for it."""
+        size = _entry.size + len(result)
+        if size > LARGEST_ENTRY or self.position + size - self._confirmed > CAPACITY:
+            return False
+        self._write(self.position, _entry.pack(len(result), zlib.crc32(result)) + result)
+        self.position += size
+        _running.pack_into(self._map, _END_AT, self.position)
+        return True
+
+    def confirm(self, position: int) -> None:
+        """The master has everything up to this position."""
+        self._confirmed = max(self._confirmed, min(position, self.position))
+
+    def _write(self, position: int, data: bytes) -> None:
+        start = position % CAPACITY
+        first = min(len(data), CAPACITY - start)
+        self._map[_HEADER + start : _HEADER + start + first] = data[:first]
+        if first < len(data):
+            self._map[_HEADER : _HEADER + len(data) - first] = data[first:]
+
+    def unlink(self) -> None:
+        """Remove the file's name: the master has mapped it, or never will."""
+        try:
+            os.unlink(self.path)
+        except FileNotFoundError:
+            pass
+
+    def close(self) -> None:
+        """Give back the memory."""
+        self._map.close()
+
+
+class JournalReader:
+    """The master's side of a worker's journal."""
+
+    def __init__(self, path: str) -> None:
+        """Map the file.
+
+        Raises:
+            OSError: there is no such file, or it is not the user's own.
+            ValueError: it is not a journal.
+        """
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+                raise PermissionError(f"{path} is not a file of this user")
+            if status.st_size != _HEADER + CAPACITY:
+                raise ValueError(f"{path} is not a journal of this version")
+            self._map = mmap.mmap(descriptor, _HEADER + CAPACITY, prot=mmap.PROT_READ)
+        finally:
+            os.close(descriptor)
+        if self._map[: len(_MAGIC)] != _MAGIC:
+            self._map.close()
+            raise ValueError(f"{path} is not a journal of this version")
+        self.position = 0
+        """Up to here the results are known, from messages or from `read`."""
+
+    @property
+    def running(self) -> int:
+        """The sequence number of the job that was started last, or 0."""
+        return int(_running.unpack_from(self._map, _RUNNING_AT)[0])
+
+    def read(self) -> list[bytes]:
+        """The encoded results after `position`, which moves behind them."""
+        results = []
+        end = _running.unpack_from(self._map, _END_AT)[0]
+        while self.position < end:
+            length, checksum = _entry.unpack(self._bytes(self.position, _entry.size))
+            if length > LARGEST_ENTRY:
+                break
+            result = self._bytes(self.position + _entry.size, length)
+            if zlib.crc32(result) != checksum:
+                break
+            results.append(result)
+            self.position += _entry.size + length
+        return results
+
+    def _bytes(self, position: int, size: int) -> bytes:
+        start = position % CAPACITY
+        first = min(size, CAPACITY - start)
+        data = self._map[_HEADER + start : _HEADER + start + first]
+        if first < size:
+            data += self._map[_HEADER : _HEADER + size - first]
+        return data
+
+    def close(self) -> None:
+        """Give back the memory."""
+        self._map.close()

@@ -1,0 +1,589 @@
+"""The master: the one thread that owns the sockets to all workers.
+
+    submit (any thread) ─► inbox ─► ┌────────────────────────┐ ◄── control ROUTER: endpoint
+                                    │ master thread          │ ◄── work ROUTER
+    futures ◄───────────────────────│   events ─► scheduler  │ ◄── process descriptors
+                                    │   decisions ─► sockets │ ◄── the group's supervisor
+                                    └────────────────────────┘
+
+A task goes through the inbox to the scheduler, which decides who runs it; its
+result comes back on the work socket and completes the future here. All that
+happens is an event for the scheduler; all that is done is one of its decisions.
+Other threads touch nothing but the inbox and the wake-up.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass
+from typing import Final
+
+import zmq
+
+from . import protocol, security
+from .errors import BrokenPoolError, NoWorkerError, ProtocolError
+from .fleet import Fleet, Group
+from .journal import JournalReader
+from .machine import machine_id
+from .peers import DeathWatch, Peer, WorkerInfo
+from .protocol import Frame
+from .scheduler import Decision, Expire, Recall, Retire, Scale, Scheduler, Send
+from .tasks import Task
+from .wakeup import Wakeup
+
+__all__ = ["Master", "MasterOptions"]
+
+logger = logging.getLogger(__name__)
+
+MESSAGES_PER_STEP: Final = 256
+"""Messages read from one socket before the others have their turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class MasterOptions:
+    """What a master needs to know before it starts.
+
+    Attributes:
+        endpoint: where workers register.
+        work: where workers connect for jobs; `tcp://HOST:*` is any free port.
+        setup: what each worker must prepare before it is ready.
+        max_workers: how many workers the group may have.
+        allowance: how many jobs a worker does before it is replaced, or None.
+        patience: seconds that a job waits while there is no worker, or None.
+        finish_at_exit: whether pending tasks are finished when the interpreter exits.
+    """
+
+    endpoint: str
+    work: str
+    setup: bytes = b""
+    max_workers: int = 0
+    allowance: int | None = None
+    patience: float | None = None
+    finish_at_exit: bool = False
+
+
+class Master:
+    """Runs the loop in a thread of its own, from `start` until all is closed."""
+
+    def __init__(
+        self,
+        options: MasterOptions,
+        group: Group | None = None,
+        cleanup: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Prepare the master.
+
+        Args:
+            options: what it needs to know.
+            group: the supervised group of workers that it looks after, if any.
+            cleanup: called by the master thread when everything else is closed.
+        """
+        self._options = options
+        self._scheduler: Scheduler[Task] = Scheduler(
+            max_workers=options.max_workers,
+            wanted=min(1, options.max_workers),
+            patience=options.patience,
+        )
+        self._fleet = Fleet(group)
+        self._inbox: deque[Task | Callable[[], None]] = deque()
+        self._wakeup = Wakeup()
+        self._asleep = False
+        self._thread = threading.Thread(target=self._run, name="zmqexecutor-master", daemon=True)
+        self._opened: Future[None] = Future()
+        self._peers: dict[bytes, Peer] = {}
+        self._by_pid: dict[int, Peer] = {}
+        self._unconfirmed: set[Peer] = set()  # workers that wait for a confirmation
+        self._cleanup = cleanup
+        self._pid = os.getpid()
+        self._closing = False
+        self._ended = False
+        self._garbage = 0
+        self.broken: BrokenPoolError | None = None
+        """Why no task can run any more, once that is so."""
+        self.workers: tuple[WorkerInfo, ...] = ()
+        """The workers that are ready; replaced, never changed, by the master thread."""
+        self.exiting = False
+        """Whether the interpreter is exiting and takes no more tasks."""
+
+    # ------------------------------------------------- called by other threads
+
+    def start(self) -> None:
+        """Start the thread.
+
+        Raises:
+            OSError: an address cannot be used.
+        """
+        self._thread.start()
+        _running.add(self)
+        self._opened.result()
+
+    def submit(self, task: Task) -> None:
+        """Hand over a task. The caller has checked that the master still takes some."""
+        self._inbox.append(task)
+        if self._asleep:
+            self._asleep = False
+            self._wakeup.set()
+
+    def close(self, *, cancel: bool = False) -> None:
+        """End when the tasks handed over are done; `cancel` drops those not sent."""
+        self._call(lambda: self._close_when_done(cancel))
+
+    def abort(self, reason: BaseException) -> None:
+        """End now: queued tasks are cancelled, running ones fail for this reason."""
+        self._call(lambda: self._end(reason))
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait for the end of the thread, at most `timeout` seconds; say if it came."""
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def end_at_exit(self) -> None:
+        """The interpreter exits: do what is to be done before it may."""
+        if self._pid != os.getpid():
+            return  # a forked child has no such thread
+        self.exiting = True
+        if self._options.finish_at_exit and not _interrupted():
+            self.close()
+        else:
+            self.abort(CancelledError("the interpreter exits"))
+        self.join()
+
+    def _call(self, action: Callable[[], None]) -> None:
+        self._inbox.append(action)
+        if self._thread.is_alive():
+            self._wakeup.set()
+
+    # ---------------------------------------------------------------- the loop
+
+    def _run(self) -> None:
+        try:
+            self._open()
+        except BaseException as error:
+            self._cleanup()
+            self._opened.set_exception(error)
+            return
+        self._opened.set_result(None)
+        try:
+            while not self._done():
+                self._step()
+        except BaseException as error:  # a defect of ours: no future may hang for it
+            logger.exception("the master thread failed")
+            self._break(f"the master thread failed: {error!r}")
+        finally:
+            self._shut()
+
+    def _step(self) -> None:
+        ready = self._wait()
+        if self._work in ready:
+            self._read(self._work, self._on_work)
+        if self._control in ready:
+            self._read(self._control, self._on_control)
+        if self._deaths.fileno() in ready:
+            self._read_deaths()
+        if self._fleet.fileno() in ready:
+            self._read_fleet()
+        self._read_inbox()
+        now = time.monotonic()
+        self._fleet.check_deadlines(now)
+        for decision in self._scheduler.decide(now):
+            self._carry_out(decision)
+        self._confirm()
+
+    def _open(self) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._deaths = DeathWatch()
+        self._poller = zmq.Poller()
+        try:
+            self._control = security.socket(self._context, zmq.ROUTER)
+            self._work = security.socket(self._context, zmq.ROUTER)
+            security.bind(self._control, self._options.endpoint)
+            self._work_address = security.bind(self._work, self._options.work)
+        except BaseException:
+            self._close_sockets()
+            raise
+        for source in (self._control, self._work, self._wakeup.fileno(), self._deaths.fileno()):
+            if source != -1:
+                self._poller.register(source, zmq.POLLIN)
+        self._fleet.start()
+
+    def _wait(self) -> dict[object, int]:
+        """Wait for the next event or deadline; what is ready."""
+        self._watch_fleet()
+        self._asleep = True
+        timeout: int | None = None
+        if self._inbox:
+            timeout = 0
+        else:
+            deadlines = (self._scheduler.next_deadline(), self._fleet.next_deadline())
+            due = min((d for d in deadlines if d is not None), default=None)
+            if due is not None:
+                # Rounded up to whole milliseconds: not to wake just before the time.
+                timeout = max(0, math.ceil((due - time.monotonic()) * 1000))
+        ready: dict[object, int] = dict(self._poller.poll(timeout))
+        self._asleep = False
+        if self._wakeup.fileno() in ready:
+            self._wakeup.clear()
+        return ready
+
+    def _watch_fleet(self) -> None:
+        """Poll the supervisor that is there now, after a restart for example."""
+        old, new = self._fleet.polled, self._fleet.fileno()
+        if old != new:
+            if old != -1:
+                self._poller.unregister(old)
+            if new != -1:
+                self._poller.register(new, zmq.POLLIN)
+            self._fleet.polled = new
+
+    def _read_inbox(self) -> None:
+        inbox, scheduler, now = self._inbox, self._scheduler, time.monotonic()
+        for _ in range(len(inbox)):
+            item = inbox.popleft()
+            if not isinstance(item, Task):
+                item()
+            elif self.broken:
+                item.fail(self.broken)
+            else:
+                scheduler.submit(item, now)
+
+    def _read(
+        self,
+        socket: zmq.Socket[bytes],
+        handle: Callable[[bytes, Frame, list[Frame]], None],
+    ) -> None:
+        for _ in range(MESSAGES_PER_STEP):
+            try:
+                identity = socket.recv(zmq.DONTWAIT)
+            except zmq.Again:
+                return
+            parts: list[Frame] = []
+            while socket.rcvmore:
+                # The message itself is small; what follows it is large, and not copied.
+                parts.append(_buffer(socket) if parts else socket.recv())
+            try:
+                if not parts:
+                    raise ProtocolError("an empty message")
+                handle(identity, parts[0], parts[1:])
+            except ProtocolError as error:
+                self._garbage += 1
+                level = logging.WARNING if self._garbage == 1 else logging.DEBUG
+                logger.log(level, "dropped what a peer sent: %s", error)
+
+    # ------------------------------------------------------- events of workers
+
+    def _on_control(self, identity: bytes, frame: Frame, _: list[Frame]) -> None:
+        message = protocol.decode_control_from_worker(frame)
+        if isinstance(message, protocol.Hello):
+            self._on_hello(identity, message)
+            return
+        peer = self._peers.get(identity)
+        if peer is None:
+            raise ProtocolError(f"{type(message).__name__} from a worker not registered")
+        if isinstance(message, protocol.Unready):
+            self._break(message.reason)
+        elif peer.state:
+            self._scheduler.recalled(peer.state, message.seqs)
+
+    def _on_hello(self, identity: bytes, hello: protocol.Hello) -> None:
+        if hello.worker.encode() != identity:
+            raise ProtocolError("a worker must use its name as the id of its sockets")
+        if hello.version != protocol.VERSION:
+            reason = f"the master speaks protocol {protocol.VERSION}, not {hello.version}"
+            self._tell(identity, protocol.Refused(reason))
+            return
+        if (known := self._peers.get(identity)) is not None:
+            self._lose(known, None)
+        local = hello.machine == machine_id()
+        peer = Peer(hello, identity, _map_journal(hello) if local else None)
+        self._peers[identity] = peer
+        if hello.workpoint is not None:
+            security.check_address(hello.workpoint, "workpoint")
+            self._work.connect(hello.workpoint)
+        if local:
+            self._by_pid[hello.pid] = peer
+            if not self._deaths.add(hello.pid):
+                self._lose(peer, None)
+                return
+        welcome = protocol.Welcome(protocol.VERSION, self._work_address, self._options.setup)
+        if not self._tell(identity, welcome):
+            self._lose(peer, None)
+
+    def _on_work(self, identity: bytes, frame: Frame, buffers: list[Frame]) -> None:
+        peer = self._peers.get(identity)
+        if peer is None:
+            raise ProtocolError("work from a worker not registered")
+        message = protocol.decode_work_from_worker(frame)
+        if isinstance(message, protocol.Results):
+            if peer.state is None:
+                raise ProtocolError("results from a worker that is not ready")
+            if peer.journal:
+                peer.journal.position = max(peer.journal.position, message.position)
+            if message.confirm:
+                self._unconfirmed.add(peer)
+            self._on_results(peer, message.results, buffers)
+        elif isinstance(message, protocol.Ready):
+            self._on_ready(peer)
+        else:
+            self._lose(peer, 0)
+
+    def _on_ready(self, peer: Peer) -> None:
+        if peer.state is not None:
+            raise ProtocolError("a worker was ready before")
+        peer.state = self._scheduler.worker_ready(
+            peer.identity,
+            time.monotonic(),
+            ahead=peer.journal is not None,
+            allowance=self._options.allowance,
+        )
+        peer.since = time.time()
+        self._fleet.worker_ready(peer.hello.pid)
+        self._publish_workers()
+
+    def _on_results(
+        self, peer: Peer, results: Sequence[protocol.Result], buffers: list[Frame]
+    ) -> None:
+        assert peer.state is not None
+        now = time.monotonic()
+        taken = 0
+        for result in results:
+            frames = buffers[taken : taken + result.buffers]
+            taken += result.buffers
+            task = self._scheduler.result(peer.state, result.seq, result.seconds, now)
+            if task is not None:
+                task.finish(result, frames)
+        self._scheduler.settle(peer.state)
+
+    def _read_journal(self, peer: Peer) -> None:
+        """Take results that the worker has written down but that have not come."""
+        if peer.journal and peer.state:
+            results = [protocol.decode_result(entry) for entry in peer.journal.read()]
+            # Those with buffers come as a message, or not at all.
+            self._on_results(peer, [r for r in results if not r.buffers], [])
+
+    # -------------------------------------------------------- deaths, the group
+
+    def _read_deaths(self) -> None:
+        for pid in self._deaths.dead():
+            self._deaths.remove(pid)
+            if peer := self._by_pid.get(pid):
+                self._lose(peer, None)
+
+    def _read_fleet(self) -> None:
+        for event in self._fleet.receive():
+            if isinstance(event, protocol.Reaped):
+                if peer := self._by_pid.get(event.pid):
+                    self._lose(peer, None)
+                self._fleet.reaped(event)
+        if self._fleet.supervisor_died():
+            # Its workers cannot be handed to another: they are killed, and replaced.
+            self._fleet.restart()
+            if self._deaths.fileno() == -1:
+                for peer in list(self._peers.values()):
+                    self._lose(peer, None)
+        if self._fleet.failure and not self.broken:
+            self._break(self._fleet.failure)
+
+    def _lose(self, peer: Peer, running: int | None) -> None:
+        """A worker is gone; `running` is 0 if it is known to have run nothing."""
+        if self._peers.get(peer.identity) is not peer:
+            return
+        if running is None:
+            self._read_journal(peer)
+            running = peer.journal.running if peer.journal else None
+        del self._peers[peer.identity]
+        self._unconfirmed.discard(peer)
+        pid = peer.hello.pid
+        if self._by_pid.get(pid) is peer:
+            del self._by_pid[pid]
+            self._deaths.remove(pid)
+        if peer.hello.workpoint is not None:
+            try:
+                self._work.disconnect(peer.hello.workpoint)
+            except zmq.ZMQError:
+                pass  # it was not connected
+        if peer.state:
+            lost = self._scheduler.worker_lost(peer.state, running, time.monotonic())
+            if lost is not None:
+                self._fleet.bury(lost, pid)
+            self._publish_workers()
+        peer.close()
+
+    def _publish_workers(self) -> None:
+        self.workers = tuple(peer.info() for peer in self._peers.values() if peer.state)
+
+    # ---------------------------------------------------------------- decisions
+
+    def _carry_out(self, decision: Decision[Task]) -> None:
+        if isinstance(decision, Send):
+            self._send_jobs(decision)
+        elif isinstance(decision, Recall):
+            peer = self._peers.get(decision.worker.key)
+            if peer is not None:
+                self._read_journal(peer)
+                self._tell(peer.identity, protocol.Recall(decision.seqs))
+        elif isinstance(decision, Retire):
+            self._tell(decision.worker.key, protocol.Drain())
+        elif isinstance(decision, Scale):
+            self._fleet.scale(decision.workers)
+        elif isinstance(decision, Expire):
+            for task in decision.jobs:
+                task.fail(
+                    NoWorkerError(
+                        f"no worker registered at {self._options.endpoint} within "
+                        f"{self._options.patience:g} s; start workers there, or allow more time"
+                    )
+                )
+
+    def _send_jobs(self, decision: Send[Task]) -> None:
+        peer = self._peers.get(decision.worker.key)
+        if peer is None:
+            return  # lost while earlier decisions were carried out: its jobs are queued again
+        jobs: list[protocol.Job] = []
+        shared: list[protocol.Shared] = []
+        forget: list[bytes] = []
+        frames: list[Frame] = []
+        for seq, task in decision.jobs:
+            key = b""
+            if task.shared is not None:
+                key = task.shared.key
+                peer.introduce(task.shared, shared, forget)
+            jobs.append(protocol.Job(seq, task.id, task.data, task.codec, key, len(task.buffers)))
+            frames += task.buffers
+        message = protocol.Jobs(peer.confirmed, jobs, shared, forget)
+        if not self._send(self._work, [peer.identity, protocol.encode(message), *frames]):
+            self._lose(peer, None)
+        self._unconfirmed.discard(peer)
+
+    def _confirm(self) -> None:
+        """Tell workers that wait for it how far their results have come."""
+        while self._unconfirmed:
+            peer = self._unconfirmed.pop()
+            message = protocol.encode(protocol.Jobs(peer.confirmed, []))
+            if not self._send(self._work, [peer.identity, message]):
+                self._lose(peer, None)
+
+    def _tell(self, identity: bytes, message: protocol.ControlFromMaster) -> bool:
+        return self._send(self._control, [identity, protocol.encode(message)])
+
+    def _send(self, socket: zmq.Socket[bytes], parts: Sequence[Frame]) -> bool:
+        """Send a message to a worker; False if there is no way to it."""
+        try:
+            socket.send_multipart(parts, zmq.DONTWAIT, copy=True)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                raise
+            return False
+        return True
+
+    # ---------------------------------------------------------------- the end
+
+    def _close_when_done(self, cancel: bool) -> None:
+        self._closing = True
+        if cancel:
+            for task in self._scheduler.cancel_queued():
+                _cancel(task)
+
+    def _end(self, reason: BaseException) -> None:
+        self._closing = self._ended = True
+        for task in self._scheduler.cancel_queued():
+            _cancel(task)
+        self._fail_held(reason)
+
+    def _break(self, reason: str) -> None:
+        if self.broken is None:
+            self.broken = BrokenPoolError(f"the pool cannot run tasks any more: {reason}")
+        for task in self._scheduler.cancel_queued():
+            task.fail(self.broken)
+        self._fail_held(self.broken)
+        self._fleet.stop()
+
+    def _fail_held(self, reason: BaseException) -> None:
+        for peer in list(self._peers.values()):
+            if peer.state:
+                for task, _ in peer.state.held.values():
+                    task.fail(reason)
+                peer.state.held.clear()
+        self._fleet.fail_lost(reason)
+
+    def _done(self) -> bool:
+        if self._ended:
+            return True
+        if not self._closing or self._inbox or self._fleet.waiting:
+            return False
+        return (len(self._scheduler) == 0 and self._scheduler.busy == 0) or self.broken is not None
+
+    def _shut(self) -> None:
+        """Let the group's workers go, and close everything."""
+        self._closing = True
+        try:
+            if self._fleet.group and not self._ended and not self.broken:
+                self._fleet.keep_no_more()
+                for peer in self._peers.values():
+                    self._tell(peer.identity, protocol.Drain())
+                self._fleet.leave()
+            self._fleet.stop()
+        finally:
+            for peer in self._peers.values():
+                peer.close()
+            self._peers.clear()
+            self._close_sockets()
+            self._wakeup.close()
+            self._cleanup()
+
+    def _close_sockets(self) -> None:
+        for socket in (self._control, self._work):
+            socket.close()
+        self._deaths.close()
+        self._context.term()
+
+
+def _cancel(task: Task) -> None:
+    """Cancel a task that is queued; one given back by a worker counts as running."""
+    if task.future.cancel():
+        task.future.set_running_or_notify_cancel()
+    else:
+        task.fail(CancelledError())
+
+
+def _buffer(socket: zmq.Socket[bytes]) -> memoryview:
+    """Receive a frame that may be large, without copying it."""
+    frame = socket.recv(copy=False)
+    return frame.buffer
+
+
+def _map_journal(hello: protocol.Hello) -> JournalReader | None:
+    if hello.journal is None:
+        return None
+    try:
+        return JournalReader(hello.journal)
+    except (OSError, ValueError) as error:
+        logger.debug("no journal of worker %s: %s", hello.worker, error)
+        return None
+
+
+def _interrupted() -> bool:
+    """Whether the program ends because of Ctrl-C, after which nobody wants to wait."""
+    return getattr(sys, "last_type", None) is KeyboardInterrupt and not hasattr(sys, "ps1")
+
+
+_running: weakref.WeakSet[Master] = weakref.WeakSet()
+
+
+def _end_all() -> None:
+    for master in list(_running):
+        master.end_at_exit()
+
+
+# Before the interpreter waits for threads, as concurrent.futures does it; what
+# `atexit` offers comes too late to finish work that needs threads.
+threading._register_atexit(_end_all)  # type: ignore[attr-defined]

@@ -1,0 +1,259 @@
+"""A worker's control thread: it registers with the master, and obeys it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from . import protocol, security
+from .errors import ProtocolError, RegistrationError
+from .journal import JournalWriter
+from .machine import machine_id
+from .wakeup import Wakeup
+
+__all__ = ["Claims", "Control", "Session"]
+
+
+class Claims:
+    """Who has a job that was sent: the thread that runs jobs, or a recall.
+
+    Jobs are run in the order of their numbers, so one number tells which have
+    been started. The lock is never held while anything else happens.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._started = 0
+        self._recalled: set[int] = set()
+
+    def take(self, seq: int) -> bool:
+        """Take a job to run it; False if it was recalled before."""
+        with self._lock:
+            if seq in self._recalled:
+                self._recalled.discard(seq)
+                return False
+            self._started = seq
+            return True
+
+    def recall(self, seqs: Iterable[int]) -> list[int]:
+        """Take those of these jobs that nobody has taken; they will not be run here."""
+        with self._lock:
+            won = [seq for seq in seqs if seq > self._started and seq not in self._recalled]
+            self._recalled.update(won)
+            return won
+
+    def reset(self) -> None:
+        """Begin to count from 1 again, with a new master."""
+        with self._lock:
+            self._started = 0
+            self._recalled.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A master has welcomed the worker."""
+
+    worker: str
+    work: str
+    setup: bytes
+    journal: JournalWriter | None
+
+
+Event: TypeAlias = Session | RegistrationError | Literal["lost", "drain"]
+
+
+class Control(threading.Thread):
+    """Owns the control socket; tells the main thread what matters to it in `events`."""
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoint: str,
+        workpoint: str | None,
+        claims: Claims,
+        main: Wakeup,
+        *,
+        patience: float,
+        journals: str | None,
+    ) -> None:
+        """Prepare the thread.
+
+        Args:
+            context: where its socket belongs.
+            endpoint: where the master listens.
+            workpoint: where the worker will bind its work socket, or None.
+            claims: shared with the thread that runs the jobs.
+            main: wakes that thread.
+            patience: seconds to look for a master; 0 ends the process with its master.
+            journals: directory for the journal, or None for no journal.
+        """
+        super().__init__(name="zmqexecutor-control", daemon=True)
+        self._context = context
+        self._endpoint = endpoint
+        self._workpoint = workpoint
+        self._claims = claims
+        self._main = main
+        self._patience = patience
+        self._journals = journals
+        self._wakeup = Wakeup()
+        self._outbox: deque[protocol.ControlFromWorker] = deque()
+        self._ending = False
+        self._welcomed = False
+        self._worker = uuid.uuid4().hex
+        self._journal: JournalWriter | None = None
+        self._deadline: float | None = time.monotonic() + (patience or 30.0)
+        self.events: deque[Event] = deque()
+        """What the main thread should know, in this order."""
+
+    # ---------------------------------------------- called by the main thread
+
+    def send(self, message: protocol.ControlFromWorker) -> None:
+        """Send this soon."""
+        self._outbox.append(message)
+        self._wakeup.set()
+
+    def end(self) -> None:
+        """Send what is left, and wait for the end of the thread."""
+        self._ending = True
+        self._wakeup.set()
+        self.join()
+        self._wakeup.close()
+
+    # ---------------------------------------------------------------- the loop
+
+    def run(self) -> None:
+        """Register, and obey the master, until `end`."""
+        try:
+            self._open()
+            while not self._ending:
+                self._step()
+                if self._deadline is not None and time.monotonic() >= self._deadline:
+                    self._give_up(f"no master answered at {self._endpoint}")
+            self._send_outbox()
+        except RegistrationError as error:
+            self._tell(error)
+        except Exception as error:
+            self._tell(RegistrationError(f"the control thread failed: {error!r}"))
+        finally:
+            self._close()
+
+    def _open(self) -> None:
+        self._socket = security.socket(self._context, zmq.DEALER)
+        # Nothing is kept for a master that is not there: it would come too late.
+        self._socket.immediate = True
+        self._socket.routing_id = self._worker.encode()
+        self._monitor = self._socket.get_monitor_socket(
+            zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
+        )
+        self._socket.connect(self._endpoint)
+        self._poller = zmq.Poller()
+        for source in (self._socket, self._monitor, self._wakeup.fileno()):
+            self._poller.register(source, zmq.POLLIN)
+
+    def _close(self) -> None:
+        self._socket.disable_monitor()
+        self._monitor.close()
+        self._socket.close(linger=1000)
+        if self._journal:
+            self._journal.unlink()
+
+    def _step(self) -> None:
+        timeout = None
+        if self._deadline is not None:
+            timeout = max(0, int((self._deadline - time.monotonic()) * 1000) + 1)
+        ready = dict(self._poller.poll(timeout))
+        if self._wakeup.fileno() in ready:
+            self._wakeup.clear()
+        if self._monitor in ready:
+            self._on_connection(zmq.Event(recv_monitor_message(self._monitor)["event"]))
+        if self._socket in ready:
+            self._on_message(self._socket.recv_multipart())
+        self._send_outbox()
+
+    def _send_outbox(self) -> None:
+        while self._outbox:
+            self._send(self._outbox.popleft())
+
+    def _send(self, message: protocol.ControlFromWorker) -> None:
+        try:
+            self._socket.send(protocol.encode(message), zmq.DONTWAIT)
+        except zmq.Again:
+            pass  # the master is gone, and with it the need for this message
+
+    def _tell(self, event: Event) -> None:
+        self.events.append(event)
+        self._main.set()
+
+    def _give_up(self, reason: str) -> None:
+        raise RegistrationError(f"{reason} within {self._patience:g} s; is a master running there?")
+
+    # ------------------------------------------------------------------ events
+
+    def _on_connection(self, event: zmq.Event) -> None:
+        if event is zmq.Event.HANDSHAKE_SUCCEEDED:
+            self._register()
+        elif self._welcomed:
+            if not self._patience:
+                os._exit(1)  # the master is dead, and nobody waits for our result
+            self._welcomed = False
+            self._deadline = time.monotonic() + self._patience
+            self._tell("lost")
+
+    def _register(self) -> None:
+        """Ask for registration, on each new connection."""
+        if self._journals is not None:
+            if self._journal:
+                self._journal.unlink()
+            try:
+                self._journal = JournalWriter(self._journals)
+            except OSError:
+                self._journal = None  # no room: the master will send one job at a time
+        self._send(
+            protocol.Hello(
+                version=protocol.VERSION,
+                worker=self._worker,
+                pid=os.getpid(),
+                host=socket.gethostname(),
+                machine=machine_id(),
+                workpoint=self._workpoint,
+                journal=self._journal.path if self._journal else None,
+                python=platform.python_version(),
+            )
+        )
+
+    def _on_message(self, parts: list[bytes]) -> None:
+        try:
+            message = protocol.decode_control_from_master(parts[0])
+        except ProtocolError:
+            return  # not a master of ours: `_deadline` ends this if none comes
+        if isinstance(message, protocol.Welcome):
+            self._on_welcome(message)
+        elif isinstance(message, protocol.Refused):
+            raise RegistrationError(f"the master refused this worker: {message.reason}")
+        elif isinstance(message, protocol.Recall):
+            self._send(protocol.Recalled(self._claims.recall(message.seqs)))
+        elif isinstance(message, protocol.Drain):
+            self._tell("drain")
+
+    def _on_welcome(self, message: protocol.Welcome) -> None:
+        if message.version != protocol.VERSION:
+            raise RegistrationError(
+                f"the master speaks protocol {message.version}, this worker {protocol.VERSION}"
+            )
+        journal, self._journal = self._journal, None
+        if journal:
+            journal.unlink()  # the master has mapped it; no file is left to clean up
+        self._welcomed = True
+        self._deadline = None
+        self._tell(Session(self._worker, message.work, message.setup, journal))

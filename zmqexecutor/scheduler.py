@@ -1,0 +1,413 @@
+"""Which worker runs which job: pure state, no sockets, no threads, no clock.
+
+Events go in through methods, with the time as an argument; decisions come out of
+`decide`, for the master to carry out:
+
+    submit, worker_ready, results, recalled, worker_lost ──► decide(now) ──► Send
+                                                                             Recall
+                                                                             Scale
+                                                                             Expire
+The life of a job:
+
+    queued ──► held by a worker ──► done
+      ▲               │
+      └── recalled ───┘   or its worker died before it was started
+
+A worker holds the job that it runs and, behind it, jobs sent ahead so that it
+never waits for the master between two short ones. It is given about a
+millisecond's worth (`AHEAD`), judged by how long jobs of the same kind took
+lately; jobs of an unknown kind, or longer ones, are sent one at a time. When a
+worker with jobs ahead shows no progress for `STALL` seconds, they are recalled:
+one of them would otherwise wait behind a job that turned out to be long. The
+worker answers with those that it has not started, so no job runs twice.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from typing import Final, Generic, TypeAlias, TypeVar
+
+__all__ = [
+    "Decision",
+    "Expire",
+    "Job",
+    "Recall",
+    "Retire",
+    "Scale",
+    "Scheduler",
+    "Send",
+    "WorkerState",
+]
+
+AHEAD: Final = 0.001
+"""Seconds of expected work that a worker may hold."""
+STALL: Final = 0.002
+"""Seconds without progress after which what was sent ahead is recalled."""
+LARGEST_BATCH: Final = 256
+"""Jobs in one message, however short they are."""
+KINDS_REMEMBERED: Final = 4096
+"""Kinds of job whose usual duration is kept, the latest used."""
+WEIGHT_OF_LATEST: Final = 0.3
+"""Weight of the latest duration in the moving average of its kind."""
+
+
+class Job:
+    """What the scheduler knows of a job; the master's jobs add the payload."""
+
+    __slots__ = ("kind", "queued_at")
+
+    def __init__(self, kind: Hashable) -> None:
+        self.kind = kind
+        self.queued_at = 0.0
+
+    def start(self) -> bool:
+        """Called just before the job is first sent: False drops a cancelled one."""
+        return True
+
+
+J = TypeVar("J", bound=Job)
+
+
+class WorkerState(Generic[J]):
+    """What the scheduler knows of a worker."""
+
+    __slots__ = (
+        "ahead",
+        "allowance",
+        "busy",
+        "draining",
+        "held",
+        "key",
+        "load",
+        "next_seq",
+        "progress",
+        "recalling",
+    )
+
+    def __init__(self, key: bytes, *, ahead: bool, allowance: int | None) -> None:
+        self.key = key
+        self.ahead = ahead
+        """Whether jobs may be sent ahead of the running one."""
+        self.allowance = allowance
+        """How many more jobs it may be sent in its life, or None."""
+        self.held: dict[int, tuple[J, float]] = {}
+        """Jobs sent and not answered with their expected seconds, in order sent."""
+        self.load = 0.0
+        """Expected seconds of work held."""
+        self.next_seq = 1
+        self.progress = 0.0
+        """When it last got its first job, or gave a result."""
+        self.busy = False
+        self.recalling = False
+        self.draining = False
+
+    def release(self, seq: int) -> J | None:
+        """Take this job from the worker."""
+        entry = self.held.pop(seq, None)
+        if entry is None:
+            return None
+        self.load = self.load - entry[1] if self.held else 0.0
+        return entry[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Send(Generic[J]):
+    """Send these jobs, numbered as given, to this worker."""
+
+    worker: WorkerState[J]
+    jobs: list[tuple[int, J]]
+
+
+@dataclass(frozen=True, slots=True)
+class Recall(Generic[J]):
+    """Ask this worker for those of these jobs that it has not started."""
+
+    worker: WorkerState[J]
+    seqs: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Retire(Generic[J]):
+    """This worker has done all the jobs it was allowed; let it leave."""
+
+    worker: WorkerState[J]
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """This many workers are wanted from now on."""
+
+    workers: int
+
+
+@dataclass(frozen=True, slots=True)
+class Expire(Generic[J]):
+    """These jobs waited too long without any worker."""
+
+    jobs: list[J]
+
+
+_UNKNOWN: Final = 1.0  # seconds; longer than any job that is sent ahead
+
+Decision: TypeAlias = Send[J] | Recall[J] | Retire[J] | Scale | Expire[J]
+
+
+class Scheduler(Generic[J]):
+    """Jobs and workers, and what to do next.
+
+    Every step costs the same however many jobs wait and workers there are.
+    """
+
+    def __init__(
+        self, *, max_workers: int = 0, wanted: int = 0, patience: float | None = None
+    ) -> None:
+        """Start empty.
+
+        Args:
+            wanted: how many workers are being started already.
+            max_workers: how many workers `Scale` may ask for; 0 asks for none.
+            patience: seconds that a job waits while there is no worker at all,
+                or None to wait without a limit.
+        """
+        self._max_workers = max_workers
+        self._patience = patience
+        self.wanted = wanted
+        self._queue: deque[J] = deque()
+        self._workers: dict[bytes, WorkerState[J]] = {}
+        self._alone_since = 0.0  # when the last worker left
+        # Workers that could be sent something, in the order to serve them:
+        self._idle: OrderedDict[bytes, WorkerState[J]] = OrderedDict()
+        self._hungry: OrderedDict[bytes, WorkerState[J]] = OrderedDict()
+        # Workers with jobs ahead of the running one, longest without progress first:
+        self._loaded: OrderedDict[bytes, WorkerState[J]] = OrderedDict()
+        self._busy = 0  # workers that hold a job
+        self._retiring: list[WorkerState[J]] = []
+        self._durations: OrderedDict[Hashable, float] = OrderedDict()
+
+    def __len__(self) -> int:
+        """How many jobs are queued."""
+        return len(self._queue)
+
+    @property
+    def busy(self) -> int:
+        """How many workers hold a job."""
+        return self._busy
+
+    # ------------------------------------------------------------------ events
+
+    def submit(self, job: J, now: float) -> None:
+        """A job arrives."""
+        job.queued_at = now
+        self._queue.append(job)
+
+    def cancel_queued(self) -> list[J]:
+        """Take all queued jobs away, and return them."""
+        jobs = list(self._queue)
+        self._queue.clear()
+        return jobs
+
+    def worker_ready(
+        self, key: bytes, now: float, *, ahead: bool = True, allowance: int | None = None
+    ) -> WorkerState[J]:
+        """A worker may be sent jobs.
+
+        Args:
+            key: names the worker.
+            now: the time.
+            ahead: whether it may be sent jobs ahead of the one it runs.
+            allowance: how many jobs it may be sent in its life, or None.
+
+        Raises:
+            ValueError: a worker of this key is there already.
+        """
+        if key in self._workers:
+            raise ValueError(f"worker {key!r} is there already")
+        worker: WorkerState[J] = WorkerState(key, ahead=ahead, allowance=allowance)
+        worker.progress = now
+        self._workers[key] = worker
+        self.settle(worker)
+        return worker
+
+    def result(self, worker: WorkerState[J], seq: int, seconds: float, now: float) -> J | None:
+        """A worker has answered a job, which is returned; None if it held no such job.
+
+        Call `settle` after the last of several results.
+        """
+        job = worker.release(seq)
+        if job is None:
+            return None
+        worker.progress = now
+        self._learn(job.kind, seconds)
+        return job
+
+    def recalled(self, worker: WorkerState[J], seqs: Iterable[int]) -> None:
+        """A worker gives back jobs that it will not run; they go to the front."""
+        worker.recalling = False
+        self._requeue(worker, [seq for seq in seqs if seq in worker.held])
+        self.settle(worker)
+
+    def drain(self, worker: WorkerState[J]) -> None:
+        """Send this worker no more jobs."""
+        worker.draining = True
+        self.settle(worker)
+
+    def worker_lost(self, worker: WorkerState[J], running: int | None, now: float) -> J | None:
+        """A worker is gone. What it had not started goes back to the front.
+
+        Args:
+            worker: the worker.
+            running: the sequence number of the job that it was running, 0 if none,
+                or None if nobody knows: then the first one that it held counts.
+            now: the time.
+
+        Returns:
+            The job that it was running and that must not run again, if any.
+        """
+        if running is None:
+            running = next(iter(worker.held), 0)
+        lost = worker.release(running)
+        self._requeue(worker, list(worker.held))
+        worker.draining = True  # so that it goes into no group again
+        self.settle(worker)
+        del self._workers[worker.key]
+        if not self._workers:
+            self._alone_since = now
+        return lost
+
+    # --------------------------------------------------------------- decisions
+
+    def decide(self, now: float) -> list[Decision[J]]:
+        """What to do next. Decisions count as carried out."""
+        decisions: list[Decision[J]] = []
+        if self._queue:
+            self._assign(now, decisions)
+        if self._loaded:
+            self._recall_stalled(now, decisions)
+        if self._retiring:
+            decisions += [Retire(worker) for worker in self._retiring]
+            self._retiring.clear()
+        if self._queue:
+            self._ask_for_workers(decisions)
+            if not self._workers:
+                self._expire(now, decisions)
+        return decisions
+
+    def next_deadline(self) -> float | None:
+        """When `decide` must be called again, even if nothing happens."""
+        deadline = None
+        if self._loaded:
+            deadline = next(iter(self._loaded.values())).progress + STALL
+        if self._queue and not self._workers and self._patience is not None:
+            expiry = max(self._queue[0].queued_at, self._alone_since) + self._patience
+            deadline = expiry if deadline is None else min(deadline, expiry)
+        return deadline
+
+    def _assign(self, now: float, decisions: list[Decision[J]]) -> None:
+        queue, idle, hungry = self._queue, self._idle, self._hungry
+        while queue:
+            if idle:
+                worker = idle.popitem(last=False)[1]
+            elif hungry and self._expected(queue[0]) <= AHEAD / 2:
+                worker = hungry.popitem(last=False)[1]
+            else:
+                return
+            # Spread what waits evenly over those that could take some of it.
+            share = -(-len(queue) // (len(idle) + len(hungry) + 1))
+            if not worker.held:
+                worker.progress = now
+            if batch := self._take_batch(worker, min(share, LARGEST_BATCH)):
+                decisions.append(Send(worker, batch))
+            self.settle(worker)
+
+    def _take_batch(self, worker: WorkerState[J], limit: int) -> list[tuple[int, J]]:
+        batch: list[tuple[int, J]] = []
+        queue, held = self._queue, worker.held
+        if worker.allowance is not None:
+            limit = min(limit, worker.allowance)
+        while queue and len(batch) < limit:
+            job = queue[0]
+            expected = self._expected(job)
+            if held and (expected > AHEAD / 2 or worker.load + expected > AHEAD):
+                break
+            queue.popleft()
+            if not job.start():
+                continue
+            held[worker.next_seq] = (job, expected)
+            worker.load += expected
+            batch.append((worker.next_seq, job))
+            worker.next_seq += 1
+            if expected > AHEAD / 2 or not worker.ahead:
+                break
+        if worker.allowance is not None:
+            worker.allowance -= len(batch)
+        return batch
+
+    def _recall_stalled(self, now: float, decisions: list[Decision[J]]) -> None:
+        while self._loaded:
+            worker = next(iter(self._loaded.values()))
+            if worker.progress + STALL > now:
+                return
+            worker.recalling = True
+            self.settle(worker)
+            decisions.append(Recall(worker, list(worker.held)[1:]))
+
+    def _ask_for_workers(self, decisions: list[Decision[J]]) -> None:
+        wanted = min(self._max_workers, self._busy + len(self._queue))
+        if wanted > self.wanted:
+            self.wanted = wanted
+            decisions.append(Scale(wanted))
+
+    def _expire(self, now: float, decisions: list[Decision[J]]) -> None:
+        if self._patience is None:
+            return
+        expired = []
+        while (
+            self._queue and max(self._queue[0].queued_at, self._alone_since) + self._patience <= now
+        ):
+            expired.append(self._queue.popleft())
+        if expired:
+            decisions.append(Expire(expired))
+
+    # ---------------------------------------------------------------- internal
+
+    def settle(self, worker: WorkerState[J]) -> None:
+        """Put a worker into the groups where it belongs after a change."""
+        key, held = worker.key, len(worker.held)
+        if worker.busy != (held > 0):
+            worker.busy = held > 0
+            self._busy += 1 if held else -1
+        may_take = not worker.draining and not worker.recalling and worker.allowance != 0
+        if may_take and not held:
+            self._idle[key] = worker
+        else:
+            self._idle.pop(key, None)
+        if may_take and held and worker.ahead and worker.load < AHEAD / 2:
+            self._hungry[key] = worker
+        else:
+            self._hungry.pop(key, None)
+        if held > 1 and not worker.recalling:
+            self._loaded[key] = worker
+            if worker.progress >= next(reversed(self._loaded.values())).progress:
+                self._loaded.move_to_end(key)
+        else:
+            self._loaded.pop(key, None)
+        if worker.allowance == 0 and not held and not worker.draining:
+            worker.draining = True
+            self._retiring.append(worker)
+
+    def _requeue(self, worker: WorkerState[J], seqs: list[int]) -> None:
+        jobs = [job for seq in seqs if (job := worker.release(seq)) is not None]
+        if worker.allowance is not None:
+            worker.allowance += len(jobs)
+        self._queue.extendleft(reversed(jobs))
+
+    def _expected(self, job: J) -> float:
+        return self._durations.get(job.kind, _UNKNOWN)
+
+    def _learn(self, kind: Hashable, seconds: float) -> None:
+        usual = self._durations.pop(kind, seconds)
+        self._durations[kind] = usual + WEIGHT_OF_LATEST * (seconds - usual)
+        if len(self._durations) > KINDS_REMEMBERED:
+            self._durations.popitem(last=False)

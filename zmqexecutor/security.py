@@ -1,0 +1,220 @@
+"""Private directories, permitted addresses, and the only factory of sockets.
+
+Pickles travel on these sockets, so whoever can write to one can run code as the
+user. Local sockets live in directories that only the user can enter; TCP is
+confined to the loopback interface until keys protect it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import ipaddress
+import os
+import shutil
+import socket as stdlib_socket
+import stat
+import tempfile
+from collections.abc import Iterator
+
+import zmq
+
+__all__ = ["PrivateDirectory", "bind", "check_address", "socket"]
+
+IPC_PATH_LIMIT = 107
+"""Bytes in the path of a local socket (Linux: 108 with the final zero byte)."""
+
+_ROOM_FOR_NAMES = 40  # what is appended to a directory: our own part, file names
+_own: set[str] = set()  # directories this process made: its own locks do not stop it
+
+
+class PrivateDirectory:
+    """A directory that only this user can enter, made for this process.
+
+    It is removed by `close`, by the supervisor when this process dies, or, when
+    both were killed, by whoever makes the next one: a lock that the kernel drops
+    with its owner tells a living directory from one left behind.
+
+    Attributes:
+        path: the directory, short enough for local sockets in it.
+    """
+
+    def __init__(self) -> None:
+        """Make it in memory (/dev/shm) if possible, else in the usual places.
+
+        Raises:
+            OSError: none of these places can be used; the message names them.
+        """
+        tried = []
+        for base in _bases():
+            try:
+                root = _root(base)
+                _sweep(root)
+                self.path = tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=root)
+                break
+            except OSError as error:
+                tried.append(str(error))
+        else:
+            raise OSError(
+                "no place for a private directory; set TMPDIR to a short, writable one. "
+                "Tried: " + "; ".join(tried)
+            )
+        _own.add(self.path)
+        self._pid = os.getpid()
+        # Locked before it gets the name that others look for. A POSIX lock belongs
+        # to the process, so a forked child does not keep it alive.
+        fresh = os.path.join(self.path, "lock.new")
+        self._lock = os.open(fresh, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fcntl.lockf(self._lock, fcntl.LOCK_EX)
+        os.rename(fresh, os.path.join(self.path, "lock"))
+
+    def close(self) -> None:
+        """Remove the directory and what is in it."""
+        if self._lock < 0 or self._pid != os.getpid():
+            return
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+        self._lock = -1
+        _own.discard(self.path)
+
+
+def _bases() -> Iterator[str]:
+    yield "/dev/shm"  # noqa: S108  (verified below: ours alone, or not used)
+    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
+        yield runtime
+    yield tempfile.gettempdir()
+    yield "/tmp"  # noqa: S108  (for when TMPDIR is too long for a socket's path)
+
+
+def _root(base: str) -> str:
+    """The folder for all private directories of this user below `base`."""
+    root = os.path.join(base, f"zmqexecutor-{os.geteuid()}")
+    if len(os.fsencode(root)) + _ROOM_FOR_NAMES > IPC_PATH_LIMIT:
+        raise OSError(f"{base} is too long for the path of a local socket")
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(root, 0o700)
+        os.chmod(root, 0o700)  # whatever the umask
+    status = os.lstat(root)
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        raise PermissionError(f"{root} is not a directory of this user")
+    if status.st_mode & 0o077:
+        raise PermissionError(f"{root} is open to others; remove it or set its mode to 0700")
+    return root
+
+
+def _sweep(root: str) -> None:
+    """Remove the directories whose owners are gone."""
+    for name in os.listdir(root):
+        path = os.path.join(root, name)
+        if path in _own:
+            continue
+        try:
+            lock = os.open(os.path.join(path, "lock"), os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            continue  # just being made, or just being removed
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            continue  # its owner lives
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(lock)
+
+
+def check_address(address: str, what: str) -> str:
+    """Return the address if it may be used.
+
+    Raises:
+        TypeError: it is not text.
+        ValueError: it is malformed, too long, or open to other hosts.
+    """
+    if not isinstance(address, str):
+        raise TypeError(f"{what} must be text such as 'ipc:///run/user/1000/master.ipc'")
+    scheme, _, rest = address.partition("://")
+    if scheme == "ipc" and rest:
+        if len(os.fsencode(rest)) > IPC_PATH_LIMIT:
+            raise ValueError(
+                f"{what} {address!r}: the path has more than {IPC_PATH_LIMIT} bytes, "
+                "the system's limit for local sockets; use a shorter directory"
+            )
+        return address
+    if scheme == "tcp":
+        host, _, port = rest.rpartition(":")
+        if not port.isdigit() or not 0 < int(port) < 65536:
+            raise ValueError(f"{what} {address!r}: expected tcp://host:port with a port number")
+        if not _is_loopback(host.strip("[]")):
+            raise ValueError(
+                f"{what} {address!r} would be open to other hosts without authentication; "
+                "use tcp://127.0.0.1:PORT or an ipc:// address"
+            )
+        return address
+    raise ValueError(f"{what} {address!r}: expected ipc://PATH or tcp://HOST:PORT")
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def bind(made: zmq.Socket[bytes], address: str) -> str:
+    """Bind a socket so that only this user can connect, whatever the umask is.
+
+    Returns:
+        The address to connect to; it has the port that `tcp://HOST:*` got.
+
+    Raises:
+        OSError: the address is taken, or cannot be used.
+    """
+    path = address.removeprefix("ipc://") if address.startswith("ipc://") else None
+    if path is not None and _has_listener(path):
+        # ZeroMQ would take the place of whoever listens there.
+        raise OSError(errno.EADDRINUSE, f"{address} is in use by another process")
+    try:
+        made.bind(address)
+    except zmq.ZMQError as error:
+        raise OSError(error.errno, f"cannot bind {address}: {error.strerror}") from None
+    if path is None:
+        return made.getsockopt_string(zmq.LAST_ENDPOINT)
+    os.chmod(path, 0o600)
+    return address
+
+
+def _has_listener(path: str) -> bool:
+    with stdlib_socket.socket(stdlib_socket.AF_UNIX, stdlib_socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            return False
+        return True
+
+
+def socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
+    """Make a socket with the options that all our sockets share.
+
+    Args:
+        context: a context of our own, never the process-wide one.
+        kind: `zmq.ROUTER` or `zmq.DEALER`.
+    """
+    made = context.socket(kind)
+    made.linger = 0
+    # The scheduler bounds what is in flight; ZeroMQ must not drop any of it.
+    made.sndhwm = 0
+    made.rcvhwm = 0
+    made.setsockopt(zmq.IPV6, 1)
+    # A dead connection of a remote peer shows within about ten seconds, even
+    # while its interpreter is busy: the I/O thread answers.
+    made.setsockopt(zmq.HEARTBEAT_IVL, 3000)
+    made.setsockopt(zmq.HEARTBEAT_TIMEOUT, 10000)
+    if kind == zmq.ROUTER:
+        made.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an error, not silence, if a peer is gone
+        made.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a reconnecting peer takes its place back
+    else:
+        made.setsockopt(zmq.RECONNECT_IVL, 50)
+        made.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+    return made

@@ -1,0 +1,418 @@
+"""The worker: a process that registers with a master and runs its jobs.
+
+    control thread                              main thread (the caller of `run`)
+    ──────────────                              ─────────────────────────────────
+    endpoint: Hello ► ◄ Welcome ── session ──►  opens the work socket: Ready ►
+    ◄ Recall ── claims ──► Recalled ►           ◄ Jobs: claim, note, run, Results ►
+    ◄ Drain ── event ──►                        finishes what it holds: Goodbye ►
+
+Jobs run in the main thread, which signal handlers, timers and some libraries
+need, and which owns the work socket, so that a job costs no change of threads.
+The control thread sleeps unless the master speaks or its connection changes.
+
+Both threads want the jobs that have not been started: the main thread to run
+them, the control thread to give them back. `Claims` decides; whoever takes a job
+first has it, wherever the message with the job is at that time.
+
+A result is written into the journal before the next job starts, so that it is
+not lost if that job kills the process (see `journal`). Results of very short jobs
+travel together, but none waits for longer than `COALESCE` before the next job.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias
+
+import msgspec
+import zmq
+
+from . import protocol, security
+from .errors import RegistrationError
+from .journal import JournalWriter
+from .protocol import Frame, Job
+from .registration import Claims, Control, Session
+from .wakeup import Wakeup
+
+__all__ = ["Handler", "Outcome", "Worker"]
+
+COALESCE: Final = 0.0003
+"""Seconds for which results may be held back to travel together."""
+PATIENCE: Final = 60.0
+"""Default of how long a worker looks for a master, in seconds."""
+
+Target: TypeAlias = Callable[[list[Any]], "str | bytes"]
+
+
+class Outcome(NamedTuple):
+    """How a job ended, for the wire."""
+
+    ok: bool
+    data: bytes
+    codec: str = ""
+    buffers: Sequence[Frame] = ()
+
+
+class Handler(Protocol):
+    """What a worker does with jobs: it knows what their data means."""
+
+    def setup(self, data: bytes) -> None:
+        """Prepare for the jobs of a master; an exception makes the worker give up."""
+
+    def define(self, key: bytes, data: bytes) -> None:
+        """Keep data that several jobs will name by this key."""
+
+    def forget(self, key: bytes) -> None:
+        """Drop it."""
+
+    def run(self, job: Job, buffers: Sequence[Frame]) -> Outcome:
+        """Run a job. What the job raises is an outcome, not an exception."""
+
+
+class TargetHandler:
+    """Hands `[job_id, data]` to a target that returns text or bytes."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+
+    def setup(self, data: bytes) -> None:
+        """Nothing to do."""
+
+    def define(self, key: bytes, data: bytes) -> None:
+        """Not used by these jobs."""
+
+    def forget(self, key: bytes) -> None:
+        """Not used by these jobs."""
+
+    def run(self, job: Job, buffers: Sequence[Frame]) -> Outcome:  # noqa: ARG002
+        """Call the target, and make its exception the outcome."""
+        try:
+            data = job.data.decode() if job.codec == "text" else job.data
+            result = self._target([job.id, data])
+            if isinstance(result, str):
+                return Outcome(True, result.encode(), "text")
+            if isinstance(result, (bytes, bytearray, memoryview)):
+                return Outcome(True, bytes(result))
+            raise TypeError(f"a target returns str or bytes, not {type(result).__name__}")
+        except Exception:
+            return Outcome(False, traceback.format_exc().encode(), "text")
+
+
+class Worker:
+    """Registers at an endpoint and hands the jobs it is sent to a target.
+
+    It outlives its master: when the master goes away, the worker registers again
+    with the one that comes to the endpoint next.
+
+    Example:
+        A worker that squares numbers::
+
+            def square(job):
+                job_id, data = job
+                return str(int(data) ** 2)
+
+            worker = Worker("ipc:///tmp/master.ipc", target=square)
+            worker.run()
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        workpoint: str | None = None,
+        target: Target | None = None,
+        *,
+        patience: float = PATIENCE,
+    ) -> None:
+        """Check the arguments; nothing is opened before `run`.
+
+        Args:
+            endpoint: where the master listens to workers that want to register,
+                such as `ipc:///tmp/master.ipc` or `tcp://127.0.0.1:5555`.
+            workpoint: the address at which this worker gets its jobs, unique to it.
+                Without one it connects to an address that the master names.
+            target: called with one list, `[job_id, data]`, for each job; returns
+                `str` or `bytes`. `data` is `str` or `bytes`, as it was given.
+            patience: seconds to look for a master, at the start and after its loss.
+
+        Raises:
+            TypeError: the target is not callable, or an address is not text.
+            ValueError: an address cannot be used.
+        """
+        if not callable(target):
+            raise TypeError("target must be callable: it is called with [job_id, data]")
+        security.check_address(endpoint, "endpoint")
+        if workpoint is not None:
+            security.check_address(workpoint, "workpoint")
+        self._init(endpoint, workpoint, TargetHandler(target), patience)
+
+    @classmethod
+    def with_handler(
+        cls, endpoint: str, handler: Handler, *, journals: str | None, patience: float
+    ) -> Worker:
+        """A worker whose jobs mean something else than a call of a target.
+
+        Args:
+            endpoint: as for `Worker`.
+            handler: what runs the jobs.
+            journals: a private directory of the master's host, for the journal.
+            patience: as for `Worker`; 0 ends the process with its master.
+        """
+        worker = cls.__new__(cls)
+        worker._init(endpoint, None, handler, patience, journals)
+        return worker
+
+    def _init(
+        self,
+        endpoint: str,
+        workpoint: str | None,
+        handler: Handler,
+        patience: float,
+        journals: str | None = None,
+    ) -> None:
+        self._endpoint = endpoint
+        self._workpoint = workpoint
+        self._handler = handler
+        self._patience = patience
+        self._journals = journals
+        self._wakeup = Wakeup()
+        self._claims = Claims()
+        self._stopping = False
+        self._queue: deque[tuple[Job, list[Frame], protocol.Jobs | None]] = deque()
+        self._unsent: list[msgspec.Raw] = []
+        self._unsent_buffers: list[Frame] = []
+        self._unsent_since = 0.0
+        self._journal: JournalWriter | None = None
+        self._confirmed = 0  # position of the journal
+        self._needed = 0  # position to be confirmed before the next job starts
+        self._pid = os.getpid()
+
+    # ------------------------------------------------------------------ public
+
+    def run(self) -> None:
+        """Run jobs until `stop`, or until there is no master for too long.
+
+        In the main thread SIGTERM means `stop`: the job at hand is finished.
+
+        Raises:
+            RegistrationError: no master was found in time, or it refused this worker.
+            OSError: the workpoint cannot be bound.
+        """
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._control = Control(
+            context,
+            self._endpoint,
+            self._workpoint,
+            self._claims,
+            self._wakeup,
+            patience=self._patience,
+            journals=self._journals,
+        )
+        self._control.start()
+        previous = self._catch_sigterm()
+        try:
+            while (session := self._next_session()) is not None:
+                self._serve(context, session)
+        finally:
+            if previous is not None:
+                signal.signal(signal.SIGTERM, previous)
+            self._control.end()
+            context.term()
+
+    def stop(self) -> None:
+        """Have `run` return after the job at hand. Never blocks; any thread may call it."""
+        self._stopping = True
+        self._wakeup.set()
+
+    # ---------------------------------------------------------------- sessions
+
+    def _catch_sigterm(self) -> Any:
+        """Make SIGTERM stop the worker, where we may and the user has not decided."""
+        if not self._patience or threading.current_thread() is not threading.main_thread():
+            return None
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            return None
+        return signal.signal(signal.SIGTERM, lambda _signum, _frame: self.stop())
+
+    def _next_session(self) -> Session | None:
+        """Wait for a master; None if the worker should end."""
+        while not self._stopping:
+            self._wakeup.clear()
+            while self._control.events:
+                event = self._control.events.popleft()
+                if isinstance(event, Session):
+                    return event
+                if isinstance(event, RegistrationError):
+                    raise event
+            self._wait(None)
+        return None
+
+    def _wait(self, work: zmq.Socket[bytes] | None) -> None:
+        """Sleep until a message, or an event of the control thread, or `stop`."""
+        sources: list[tuple[Any, int]] = [(self._wakeup.fileno(), zmq.POLLIN)]
+        if work is not None:
+            sources.append((work, zmq.POLLIN))
+        zmq.zmq_poll(sources, -1)
+
+    def _serve(self, context: zmq.Context[zmq.Socket[bytes]], session: Session) -> None:
+        """Run the jobs of one master until it is lost, or lets this worker go."""
+        self._queue.clear()
+        self._unsent.clear()
+        self._unsent_buffers.clear()
+        self._journal = session.journal
+        self._confirmed = self._needed = 0
+        self._claims.reset()
+        self._work = security.socket(context, zmq.DEALER)
+        self._work.routing_id = session.worker.encode()
+        try:
+            if self._workpoint is not None:
+                security.bind(self._work, self._workpoint)
+            else:
+                self._work.connect(session.work)
+            try:
+                self._handler.setup(session.setup)
+            except BaseException as error:
+                self._control.send(protocol.Unready(f"{type(error).__name__}: {error}"))
+                raise
+            try:
+                self._work.send(protocol.encode(protocol.Ready(session.worker)))
+                self._run_jobs()
+            finally:
+                self._say_goodbye()
+        finally:
+            self._work.close()
+            if self._journal:
+                self._journal.close()
+
+    def _say_goodbye(self) -> None:
+        """Tell the master that what has no result was not started here."""
+        try:
+            self._flush()
+            self._work.send(protocol.encode(protocol.Goodbye()), zmq.DONTWAIT)
+        except zmq.Again:
+            return  # nobody is there any more
+        self._work.linger = 1000
+
+    def _run_jobs(self) -> None:
+        """Return when the worker should leave; the queue is empty then."""
+        events = self._control.events
+        while True:
+            if events or self._stopping:
+                if self._session_ends():
+                    return
+            elif self._queue:
+                self._run_next()
+            else:
+                self._flush()
+                self._wait(self._work)
+                self._wakeup.clear()
+                self._receive()
+
+    def _session_ends(self) -> bool:
+        """Look at what the control thread says; whether to leave this session."""
+        events = self._control.events
+        while events:
+            if isinstance(events[0], (Session, RegistrationError)):
+                return True  # the next session; this one is lost
+            event = events.popleft()
+            if event == "lost":
+                return True
+            if event == "drain":
+                self._stopping = True
+        if self._stopping:
+            while self._queue:
+                self._run_next()
+            return True
+        return False
+
+    # -------------------------------------------------------------------- jobs
+
+    def _receive(self) -> None:
+        """Queue the jobs of all messages that have come."""
+        while True:
+            try:
+                frame = self._work.recv(zmq.DONTWAIT)
+            except zmq.Again:
+                return
+            buffers: list[Frame] = []
+            while self._work.rcvmore:
+                buffers.append(self._work.recv(copy=False).buffer)
+            message = protocol.decode_jobs(frame)
+            if message.confirmed > self._confirmed:
+                self._confirmed = message.confirmed
+                if self._journal:
+                    self._journal.confirm(message.confirmed)
+            taken = 0
+            first: protocol.Jobs | None = message
+            for job in message.jobs:
+                self._queue.append((job, buffers[taken : taken + job.buffers], first))
+                taken += job.buffers
+                first = None
+
+    def _run_next(self) -> None:
+        job, buffers, message = self._queue.popleft()
+        if message is not None:
+            # In order with the jobs: one before may still have needed what is forgotten.
+            for key in message.forget:
+                self._handler.forget(key)
+            for shared in message.shared:
+                self._handler.define(shared.key, shared.data)
+        if not self._claims.take(job.seq):
+            return
+        if self._needed > self._confirmed:
+            self._await_confirmation()
+        if self._journal:
+            self._journal.start(job.seq)
+        started = time.perf_counter()
+        try:
+            outcome = self._handler.run(job, buffers)
+        except BaseException:
+            # Not from the job itself: an interrupt that was meant for this process.
+            text = traceback.format_exc().encode()
+            self._answer(job.seq, Outcome(False, text, "text"), 0.0)
+            raise
+        if os.getpid() != self._pid:
+            os._exit(0)  # the child of a job that forked; the sockets are not its own
+        now = time.perf_counter()
+        self._answer(job.seq, outcome, now - started)
+        if now - self._unsent_since > COALESCE:
+            self._flush()
+
+    def _answer(self, seq: int, outcome: Outcome, seconds: float) -> None:
+        """Make a result safe, and part of the next message."""
+        ok, data, codec, buffers = outcome
+        if not self._unsent:
+            self._unsent_since = time.perf_counter()
+        result = protocol.encode(protocol.Result(seq, ok, data, codec, seconds, len(buffers)))
+        self._unsent.append(msgspec.Raw(result))
+        self._unsent_buffers += buffers
+        if self._journal is None:
+            return
+        if buffers or not self._journal.append(result):
+            # It exists only in its message. The next job waits until that has come.
+            marker = protocol.encode(protocol.Result(seq, ok, b"", "", seconds, 1))
+            self._journal.append(marker)
+            self._needed = self._journal.position
+            self._flush()
+
+    def _flush(self) -> None:
+        """Send the results that are waiting to travel together."""
+        if not self._unsent:
+            return
+        position = self._journal.position if self._journal else 0
+        message = protocol.EncodedResults(position, self._unsent, self._needed > self._confirmed)
+        self._work.send_multipart([protocol.encode(message), *self._unsent_buffers])
+        self._unsent = []
+        self._unsent_buffers = []
+
+    def _await_confirmation(self) -> None:
+        """Wait until the master has what only a message holds, or is lost."""
+        while self._needed > self._confirmed and "lost" not in self._control.events:
+            self._wait(self._work)
+            self._wakeup.clear()
+            self._receive()
