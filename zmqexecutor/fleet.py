@@ -78,6 +78,7 @@ class Fleet:
         self._alive: set[int] = set()
         self._ready: set[int] = set()
         self._lost: dict[int, tuple[Task, float]] = {}  # by pid, with a deadline
+        self._wanted = 1
         self._failed_starts = 0
         self._supervisor_deaths: deque[float] = deque()
         self._started = False
@@ -120,6 +121,9 @@ class Fleet:
             task.fail(_lost_error(task, event.pid, event.exitcode, event.stderr))
         if event.pid in self._ready:
             self._ready.discard(event.pid)
+            # Not a failure to start: without this word, the supervisor would put
+            # off the replacement of workers that die young one after the other.
+            self.scale(self._wanted)
             return
         self._failed_starts += 1
         if self._failed_starts >= STARTS_BEFORE_BROKEN:
@@ -182,6 +186,7 @@ class Fleet:
 
     def scale(self, workers: int) -> None:
         """Keep this many workers."""
+        self._wanted = workers
         if self.group and not self._stopped:
             try:
                 self.group.scale(workers)
@@ -189,11 +194,11 @@ class Fleet:
                 pass  # the supervisor is gone, which `supervisor_died` will tell
 
     def leave(self) -> None:
-        """Wait until the workers, who have been told to leave, have ended; bounded."""
+        """Wait until the workers that were ready, and told to leave, have ended; bounded."""
         if not self.group or self._stopped:
             return
         deadline = time.monotonic() + WAIT_FOR_EXIT
-        while self._alive and not self.group.closed and self.fileno() != -1:
+        while self._ready and not self.group.closed and self.fileno() != -1:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 return
@@ -202,7 +207,7 @@ class Fleet:
             poll.poll(remaining * 1000)
             for event in self.receive():
                 if isinstance(event, Reaped):
-                    self._alive.discard(event.pid)
+                    self._ready.discard(event.pid)
 
     def keep_no_more(self) -> None:
         """Replace no worker that ends from now on."""
