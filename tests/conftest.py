@@ -1,0 +1,110 @@
+"""Every test ends with the threads, processes, descriptors and files it began with."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from zmqexecutor import ZmqExecutor, security
+
+DEADLINE = 15.0
+
+
+def eventually(condition: Callable[[], object], timeout: float = DEADLINE) -> bool:
+    """Poll until the condition holds; False if it does not within the timeout (seconds)."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def _children() -> set[tuple[int, str]]:
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found.add((process.pid, " ".join(process.cmdline())[:200]))
+        except psutil.NoSuchProcess:
+            pass
+    return found
+
+
+def _threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.is_alive()}
+
+
+def _descriptors() -> dict[str, str]:
+    found = {}
+    for entry in os.listdir("/proc/self/fd"):
+        try:
+            found[entry] = os.readlink(f"/proc/self/fd/{entry}")
+        except OSError:
+            pass
+    return found
+
+
+def _private_directories() -> set[str]:
+    """Those made by this process, not those of tests that run beside this one."""
+    found = set()
+    for base in security._bases():
+        root = Path(base, f"zmqexecutor-{os.geteuid()}")
+        found |= {str(path) for path in root.glob(f"{os.getpid()}-*")}
+    return found
+
+
+@pytest.fixture(autouse=True)
+def no_leaks() -> Iterator[None]:
+    """Fail a test that leaves anything behind, and say what."""
+    before = (_children(), _threads(), _descriptors(), _private_directories())
+    yield
+    gc.collect()
+
+    def left() -> dict[str, object]:
+        now = (_children(), _threads(), _descriptors(), _private_directories())
+        return {
+            "processes": now[0] - before[0],
+            "threads": now[1] - before[1],
+            "descriptors": {k: v for k, v in now[2].items() if k not in before[2]},
+            "private directories": now[3] - before[3],
+        }
+
+    eventually(lambda: not any(left().values()), 5)
+    leaked = {what: which for what, which in left().items() if which}
+    assert not leaked, f"left behind: {leaked}"
+
+
+@pytest.fixture
+def executor() -> Iterator[ZmqExecutor]:
+    """An executor of two workers, shut down after the test."""
+    with ZmqExecutor(2) as made:
+        yield made
+
+
+@pytest.fixture
+def run_script(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a program of its own, given as indented source."""
+
+    def run(source: str, *arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+        script = tmp_path / "script.py"
+        script.write_text(textwrap.dedent(source))
+        return subprocess.run(
+            [sys.executable, str(script), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return run
