@@ -277,7 +277,7 @@ class Master:
             except ProtocolError as error:
                 self._garbage += 1
                 level = logging.WARNING if self._garbage == 1 else logging.DEBUG
-                logger.log(level, "dropped what a peer sent: %s", error)
+                logger.log(level, "dropped what a peer sent: %s", str(error))
 
     # ------------------------------------------------------- events of workers
 
@@ -288,7 +288,7 @@ class Master:
             return
         peer = self._peers.get(identity)
         if peer is None:
-            raise ProtocolError(f"{type(message).__name__} from a worker not registered")
+            return  # from a worker that was lost, or a stranger
         if isinstance(message, protocol.Unready):
             self._break(message.reason)
         elif peer.state:
@@ -321,7 +321,7 @@ class Master:
     def _on_work(self, identity: bytes, frame: Frame, buffers: list[Frame]) -> None:
         peer = self._peers.get(identity)
         if peer is None:
-            raise ProtocolError("work from a worker not registered")
+            return  # from a worker that was lost, or of another master
         message = protocol.decode_work_from_worker(frame)
         if isinstance(message, protocol.Results):
             if peer.state is None:
@@ -537,7 +537,6 @@ class Master:
                 peer.close()
             self._peers.clear()
             self._close_sockets()
-            self._wakeup.close()
             self._cleanup()
 
     def _close_sockets(self) -> None:

@@ -110,7 +110,7 @@ class Control(threading.Thread):
         self._outbox: deque[protocol.ControlFromWorker] = deque()
         self._ending = False
         self._welcomed = False
-        self._worker = uuid.uuid4().hex
+        self._worker = ""
         self._journal: JournalWriter | None = None
         self._deadline: float | None = time.monotonic() + (patience or 30.0)
         self.events: deque[Event] = deque()
@@ -128,14 +128,15 @@ class Control(threading.Thread):
         self._ending = True
         self._wakeup.set()
         self.join()
-        self._wakeup.close()
 
     # ---------------------------------------------------------------- the loop
 
     def run(self) -> None:
         """Register, and obey the master, until `end`."""
+        self._poller = zmq.Poller()
+        self._poller.register(self._wakeup.fileno(), zmq.POLLIN)
         try:
-            self._open()
+            self._connect()
             while not self._ending:
                 self._step()
                 if self._deadline is not None and time.monotonic() >= self._deadline:
@@ -146,9 +147,15 @@ class Control(threading.Thread):
         except Exception as error:
             self._tell(RegistrationError(f"the control thread failed: {error!r}"))
         finally:
-            self._close()
+            self._disconnect(linger=1000)
 
-    def _open(self) -> None:
+    def _connect(self) -> None:
+        """Open the socket under a name that no master knows yet.
+
+        What is still under way from this worker to an earlier master, whose place
+        at the same addresses another one has taken, then means nothing to that one.
+        """
+        self._worker = uuid.uuid4().hex
         self._socket = security.socket(self._context, zmq.DEALER)
         # Nothing is kept for a master that is not there: it would come too late.
         self._socket.immediate = True
@@ -156,15 +163,16 @@ class Control(threading.Thread):
         self._monitor = self._socket.get_monitor_socket(
             zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
         )
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
         self._socket.connect(self._endpoint)
-        self._poller = zmq.Poller()
-        for source in (self._socket, self._monitor, self._wakeup.fileno()):
-            self._poller.register(source, zmq.POLLIN)
 
-    def _close(self) -> None:
+    def _disconnect(self, linger: int = 0) -> None:
+        self._poller.unregister(self._socket)
+        self._poller.unregister(self._monitor)
         self._socket.disable_monitor()
         self._monitor.close()
-        self._socket.close(linger=1000)
+        self._socket.close(linger)
         if self._journal:
             self._journal.unlink()
 
@@ -177,7 +185,7 @@ class Control(threading.Thread):
             self._wakeup.clear()
         if self._monitor in ready:
             self._on_connection(zmq.Event(recv_monitor_message(self._monitor)["event"]))
-        if self._socket in ready:
+        elif self._socket in ready:
             self._on_message(self._socket.recv_multipart())
         self._send_outbox()
 
@@ -203,18 +211,19 @@ class Control(threading.Thread):
     def _on_connection(self, event: zmq.Event) -> None:
         if event is zmq.Event.HANDSHAKE_SUCCEEDED:
             self._register()
-        elif self._welcomed:
+            return
+        if self._welcomed:
             if not self._patience:
                 os._exit(1)  # the master is dead, and nobody waits for our result
             self._welcomed = False
             self._deadline = time.monotonic() + self._patience
             self._tell("lost")
+        self._disconnect()
+        self._connect()
 
     def _register(self) -> None:
         """Ask for registration, on each new connection."""
         if self._journals is not None:
-            if self._journal:
-                self._journal.unlink()
             try:
                 self._journal = JournalWriter(self._journals)
             except OSError:

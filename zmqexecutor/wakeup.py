@@ -45,8 +45,9 @@ class Wakeup:
         except BlockingIOError:
             pass
 
-    def close(self) -> None:
-        """Close the descriptors; nobody may use the wake-up any more."""
+    def __del__(self) -> None:
+        # Not by a method: another thread could then write to a descriptor that has
+        # been closed, and is by now somebody else's.
         os.close(self._read)
         if self._write != self._read:
             os.close(self._write)

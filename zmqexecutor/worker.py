@@ -291,6 +291,8 @@ class Worker:
 
     def _say_goodbye(self) -> None:
         """Tell the master that what has no result was not started here."""
+        if "lost" in self._control.events:
+            return
         try:
             self._flush()
             self._work.send(protocol.encode(protocol.Goodbye()), zmq.DONTWAIT)
@@ -317,13 +319,10 @@ class Worker:
         """Look at what the control thread says; whether to leave this session."""
         events = self._control.events
         while events:
-            if isinstance(events[0], (Session, RegistrationError)):
-                return True  # the next session; this one is lost
-            event = events.popleft()
-            if event == "lost":
-                return True
-            if event == "drain":
-                self._stopping = True
+            if events[0] != "drain":
+                return True  # lost, or given up; `_next_session` goes on from there
+            events.popleft()
+            self._stopping = True
         if self._stopping:
             while self._queue:
                 self._run_next()

@@ -1,0 +1,296 @@
+"""The seed's system: a master, workers of their own processes, and what goes wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import zmq
+
+from zmqexecutor import (
+    JobFailedError,
+    JobRunner,
+    NoWorkerError,
+    RegistrationError,
+    TaskTimeoutError,
+    Worker,
+    WorkerLostError,
+    protocol,
+)
+
+from .conftest import eventually
+
+WORKER = """
+    import os, signal, sys, time
+    from zmqexecutor import Worker
+
+    def target(job):
+        job_id, data = job
+        if data == "fail":
+            raise ZeroDivisionError("in the target")
+        if data == "die":
+            os._exit(9)
+        if data == "wrong":
+            return 42
+        if data == "pid":
+            return str(os.getpid())
+        if isinstance(data, str) and data.startswith("sleep"):
+            time.sleep(float(data.split()[1]))
+        if data == "large":
+            return "x" * 1_000_000
+        return data
+
+    worker = Worker(*sys.argv[1:], target=target, patience=20)
+    worker.run()
+    print("left", flush=True)
+"""
+
+StartWorker = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start_worker(tmp_path: Path) -> Iterator[StartWorker]:
+    """Start a worker process with these arguments; it is killed after the test."""
+    script = tmp_path / "worker.py"
+    script.write_text(textwrap.dedent(WORKER))
+    processes: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, str(script), *arguments], stdout=subprocess.PIPE, text=True
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(params=["ipc", "tcp"])
+def endpoint(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return f"ipc://{tmp_path}/m" if request.param == "ipc" else f"tcp://127.0.0.1:{free_port()}"
+
+
+@pytest.fixture(params=["connects", "binds"])
+def workpoint(request: pytest.FixtureRequest, tmp_path: Path, endpoint: str) -> list[str]:
+    """The arguments that name a worker's workpoint: none, or one."""
+    if request.param == "connects":
+        return []
+    if endpoint.startswith("ipc"):
+        return [f"ipc://{tmp_path}/w"]
+    return [f"tcp://127.0.0.1:{free_port()}"]
+
+
+@contextmanager
+def running(endpoint: str, workers: int = 1, patience: float = 20) -> Iterator[JobRunner]:
+    with JobRunner(endpoint, patience=patience) as runner:
+        assert eventually(lambda: len(runner.workers) >= workers), "no worker registered"
+        yield runner
+
+
+def test_jobs_text_and_bytes(
+    endpoint: str, workpoint: list[str], start_worker: StartWorker
+) -> None:
+    process = start_worker(endpoint, *workpoint)
+    with running(endpoint) as runner:
+        assert runner.execute("1", "text é", 20) == "text é"
+        assert runner.execute("2", b"\x00bytes", 20) == b"\x00bytes"
+        assert len(runner.execute("3", "large", 20)) == 1_000_000
+        assert len(runner.execute("4", b"x" * 5_000_000, 20)) == 5_000_000
+        assert [f.result(20) for f in [runner.submit("n", str(i)) for i in range(50)]] == [
+            str(i) for i in range(50)
+        ]
+        [worker] = runner.workers
+        assert worker.pid == process.pid
+        assert worker.host == socket.gethostname()
+
+
+def test_errors_of_a_job(endpoint: str, start_worker: StartWorker) -> None:
+    start_worker(endpoint)
+    with running(endpoint) as runner:
+        with pytest.raises(JobFailedError, match=r"(?s)job 'a' failed.*ZeroDivisionError: in the"):
+            runner.execute("a", "fail", 20)
+        with pytest.raises(JobFailedError, match="str or bytes, not int"):
+            runner.execute("b", "wrong", 20)
+        with pytest.raises(TaskTimeoutError, match=r"'c'.*still running") as caught:
+            runner.execute("c", "sleep 1", 0.2)
+        assert isinstance(caught.value, TimeoutError)
+        with pytest.raises(TaskTimeoutError, match=r"'d'.*no worker was free"):
+            runner.execute("d", "text", 0.1)
+        assert runner.execute("e", "text", 20) == "text"
+
+
+def test_a_worker_that_dies_is_told(endpoint: str, start_worker: StartWorker) -> None:
+    start_worker(endpoint)
+    with running(endpoint, patience=0.5) as runner:
+        with pytest.raises(WorkerLostError, match="job 'a'"):
+            runner.execute("a", "die", 20)
+        assert eventually(lambda: len(runner.workers) == 0)
+        with pytest.raises(NoWorkerError, match=r"within 0.5 s"):
+            runner.execute("b", "text", 20)
+
+
+def test_a_worker_killed_while_idle(endpoint: str, start_worker: StartWorker) -> None:
+    process = start_worker(endpoint)
+    with running(endpoint) as runner:
+        process.kill()
+        assert eventually(lambda: len(runner.workers) == 0)
+        start_worker(endpoint)
+        assert runner.execute("a", "text", 20) == "text"
+
+
+def test_workers_outlive_their_master(
+    endpoint: str, workpoint: list[str], start_worker: StartWorker
+) -> None:
+    process = start_worker(endpoint, *workpoint)
+    for _ in range(3):
+        with running(endpoint) as runner:
+            assert runner.execute("1", "pid", 20) == str(process.pid)
+
+
+def test_a_job_running_when_the_master_stops(endpoint: str, start_worker: StartWorker) -> None:
+    start_worker(endpoint)
+    with running(endpoint) as runner:
+        future = runner.submit("a", "sleep 0.5")
+        queued = runner.submit("b", "text")
+        assert eventually(future.running)
+    with pytest.raises(JobFailedError, match="the master was stopped"):
+        future.result(0)
+    assert queued.cancelled()
+    with running(endpoint) as runner:
+        assert runner.execute("c", "text", 20) == "text"
+
+
+def test_sigterm_lets_a_worker_finish(endpoint: str, start_worker: StartWorker) -> None:
+    process = start_worker(endpoint)
+    with running(endpoint) as runner:
+        future = runner.submit("a", "sleep 0.5")
+        assert eventually(future.running)
+        process.terminate()
+        assert future.result(20) == "sleep 0.5"
+        assert process.wait(20) == 0
+        assert process.stdout is not None
+        assert process.stdout.read() == "left\n"
+        assert eventually(lambda: len(runner.workers) == 0)
+
+
+def test_interrupt_ends_a_worker(endpoint: str, start_worker: StartWorker) -> None:
+    process = start_worker(endpoint)
+    with running(endpoint) as runner:
+        process.send_signal(signal.SIGINT)
+        process.wait(20)
+        assert eventually(lambda: len(runner.workers) == 0)
+
+
+def test_a_worker_in_a_thread_can_be_stopped(endpoint: str) -> None:
+    worker = Worker(endpoint, target=lambda job: f"{job[0]} {job[1]}")
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    with running(endpoint) as runner:
+        assert runner.execute("id", "data", 20) == "id data"
+        worker.stop()
+        thread.join(20)
+        assert not thread.is_alive()
+        assert eventually(lambda: len(runner.workers) == 0)
+
+
+def test_a_worker_without_a_master_gives_up(endpoint: str) -> None:
+    worker = Worker(endpoint, target=lambda job: "", patience=0.3)
+    with pytest.raises(RegistrationError, match=r"no master answered .* within 0.3 s"):
+        worker.run()
+
+
+def test_an_endpoint_in_use(endpoint: str) -> None:
+    with JobRunner(endpoint):
+        second = JobRunner(endpoint)
+        with pytest.raises(OSError, match="in use"):
+            second.start()
+    second.start()
+    second.stop()
+
+
+def test_start_and_stop_again(endpoint: str) -> None:
+    runner = JobRunner(endpoint)
+    with pytest.raises(RuntimeError, match="call start"):
+        runner.execute("1", "x")
+    for _ in range(2):
+        runner.start()
+        with pytest.raises(RuntimeError, match="has been started"):
+            runner.start()
+        runner.stop()
+        runner.stop()
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("tcp://*:5555", "other hosts"),
+        ("tcp://0.0.0.0:5555", "other hosts"),
+        ("tcp://127.0.0.1", "port"),
+        ("http://localhost:80", "expected ipc"),
+        ("ipc://" + "x" * 200, "shorter"),
+    ],
+)
+def test_addresses_that_cannot_be_used(address: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        JobRunner(address)
+    with pytest.raises(ValueError, match=message):
+        Worker(address, target=print)  # type: ignore[arg-type]
+
+
+def test_arguments_are_checked(endpoint: str) -> None:
+    with pytest.raises(TypeError, match="target must be callable"):
+        Worker(endpoint)
+    with JobRunner(endpoint) as runner:
+        with pytest.raises(TypeError, match="job_id must be str"):
+            runner.submit(1, "x")  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="data must be str or bytes"):
+            runner.submit("1", 5)  # type: ignore[arg-type]
+
+
+def test_garbage_from_a_rogue_peer_is_dropped(tmp_path: Path, start_worker: StartWorker) -> None:
+    endpoint = f"ipc://{tmp_path}/m"
+    start_worker(endpoint)
+    hello = protocol.Hello(99, "rogue", os.getpid(), "h", "m", None, None)
+    messages = [
+        b"",
+        b"\xff" * 10,
+        os.urandom(100_000),
+        protocol.encode(hello),
+        protocol.encode(protocol.Recalled([1, 2])),
+        protocol.encode(protocol.Ready("rogue")),
+        protocol.encode(protocol.Results(5, [])),
+        protocol.encode(protocol.Goodbye()),
+    ]
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    with running(endpoint) as runner:
+        for address in (endpoint, endpoint + ".work"):
+            rogue = context.socket(zmq.DEALER)
+            rogue.routing_id = b"rogue"
+            rogue.connect(address)
+            for message in messages * 20:
+                rogue.send(message)
+            rogue.send_multipart([b"a", b"b", b""])
+            assert runner.execute("1", "text", 20) == "text"
+            rogue.close(linger=1000)
+        context.term()
+        assert runner.execute("2", "text", 20) == "text"
+        assert len(runner.workers) == 1
