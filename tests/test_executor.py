@@ -538,6 +538,20 @@ class TestHost:
         assert executor.submit(os.getpid).result(30) == pid
 
 
+def test_a_module_that_makes_an_executor_when_imported(
+    tmp_path: Path, run_script: Callable[..., Any]
+) -> None:
+    """Each worker imports it and would make another; that ends, with the reason."""
+    (tmp_path / "helper.py").write_text(
+        "from zmqexecutor import ZmqExecutor\n"
+        "def work(): return 1\n"
+        "with ZmqExecutor(1) as executor: print(executor.submit(work).result())\n"
+    )
+    result = run_script("import helper", timeout=110)
+    assert result.returncode == 1
+    assert "nested more than" in result.stderr
+
+
 @pytest.mark.parametrize("end", ["SIGKILL", "SIGTERM", "os._exit", "exception"])
 def test_nothing_is_left_when_the_program_ends(
     end: str, tmp_path: Path, run_script: Callable[..., Any]

@@ -16,6 +16,9 @@ from .worker import Outcome, Worker
 
 __all__ = ["Initializer", "Setup", "boot_code", "main"]
 
+depth = 0
+"""How many executors this process is inside of: 0 outside of any worker."""
+
 
 class Initializer(msgspec.Struct, frozen=True):
     """The call that each worker makes before its first task."""
@@ -36,6 +39,8 @@ class Setup(msgspec.Struct, frozen=True):
     """multiprocessing's, so that a Manager's proxies work in tasks."""
     umask: int
     initializer: Initializer | None
+    depth: int = 1
+    """How many executors the worker is inside of, this one included."""
 
 
 class InitializerError(Exception):
@@ -51,6 +56,8 @@ class CallHandler:
     def setup(self, data: bytes) -> None:
         """Take over the parent's settings, and run the initializer."""
         setup = msgspec.msgpack.decode(data, type=Setup)
+        global depth
+        depth = setup.depth
         sys.argv[:] = setup.argv
         sys.path[:] = setup.path
         os.umask(setup.umask)

@@ -14,10 +14,11 @@ from concurrent.futures import Executor, Future
 from functools import partial
 from multiprocessing import current_process
 from types import TracebackType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Final, ParamSpec, TypeVar
 
 import msgspec
 
+from . import calls
 from .calls import Initializer, Setup, boot_code
 from .errors import ForkedExecutorError, SerializationError
 from .interpreter import python_command, search_path, start_path
@@ -30,6 +31,9 @@ from .tasks import Shared, Task
 from .workers import Workers
 
 __all__ = ["ZmqExecutor"]
+
+DEEPEST: Final = 6
+"""How deep executors may be nested: tasks that make one, whose tasks make one, ..."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -71,7 +75,15 @@ class ZmqExecutor(Executor):
             TypeError: an argument has the wrong type.
             SerializationError: the initializer or its arguments cannot be pickled.
             OSError: there is no place for the pool's private directory.
+            RuntimeError: executors are nested too deep.
         """
+        if calls.depth >= DEEPEST:
+            raise RuntimeError(
+                f"executors are nested more than {DEEPEST} deep. Most likely a module makes one "
+                "when it is imported, and its functions are the tasks: each worker then imports "
+                "the module too. Make the executor in a function, or below "
+                "`if __name__ == '__main__':`"
+            )
         self._max_workers = _check_max_workers(max_workers)
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
@@ -151,12 +163,12 @@ class ZmqExecutor(Executor):
             if buffersize < 1:
                 raise ValueError("buffersize must be None or > 0")
         deadline = None if timeout is None else time.monotonic() + timeout
-        calls = zip(*iterables)  # noqa: B905  (the shortest one ends it)
+        arguments = zip(*iterables)  # noqa: B905  (the shortest one ends it)
         if chunksize == 1:
-            submits = (partial(self.submit, fn, *args) for args in calls)
+            submits = (partial(self.submit, fn, *args) for args in arguments)
             return _results(submits, deadline, buffersize)
         run = partial(_run_chunk, fn)
-        chunks = iter(lambda: tuple(itertools.islice(calls, chunksize)), ())
+        chunks = iter(lambda: tuple(itertools.islice(arguments, chunksize)), ())
         chunked = (partial(self.submit, run, chunk) for chunk in chunks)
         lists: Iterator[list[T]] = _results(chunked, deadline, buffersize)
         return itertools.chain.from_iterable(lists)
@@ -272,6 +284,7 @@ def _make_setup(
         authkey=bytes(current_process().authkey),
         umask=umask,
         initializer=packed,
+        depth=calls.depth + 1,
     )
 
 

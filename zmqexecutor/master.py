@@ -95,7 +95,7 @@ class Master:
         )
         self._fleet = Fleet(group)
         self._inbox: deque[Task | Callable[[], None]] = deque()
-        self._wakeup = Wakeup()
+        self._wakeup: Wakeup | None = Wakeup()  # None when the thread has ended
         self._asleep = False
         self._thread = threading.Thread(target=self._run, name="zmqexecutor-master", daemon=True)
         self._opened: Future[None] = Future()
@@ -131,7 +131,7 @@ class Master:
         self._inbox.append(task)
         if self._asleep:
             self._asleep = False
-            self._wakeup.set()
+            self._wake()
 
     def close(self, *, cancel: bool = False) -> None:
         """End when the tasks handed over are done; `cancel` drops those not sent."""
@@ -160,8 +160,11 @@ class Master:
 
     def _call(self, action: Callable[[], None]) -> None:
         self._inbox.append(action)
-        if self._thread.is_alive():
-            self._wakeup.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if (wakeup := self._wakeup) is not None:
+            wakeup.set()
 
     # ---------------------------------------------------------------- the loop
 
@@ -169,6 +172,7 @@ class Master:
         try:
             self._open()
         except BaseException as error:
+            self._wakeup = None
             self._cleanup()
             self._opened.set_exception(error)
             return
@@ -211,6 +215,7 @@ class Master:
         except BaseException:
             self._close_sockets()
             raise
+        assert self._wakeup is not None
         for source in (self._control, self._work, self._wakeup.fileno(), self._deaths.fileno()):
             if source != -1:
                 self._poller.register(source, zmq.POLLIN)
@@ -231,6 +236,7 @@ class Master:
                 timeout = max(0, math.ceil((due - time.monotonic()) * 1000))
         ready: dict[object, int] = dict(self._poller.poll(timeout))
         self._asleep = False
+        assert self._wakeup is not None
         if self._wakeup.fileno() in ready:
             self._wakeup.clear()
         return ready
@@ -537,6 +543,7 @@ class Master:
                 peer.close()
             self._peers.clear()
             self._close_sockets()
+            self._wakeup = None  # closed when no other thread is in the middle of using it
             self._cleanup()
 
     def _close_sockets(self) -> None:
