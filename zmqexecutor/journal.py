@@ -19,7 +19,8 @@ the master confirms positions, and what it has confirmed may be overwritten.
 
 Every entry has a checksum, since on some processors another process may see the
 new end of the ring before it sees the bytes. An entry that does not check is one
-that has not been written yet.
+that has not been written yet. The checksum covers the entry's position too, so
+that neither a fresh file's zeros nor the entry of an earlier round pass for it.
 """
 
 from __future__ import annotations
@@ -45,6 +46,10 @@ _running = struct.Struct("<Q")
 _RUNNING_AT = 8
 _END_AT = 16
 _entry = struct.Struct("<II")  # length, checksum
+
+
+def _checksum(result: bytes, position: int) -> int:
+    return zlib.crc32(result, (position + 1) & 0xFFFFFFFF)
 
 
 class JournalWriter:
@@ -86,7 +91,9 @@ class JournalWriter:
         size = _entry.size + len(result)
         if size > LARGEST_ENTRY or self.position + size - self._confirmed > CAPACITY:
             return False
-        self._write(self.position, _entry.pack(len(result), zlib.crc32(result)) + result)
+        self._write(
+            self.position, _entry.pack(len(result), _checksum(result, self.position)) + result
+        )
         self.position += size
         _running.pack_into(self._map, _END_AT, self.position)
         return True
@@ -124,7 +131,7 @@ class JournalReader:
             OSError: there is no such file, or it is not the user's own.
             ValueError: it is not a journal.
         """
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
@@ -154,7 +161,7 @@ class JournalReader:
             if length > LARGEST_ENTRY:
                 break
             result = self._bytes(self.position + _entry.size, length)
-            if zlib.crc32(result) != checksum:
+            if _checksum(result, self.position) != checksum:
                 break
             results.append(result)
             self.position += _entry.size + length

@@ -22,7 +22,7 @@ docs/protocol.md describes the same for authors of workers in other languages.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, TypeAlias, TypeVar
+from typing import Annotated, Final, TypeAlias, TypeVar
 
 import msgspec
 
@@ -67,6 +67,7 @@ __all__ = [
 ]
 
 _T = TypeVar("_T")
+Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
 Frame: TypeAlias = bytes | bytearray | memoryview
 
 VERSION: Final = 1
@@ -243,19 +244,19 @@ class Jobs(Message, frozen=True):
 class Result(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """How a job ended: its result, or what it raised if not ok."""
 
-    seq: int
+    seq: Count
     ok: bool
     data: bytes
     codec: str = ""
-    seconds: float = 0.0
+    seconds: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     """How long it ran."""
-    buffers: int = 0
+    buffers: Count = 0
 
 
 class Results(Message, frozen=True):
     """Results, and the position of the worker's journal after the last of them."""
 
-    position: int
+    position: Count
     results: list[Result]
     confirm: bool = False
     """The worker waits for this position to be confirmed before it goes on."""
@@ -294,7 +295,7 @@ def _decoder(decoder: msgspec.msgpack.Decoder[_T]) -> Callable[[Frame], _T]:
     def decode(frame: Frame) -> _T:
         try:
             return decoder.decode(frame)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ProtocolError(f"not a message that may come here: {error}") from None
 
     return decode

@@ -83,7 +83,7 @@ class WorkerState(Generic[J]):
         "load",
         "next_seq",
         "progress",
-        "recalling",
+        "stalled",
     )
 
     def __init__(self, key: bytes, *, ahead: bool, allowance: int | None) -> None:
@@ -98,9 +98,10 @@ class WorkerState(Generic[J]):
         """Expected seconds of work held."""
         self.next_seq = 1
         self.progress = 0.0
-        """When it last got its first job, or gave a result."""
+        """When it last got its first job, gave a result, or was found stalled."""
         self.busy = False
-        self.recalling = False
+        self.stalled = False
+        """Whether it showed no progress for `STALL` in the job that it runs."""
         self.draining = False
 
     def release(self, seq: int) -> J | None:
@@ -149,6 +150,7 @@ class Expire(Generic[J]):
     jobs: list[J]
 
 
+_SHORTEST: Final = AHEAD / 1000
 _UNKNOWN: Final = 1.0  # seconds; longer than any job that is sent ahead
 
 Decision: TypeAlias = Send[J] | Recall[J] | Retire[J] | Scale | Expire[J]
@@ -180,8 +182,8 @@ class Scheduler(Generic[J]):
         # Workers that could be sent something, in the order to serve them:
         self._idle: OrderedDict[bytes, WorkerState[J]] = OrderedDict()
         self._hungry: OrderedDict[bytes, WorkerState[J]] = OrderedDict()
-        # Workers with jobs ahead of the running one, longest without progress first:
-        self._loaded: OrderedDict[bytes, WorkerState[J]] = OrderedDict()
+        # Busy workers that have not stalled, longest without progress first:
+        self._moving: OrderedDict[bytes, WorkerState[J]] = OrderedDict()
         self._busy = 0  # workers that hold a job
         self._retiring: list[WorkerState[J]] = []
         self._durations: OrderedDict[Hashable, float] = OrderedDict()
@@ -238,14 +240,16 @@ class Scheduler(Generic[J]):
         job = worker.release(seq)
         if job is None:
             return None
-        worker.progress = now
+        self._progress(worker, now)
         self._learn(job.kind, seconds)
         return job
 
     def recalled(self, worker: WorkerState[J], seqs: Iterable[int]) -> None:
         """A worker gives back jobs that it will not run; they go to the front."""
-        worker.recalling = False
         self._requeue(worker, [seq for seq in seqs if seq in worker.held])
+        if len(worker.held) > 1:
+            # It has gone on meanwhile; ask again if the results do not come.
+            self._progress(worker, worker.progress)
         self.settle(worker)
 
     def drain(self, worker: WorkerState[J]) -> None:
@@ -281,12 +285,14 @@ class Scheduler(Generic[J]):
     def decide(self, now: float) -> list[Decision[J]]:
         """What to do next. Decisions count as carried out."""
         decisions: list[Decision[J]] = []
+        if self._moving:
+            self._recall_stalled(now, decisions)
         if self._queue:
             self._assign(now, decisions)
-        if self._loaded:
-            self._recall_stalled(now, decisions)
         if self._retiring:
-            decisions += [Retire(worker) for worker in self._retiring]
+            decisions += [
+                Retire(worker) for worker in self._retiring if worker.key in self._workers
+            ]
             self._retiring.clear()
         if self._queue:
             self._ask_for_workers(decisions)
@@ -297,8 +303,8 @@ class Scheduler(Generic[J]):
     def next_deadline(self) -> float | None:
         """When `decide` must be called again, even if nothing happens."""
         deadline = None
-        if self._loaded:
-            deadline = next(iter(self._loaded.values())).progress + STALL
+        if self._moving:
+            deadline = next(iter(self._moving.values())).progress + STALL
         if self._queue and not self._workers and self._patience is not None:
             expiry = max(self._queue[0].queued_at, self._alone_since) + self._patience
             deadline = expiry if deadline is None else min(deadline, expiry)
@@ -306,6 +312,7 @@ class Scheduler(Generic[J]):
 
     def _assign(self, now: float, decisions: list[Decision[J]]) -> None:
         queue, idle, hungry = self._queue, self._idle, self._hungry
+        takers = len(idle) + len(hungry)
         while queue:
             if idle:
                 worker = idle.popitem(last=False)[1]
@@ -314,9 +321,10 @@ class Scheduler(Generic[J]):
             else:
                 return
             # Spread what waits evenly over those that could take some of it.
-            share = -(-len(queue) // (len(idle) + len(hungry) + 1))
+            share = -(-len(queue) // max(1, takers))
+            takers -= 1
             if not worker.held:
-                worker.progress = now
+                self._progress(worker, now)
             if batch := self._take_batch(worker, min(share, LARGEST_BATCH)):
                 decisions.append(Send(worker, batch))
             self.settle(worker)
@@ -345,13 +353,15 @@ class Scheduler(Generic[J]):
         return batch
 
     def _recall_stalled(self, now: float, decisions: list[Decision[J]]) -> None:
-        while self._loaded:
-            worker = next(iter(self._loaded.values()))
+        while self._moving:
+            worker = next(iter(self._moving.values()))
             if worker.progress + STALL > now:
                 return
-            worker.recalling = True
+            worker.stalled = True
+            worker.progress = now
             self.settle(worker)
-            decisions.append(Recall(worker, list(worker.held)[1:]))
+            if len(worker.held) > 1:
+                decisions.append(Recall(worker, list(worker.held)[1:]))
 
     def _ask_for_workers(self, decisions: list[Decision[J]]) -> None:
         wanted = min(self._max_workers, self._busy + len(self._queue))
@@ -378,24 +388,26 @@ class Scheduler(Generic[J]):
         if worker.busy != (held > 0):
             worker.busy = held > 0
             self._busy += 1 if held else -1
-        may_take = not worker.draining and not worker.recalling and worker.allowance != 0
+        may_take = not worker.draining and worker.allowance != 0
         if may_take and not held:
             self._idle[key] = worker
         else:
             self._idle.pop(key, None)
-        if may_take and held and worker.ahead and worker.load < AHEAD / 2:
+        if may_take and held and worker.ahead and not worker.stalled and worker.load < AHEAD / 2:
             self._hungry[key] = worker
         else:
             self._hungry.pop(key, None)
-        if held > 1 and not worker.recalling:
-            self._loaded[key] = worker
-            if worker.progress >= next(reversed(self._loaded.values())).progress:
-                self._loaded.move_to_end(key)
-        else:
-            self._loaded.pop(key, None)
+        if held == 0 or worker.stalled:
+            self._moving.pop(key, None)
         if worker.allowance == 0 and not held and not worker.draining:
             worker.draining = True
             self._retiring.append(worker)
+
+    def _progress(self, worker: WorkerState[J], now: float) -> None:
+        worker.progress = now
+        worker.stalled = False
+        self._moving[worker.key] = worker
+        self._moving.move_to_end(worker.key)
 
     def _requeue(self, worker: WorkerState[J], seqs: list[int]) -> None:
         jobs = [job for seq in seqs if (job := worker.release(seq)) is not None]
@@ -407,6 +419,8 @@ class Scheduler(Generic[J]):
         return self._durations.get(job.kind, _UNKNOWN)
 
     def _learn(self, kind: Hashable, seconds: float) -> None:
+        # Whatever a worker claims, NaN too: what counts lies between these two.
+        seconds = min(max(_SHORTEST, seconds), _UNKNOWN)
         usual = self._durations.pop(kind, seconds)
         self._durations[kind] = usual + WEIGHT_OF_LATEST * (seconds - usual)
         if len(self._durations) > KINDS_REMEMBERED:

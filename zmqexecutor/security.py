@@ -134,6 +134,8 @@ def check_address(address: str, what: str) -> str:
         raise TypeError(f"{what} must be text such as 'ipc:///run/user/1000/master.ipc'")
     scheme, _, rest = address.partition("://")
     if scheme == "ipc" and rest:
+        if rest[0] in "@*":
+            raise ValueError(f"{what} {address!r}: expected the path of a file after ipc://")
         if len(os.fsencode(rest)) > IPC_PATH_LIMIT:
             raise ValueError(
                 f"{what} {address!r}: the path has more than {IPC_PATH_LIMIT} bytes, "
@@ -142,7 +144,7 @@ def check_address(address: str, what: str) -> str:
         return address
     if scheme == "tcp":
         host, _, port = rest.rpartition(":")
-        if not port.isdigit() or not 0 < int(port) < 65536:
+        if not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65536:
             raise ValueError(f"{what} {address!r}: expected tcp://host:port with a port number")
         if not _is_loopback(host.strip("[]")):
             raise ValueError(
@@ -175,6 +177,10 @@ def bind(made: zmq.Socket[bytes], address: str) -> str:
     if path is not None and _has_listener(path):
         # ZeroMQ would take the place of whoever listens there.
         raise OSError(errno.EADDRINUSE, f"{address} is in use by another process")
+    if path is not None and os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise OSError(errno.EEXIST, f"cannot bind {address}: there is a file that is no socket")
+    if "[" not in address:
+        made.ipv6 = False  # else the address below would be one that IPv4 sockets cannot use
     try:
         made.bind(address)
     except zmq.ZMQError as error:

@@ -17,8 +17,7 @@ class Wakeup:
     """
 
     def __init__(self) -> None:
-        self._read: int
-        self._write: int
+        self._read = self._write = -1
         if hasattr(os, "eventfd"):
             self._read = self._write = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         else:
@@ -48,6 +47,7 @@ class Wakeup:
     def __del__(self) -> None:
         # Not by a method: another thread could then write to a descriptor that has
         # been closed, and is by now somebody else's.
-        os.close(self._read)
+        if self._read != -1:
+            os.close(self._read)
         if self._write != self._read:
             os.close(self._write)

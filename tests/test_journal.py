@@ -1,0 +1,386 @@
+"""What a worker writes down must be readable after its death, in order, once."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from zmqexecutor import journal as journal_module
+from zmqexecutor.journal import CAPACITY, LARGEST_ENTRY, JournalReader, JournalWriter
+
+OVERHEAD = 8
+"""Bytes that an entry takes beside its result."""
+LARGEST_RESULT = LARGEST_ENTRY - OVERHEAD
+
+
+class Pair:
+    """Both sides of one journal."""
+
+    def __init__(self, directory: Path) -> None:
+        self.writer = JournalWriter(str(directory))
+        self.reader = JournalReader(self.writer.path)
+
+    def patch(self, position: int, data: bytes) -> None:
+        """Change the file behind the writer's back."""
+        with open(self.writer.path, "r+b") as file:
+            file.seek(position)
+            file.write(data)
+
+    def pretend_end(self, position: int) -> None:
+        """The new end is seen before the bytes, as on some processors."""
+        self.patch(16, position.to_bytes(8, "little"))
+
+    def close(self) -> None:
+        self.reader.close()
+        self.writer.close()
+        self.writer.unlink()
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Pair]:
+    made = Pair(tmp_path)
+    yield made
+    made.close()
+
+
+def test_a_new_journal_has_no_results_and_runs_nothing(pair: Pair) -> None:
+    assert pair.reader.read() == []
+    assert pair.reader.running == 0
+    assert pair.reader.position == pair.writer.position == 0
+
+
+def test_results_are_read_once_and_in_order(pair: Pair) -> None:
+    assert all(pair.writer.append(result) for result in (b"one", b"", b"three"))
+    assert pair.reader.read() == [b"one", b"", b"three"]
+    assert pair.reader.position == pair.writer.position
+    assert pair.reader.read() == []
+    assert pair.writer.append(b"four")
+    assert pair.reader.read() == [b"four"]
+
+
+def test_a_reader_that_comes_late_reads_all(tmp_path: Path) -> None:
+    writer = JournalWriter(str(tmp_path))
+    assert writer.append(b"early")
+    reader = JournalReader(writer.path)
+    assert reader.read() == [b"early"]
+    reader.close()
+    writer.close()
+
+
+def test_results_known_from_messages_are_skipped(pair: Pair) -> None:
+    pair.writer.append(b"came in a message")
+    pair.reader.position = pair.writer.position
+    pair.writer.append(b"did not come")
+    assert pair.reader.read() == [b"did not come"]
+
+
+@pytest.mark.parametrize("seq", [1, 255, 256, 2**32, 2**64 - 1])
+def test_the_running_number_is_seen_at_once(pair: Pair, seq: int) -> None:
+    pair.writer.start(seq)
+    assert pair.reader.running == seq
+
+
+# ---------------------------------------------------------------------- the ring
+
+
+def test_entries_that_wrap_around_the_end_are_read_whole(pair: Pair) -> None:
+    size = 1009  # prime, so that the end falls into every part of an entry
+    for number in range(4 * CAPACITY // size):
+        result = number.to_bytes(4, "little") * (size // 4)
+        assert pair.writer.append(result)
+        assert pair.reader.read() == [result]
+        pair.writer.confirm(pair.reader.position)
+    assert pair.writer.position > 3 * CAPACITY
+
+
+@pytest.mark.parametrize("before_the_end", range(1, OVERHEAD + 2))
+def test_the_end_of_the_ring_may_cut_an_entry_anywhere(pair: Pair, before_the_end: int) -> None:
+    left = CAPACITY - before_the_end
+    while left:
+        size = min(left, LARGEST_ENTRY)
+        if 0 < left - size < OVERHEAD:
+            size -= OVERHEAD  # leave room for a last entry
+        assert pair.writer.append(b"x" * (size - OVERHEAD))
+        left -= size
+    assert pair.writer.position == CAPACITY - before_the_end
+    pair.reader.read()
+    pair.writer.confirm(pair.reader.position)
+    assert pair.writer.append(b"cut in two")
+    assert pair.reader.read() == [b"cut in two"]
+
+
+def test_a_full_journal_refuses_until_results_are_confirmed(pair: Pair) -> None:
+    appended = 0
+    while pair.writer.append(b"x" * 1000):
+        appended += 1
+    assert appended == CAPACITY // (1000 + OVERHEAD)
+    position = pair.writer.position
+    assert len(pair.reader.read()) == appended, "what is there stays whole"
+    assert not pair.writer.append(b"x" * 1000), "read is not confirmed"
+    assert pair.writer.position == position
+    pair.writer.confirm(pair.reader.position)
+    assert pair.writer.append(b"x" * 1000)
+
+
+def test_a_confirmation_frees_just_what_it_confirms(pair: Pair) -> None:
+    pair.writer.append(b"a" * (LARGEST_RESULT))
+    first = pair.writer.position
+    while pair.writer.append(b"b" * 1000):
+        pass
+    pair.writer.confirm(first)
+    assert pair.writer.append(b"c" * LARGEST_RESULT)
+    assert not pair.writer.append(b"c" * LARGEST_RESULT)
+
+
+def test_old_and_impossible_confirmations_do_no_harm(pair: Pair) -> None:
+    while pair.writer.append(b"x" * 1000):
+        pass
+    pair.writer.confirm(10**18)  # more than was ever written counts as all of it
+    appended = 0
+    while pair.writer.append(b"y" * 1000):
+        appended += 1
+    assert appended == CAPACITY // (1000 + OVERHEAD)
+    pair.writer.confirm(0)
+    pair.writer.confirm(-5)
+    assert not pair.writer.append(b"z" * 1000)
+
+
+def test_the_largest_entry_fits_and_a_larger_one_does_not(pair: Pair) -> None:
+    assert not pair.writer.append(b"x" * (LARGEST_RESULT + 1))
+    assert pair.writer.position == 0
+    assert pair.writer.append(b"x" * LARGEST_RESULT)
+    assert pair.reader.read() == [b"x" * LARGEST_RESULT]
+
+
+# --------------------------------------------------------------- torn and foreign
+
+
+def test_an_entry_whose_bytes_are_damaged_is_not_read(pair: Pair) -> None:
+    pair.writer.append(b"good")
+    damaged_at = pair.writer.position
+    pair.writer.append(b"damaged")
+    pair.patch(64 + damaged_at + OVERHEAD, b"D")
+    assert pair.reader.read() == [b"good"]
+    assert pair.reader.position == damaged_at
+    pair.patch(64 + damaged_at + OVERHEAD, b"d")
+    assert pair.reader.read() == [b"damaged"], "it is read once its bytes are there"
+
+
+def test_an_entry_with_an_impossible_length_is_not_read(pair: Pair) -> None:
+    pair.writer.append(b"x")
+    pair.patch(64, b"\xff\xff\xff\xff")
+    assert pair.reader.read() == []
+    assert pair.reader.position == 0
+
+
+def test_an_entry_of_which_no_byte_is_there_yet_is_not_read(pair: Pair) -> None:
+    # All zero is what a fresh file holds; it must not pass for an empty result.
+    pair.pretend_end(OVERHEAD + 10)
+    assert pair.reader.read() == []
+    assert pair.reader.position == 0
+
+
+def test_an_entry_of_an_earlier_round_is_not_read_again(pair: Pair) -> None:
+    for _ in range(4):  # exactly once around
+        assert pair.writer.append(b"o" * LARGEST_RESULT)
+    pair.reader.read()
+    pair.writer.confirm(pair.reader.position)
+    pair.pretend_end(CAPACITY + LARGEST_ENTRY)
+    assert pair.reader.read() == []
+    assert pair.reader.position == CAPACITY
+
+
+def test_the_reader_refuses_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        JournalReader(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"zmqexjn1", bytes(64 + CAPACITY), b"zmqexjn0" + bytes(56 + CAPACITY)]
+)
+def test_the_reader_refuses_what_is_not_a_journal(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="not a journal"):
+        JournalReader(str(path))
+
+
+def test_the_reader_follows_no_link(pair: Pair, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(pair.writer.path)
+    with pytest.raises(OSError, match=r"link") as caught:
+        JournalReader(str(link))
+    assert caught.value.errno == errno.ELOOP
+
+
+def test_the_reader_refuses_a_file_of_another_user(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = os.geteuid() + 1
+    monkeypatch.setattr(os, "geteuid", lambda: other)
+    with pytest.raises(PermissionError, match="not a file of this user"):
+        JournalReader(pair.writer.path)
+
+
+def test_the_reader_refuses_a_directory(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError, match="not a file of this user"):
+        JournalReader(str(tmp_path))
+
+
+def test_the_reader_refuses_a_pipe_without_waiting_for_its_writer(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+
+    def waited(*_: object) -> None:
+        raise AssertionError("it waits, and with it the master")
+
+    previous = signal.signal(signal.SIGALRM, waited)
+    others = signal.setitimer(signal.ITIMER_REAL, 0.5)  # pytest-timeout's
+    try:
+        with pytest.raises(PermissionError, match="not a file of this user"):
+            JournalReader(str(path))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+        signal.setitimer(signal.ITIMER_REAL, *others)
+
+
+def test_the_reader_cannot_write(pair: Pair) -> None:
+    with pytest.raises(TypeError):
+        pair.reader._map[0] = 0
+
+
+# ------------------------------------------------------------------ files, death
+
+
+def test_only_the_user_can_open_the_file(pair: Pair) -> None:
+    assert stat.S_IMODE(os.stat(pair.writer.path).st_mode) == 0o600
+
+
+def test_results_stay_readable_after_the_name_is_removed(pair: Pair) -> None:
+    pair.writer.unlink()
+    pair.writer.unlink()  # once more does no harm
+    assert not os.path.exists(pair.writer.path)
+    pair.writer.append(b"still here")
+    assert pair.reader.read() == [b"still here"]
+
+
+def no_room(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("module", "function"), [(os, "posix_fallocate"), (mmap, "mmap")], ids=["disk", "memory"]
+)
+def test_without_room_there_is_an_error_and_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: object, function: str
+) -> None:
+    monkeypatch.setattr(module, function, no_room)
+    before = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []
+    with pytest.raises(OSError, match="No space left"):
+        JournalWriter(str(tmp_path))
+    assert os.listdir(tmp_path) == []
+    if before:
+        assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_the_room_is_reserved_before_it_is_written(pair: Pair) -> None:
+    status = os.stat(pair.writer.path)
+    assert status.st_size == 64 + CAPACITY
+    assert status.st_blocks * 512 >= CAPACITY, "a full disk would be a SIGBUS later"
+
+
+def test_without_posix_fallocate_the_file_is_made_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    pair = Pair(tmp_path)
+    pair.writer.append(b"result")
+    assert pair.reader.read() == [b"result"]
+    pair.close()
+
+
+def test_a_killed_writers_results_and_running_number_are_read(tmp_path: Path) -> None:
+    code = """
+import os, signal, sys
+from zmqexecutor.journal import JournalWriter
+writer = JournalWriter(sys.argv[1])
+for seq in range(1, 4):
+    writer.start(seq)
+    writer.append(b"result %d" % seq)
+writer.start(4)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60)
+    assert ended.returncode == -signal.SIGKILL
+    (name,) = os.listdir(tmp_path)
+    reader = JournalReader(str(tmp_path / name))
+    assert reader.read() == [b"result 1", b"result 2", b"result 3"]
+    assert reader.running == 4
+    reader.close()
+
+
+# --------------------------------------------------------------- any interleaving
+
+results = st.one_of(
+    st.binary(max_size=20),
+    st.integers(0, 2000).map(lambda size: b"m" * size),
+    st.integers(LARGEST_RESULT - 2, LARGEST_RESULT + 2).map(lambda size: b"L" * size),
+)
+steps = st.lists(
+    st.one_of(
+        results,
+        st.sampled_from(["read", "message", "confirm"]),
+    ),
+    max_size=60,
+)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=steps)
+def test_no_interleaving_loses_or_repeats_a_result(
+    tmp_path: Path, steps: list[bytes | str]
+) -> None:
+    """Results reach the master from the journal or by message, and confirmations lag."""
+    with ExitStack() as stack:
+        pair = Pair(tmp_path)
+        stack.callback(pair.close)
+        unread: deque[bytes] = deque()
+        confirmed = 0
+        for step in steps:
+            if isinstance(step, bytes):
+                used = pair.writer.position - confirmed
+                size = len(step) + OVERHEAD
+                fits = size <= LARGEST_ENTRY and used + size <= CAPACITY
+                assert pair.writer.append(step) == fits
+                if fits:
+                    unread.append(step)
+            elif step == "read":
+                assert pair.reader.read() == list(unread)
+                unread.clear()
+            elif step == "message":
+                pair.reader.position = pair.writer.position
+                unread.clear()
+            else:
+                confirmed = pair.reader.position
+                pair.writer.confirm(confirmed)
+        assert pair.reader.read() == list(unread)
+
+
+def test_the_ring_is_a_whole_number_of_largest_entries() -> None:
+    # Several tests above rely on it.
+    assert CAPACITY % LARGEST_ENTRY == 0
+    assert journal_module.CAPACITY == 4 * LARGEST_ENTRY

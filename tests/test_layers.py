@@ -1,0 +1,214 @@
+"""A module imports only from the layers below it, and each library has its one place."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import zmqexecutor
+
+PACKAGE = "zmqexecutor"
+SOURCES = {path.stem: path for path in Path(zmqexecutor.__file__).parent.glob("*.py")}
+
+# Each module may import those before it.
+LAYERS = [
+    # both sides
+    "errors",
+    "protocol",
+    "wakeup",
+    "journal",
+    "machine",
+    "interpreter",
+    "security",
+    "script_globals",
+    "serialization",
+    # the worker's side
+    "registration",
+    "worker",
+    "calls",
+    # the group
+    "supervisor",
+    "workers",
+    # the master's side
+    "scheduler",
+    "tasks",
+    "fleet",
+    "peers",
+    "master",
+    "jobrunner",
+    "executor",
+    # what users see
+    "__init__",
+]
+
+PURE = ["errors", "protocol", "scheduler"]
+IMPURE = {
+    "zmq",
+    "threading",
+    "time",
+    "asyncio",
+    "select",
+    "selectors",
+    "socket",
+    "os",
+    "subprocess",
+}
+PICKLERS = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "copyreg"}
+MAY_PICKLE = {"serialization", "script_globals"}
+SUPERVISION = {"circus", "tornado"}
+MAY_SUPERVISE = {"supervisor"}
+WORKERS_SIDE = ["registration", "worker", "calls"]
+NOT_FOR_WORKERS = {
+    "scheduler",
+    "tasks",
+    "peers",
+    "fleet",
+    "master",
+    "jobrunner",
+    "executor",
+    "workers",
+    "supervisor",
+}
+
+
+@pytest.fixture(autouse=True)
+def no_leaks() -> None:
+    """In the place of conftest's: what is started here has ended when it is looked at."""
+
+
+def imports(module: str) -> Iterator[tuple[str, str, int]]:
+    """What a module imports, wherever it does so: module, name in it, and line.
+
+    Modules of our own are named with a leading dot.
+    """
+    tree = ast.parse(SOURCES[module].read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield _own(alias.name), "", node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level < 2, "the package is flat"
+            name = node.module or ""
+            for alias in node.names:
+                if node.level and not name:  # from . import protocol
+                    yield f".{alias.name}", "", node.lineno
+                else:
+                    yield ("." + name if node.level else _own(name)), alias.name, node.lineno
+
+
+def _own(name: str) -> str:
+    return name.removeprefix(PACKAGE) if name.startswith(f"{PACKAGE}.") else name
+
+
+def own_imports(module: str) -> set[str]:
+    return {name[1:] for name, _, _ in imports(module) if name.startswith(".")}
+
+
+def users_of(libraries: set[str]) -> dict[str, list[int]]:
+    """The modules that import one of these libraries, and in which lines."""
+    found: dict[str, list[int]] = {}
+    for module in SOURCES:
+        for name, what, line in imports(module):
+            if (name, what) == ("pickle", "PicklingError"):
+                continue  # the exception that ours is a kind of
+            if name.partition(".")[0] in libraries:
+                found.setdefault(module, []).append(line)
+    return found
+
+
+def loaded_by(code: str) -> set[str]:
+    """The modules that a fresh interpreter has loaded after this code."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys\nprint(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    return set(done.stdout.split())
+
+
+def test_every_module_has_its_place_in_the_layers() -> None:
+    assert set(SOURCES) == set(LAYERS)
+    assert len(LAYERS) == len(set(LAYERS))
+
+
+@pytest.mark.parametrize("module", LAYERS)
+def test_a_module_imports_only_from_layers_before_it(module: str) -> None:
+    below = set(LAYERS[: LAYERS.index(module)])
+    assert own_imports(module) <= below
+
+
+@pytest.mark.parametrize("module", PURE)
+def test_a_pure_module_has_no_sockets_threads_or_clock(module: str) -> None:
+    used = {name.partition(".")[0] for name, _, _ in imports(module)}
+    assert not used & IMPURE
+
+
+def test_the_scheduler_and_the_protocol_know_nothing_but_errors() -> None:
+    assert own_imports("scheduler") == set()
+    assert own_imports("protocol") <= {"errors"}
+
+
+def test_pickles_have_one_place() -> None:
+    assert set(users_of(PICKLERS)) <= MAY_PICKLE
+
+
+def test_circus_and_tornado_have_one_place() -> None:
+    assert set(users_of(SUPERVISION)) == MAY_SUPERVISE
+
+
+def test_nobody_imports_the_supervisor_as_it_is_a_program_of_its_own() -> None:
+    assert [module for module in SOURCES if "supervisor" in own_imports(module)] == []
+
+
+def test_the_process_wide_zmq_context_is_never_used() -> None:
+    users = [
+        module
+        for module, path in SOURCES.items()
+        if "Context.instance" in path.read_text(encoding="utf-8")
+    ]
+    assert set(users) <= MAY_SUPERVISE, "only the supervisor has a process to itself"
+
+
+@pytest.mark.parametrize("module", WORKERS_SIDE)
+def test_a_workers_module_names_nothing_of_the_masters_side(module: str) -> None:
+    assert not own_imports(module) & NOT_FOR_WORKERS
+
+
+def test_a_worker_process_loads_nothing_of_the_masters_side() -> None:
+    loaded = loaded_by(f"import {PACKAGE}.calls")
+    assert f"{PACKAGE}.worker" in loaded
+    assert not loaded & {f"{PACKAGE}.{module}" for module in NOT_FOR_WORKERS}
+    assert not loaded & {"circus", "tornado", "numpy"}
+
+
+def test_a_worker_by_its_public_name_loads_nothing_of_the_masters_side() -> None:
+    loaded = loaded_by(f"from {PACKAGE} import Worker")
+    assert not loaded & {f"{PACKAGE}.{module}" for module in NOT_FOR_WORKERS}
+    assert not loaded & {f"{PACKAGE}.serialization", "cloudpickle"}
+
+
+def test_the_package_alone_loads_none_of_its_modules() -> None:
+    assert {name for name in loaded_by(f"import {PACKAGE}") if name.startswith(PACKAGE)} == {
+        PACKAGE
+    }
+
+
+@pytest.mark.parametrize("name", ["ZmqExecutor", "JobRunner", "Workers", "Worker"])
+def test_a_public_name_loads_no_circus_tornado_or_numpy(name: str) -> None:
+    loaded = loaded_by(f"import {PACKAGE}; {PACKAGE}.{name}")
+    assert not loaded & {"circus", "tornado", "numpy"}
+
+
+def test_every_public_name_can_be_had() -> None:
+    for name in zmqexecutor.__all__:
+        assert getattr(zmqexecutor, name) is not None
+        assert name in dir(zmqexecutor)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        zmqexecutor.nonsense  # noqa: B018
