@@ -465,6 +465,19 @@ class TestEnd:
         assert first.result(30) is True
         executor.shutdown()
 
+    @pytest.mark.parametrize("how", ["terminate_workers", "kill_workers"])
+    def test_ending_the_workers(self, how: str) -> None:
+        executor = ZmqExecutor(1)
+        running = executor.submit(pid_after, 60)
+        assert eventually(running.running)
+        queued = executor.submit(pow, 2, 2)
+        getattr(executor, how)()
+        with pytest.raises(BrokenProcessPool, match=how):
+            running.result(30)
+        assert eventually(queued.cancelled)
+        with pytest.raises(RuntimeError, match="after shutdown"):
+            executor.submit(pow, 2, 2)
+
     def test_a_forgotten_executor_finishes_and_goes(self) -> None:
         executor = ZmqExecutor(2)
         pid = executor.submit(os.getpid).result(30)

@@ -264,6 +264,8 @@ def test_arguments_are_checked(endpoint: str) -> None:
             runner.submit(1, "x")  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="data must be str or bytes"):
             runner.submit("1", 5)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="surrogates"):
+            runner.submit("\ud800", "x")
 
 
 def test_garbage_from_a_rogue_peer_is_dropped(tmp_path: Path, start_worker: StartWorker) -> None:

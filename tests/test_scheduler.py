@@ -1115,6 +1115,7 @@ class World(RuleBasedStateMachine):
     def check_send(self, worker: SimulatedWorker, send: Send[NamedJob]) -> None:
         state = worker.state
         assert not state.draining
+        assert not state.stalled, "it would wait behind a long job"
         assert 1 <= len(send.jobs) <= LARGEST_BATCH
         assert state.ahead or len(state.held) == 1
         assert all(job.sent for _, job in send.jobs)
@@ -1193,7 +1194,8 @@ class World(RuleBasedStateMachine):
                 assert state.held
                 assert state.ahead
                 assert state.load < AHEAD / 2
-            assert key not in scheduler._moving or state.held
+                assert not state.stalled
+            assert (key in scheduler._moving) == (len(state.held) > 0 and not state.stalled)
             assert len(state.held) <= 1 or state.ahead
 
     @invariant()

@@ -20,7 +20,7 @@ import msgspec
 
 from . import calls
 from .calls import Initializer, Setup, boot_code
-from .errors import ForkedExecutorError, SerializationError
+from .errors import BrokenPoolError, ForkedExecutorError, SerializationError
 from .interpreter import python_command, search_path, start_path
 from .machine import usable_cpus
 from .master import Master, MasterOptions
@@ -189,6 +189,28 @@ class ZmqExecutor(Executor):
         if wait:
             self._master.join()
 
+    def terminate_workers(self) -> None:
+        """Shut down now: cancel what is queued, and end the workers by SIGTERM.
+
+        Returns at once. Tasks that were running fail with BrokenPoolError. Workers
+        that do not heed SIGTERM within seconds are killed.
+        """
+        self._abort(BrokenPoolError("terminate_workers() ended the worker of this task"))
+
+    def kill_workers(self) -> None:
+        """Shut down now: cancel what is queued, and end the workers by SIGKILL.
+
+        Returns at once. Tasks that were running fail with BrokenPoolError.
+        """
+        self._abort(BrokenPoolError("kill_workers() ended the worker of this task"), kill=True)
+
+    def _abort(self, reason: BaseException, *, kill: bool = False) -> None:
+        if self._pid != os.getpid():
+            return
+        with self._lock:
+            self._closed = True
+            self._master.abort(reason, kill=kill)
+
     def __exit__(
         self,
         exc_type: type[BaseException] | None,
@@ -197,9 +219,7 @@ class ZmqExecutor(Executor):
     ) -> bool | None:
         if exc_type is not None and issubclass(exc_type, KeyboardInterrupt):
             # Whoever pressed Ctrl-C does not want to wait for what was running.
-            with self._lock:
-                self._closed = True
-            self._master.abort(exc or KeyboardInterrupt())
+            self._abort(exc or KeyboardInterrupt())
             self._master.join()
         else:
             self.shutdown(wait=True)
@@ -241,20 +261,21 @@ def _results(
             while futures:
                 if buffersize is not None and (submit := next(submits, None)) is not None:
                     futures.append(submit())
-                future = futures.popleft()
-                try:
-                    # No variable keeps the result once it is yielded.
-                    yield future.result(
-                        None if deadline is None else max(0.0, deadline - time.monotonic())
-                    )
-                finally:
-                    future.cancel()
-                    del future
+                yield _result_or_cancel(futures.popleft(), deadline)
         finally:
-            while futures:
-                futures.popleft().cancel()
+            for future in futures:
+                future.cancel()
 
     return generate()
+
+
+def _result_or_cancel(future: Future[T], deadline: float | None) -> T:
+    # In a function of its own, so that the iterator keeps nothing of what it yields.
+    try:
+        return future.result(None if deadline is None else max(0.0, deadline - time.monotonic()))
+    finally:
+        future.cancel()
+        del future
 
 
 def _check_max_workers(max_workers: int | None) -> int:

@@ -99,11 +99,13 @@ class JobRunner:
         Raises:
             RuntimeError: the runner is not started.
             TypeError: an argument has the wrong type.
+            ValueError: an argument is text that UTF-8 cannot carry.
         """
         if not isinstance(job_id, str):
             raise TypeError(f"job_id must be str, not {type(job_id).__name__}")
         if not isinstance(data, (str, bytes)):
             raise TypeError(f"data must be str or bytes, not {type(data).__name__}; encode it")
+        job_id.encode()  # text that is no text must fail here, and only its caller
         future: Future[Data] = Future()
         task = Task(
             future,
@@ -116,6 +118,8 @@ class JobRunner:
         with self._lock:
             if self._master is None:
                 raise RuntimeError("this JobRunner is not running; call start() first")
+            if self._master.broken:
+                raise self._master.broken
             self._master.submit(task)
         return future
 

@@ -137,9 +137,12 @@ class Master:
         """End when the tasks handed over are done; `cancel` drops those not sent."""
         self._call(lambda: self._close_when_done(cancel))
 
-    def abort(self, reason: BaseException) -> None:
-        """End now: queued tasks are cancelled, running ones fail for this reason."""
-        self._call(lambda: self._end(reason))
+    def abort(self, reason: BaseException, *, kill: bool = False) -> None:
+        """End now: queued tasks are cancelled, running ones fail for this reason.
+
+        Workers are sent SIGTERM, or SIGKILL if `kill`.
+        """
+        self._call(lambda: self._end(reason, kill))
 
     def join(self, timeout: float | None = None) -> bool:
         """Wait for the end of the thread, at most `timeout` seconds; say if it came."""
@@ -199,9 +202,12 @@ class Master:
         self._read_inbox()
         now = time.monotonic()
         self._fleet.check_deadlines(now)
+        self._decide(now)
+        self._confirm()
+
+    def _decide(self, now: float) -> None:
         for decision in self._scheduler.decide(now):
             self._carry_out(decision)
-        self._confirm()
 
     def _open(self) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -496,11 +502,15 @@ class Master:
     def _close_when_done(self, cancel: bool) -> None:
         self._closing = True
         if cancel:
-            for task in self._scheduler.cancel_queued():
+            self._decide(time.monotonic())
+            # Those for which a worker is being started count as sent already.
+            for task in self._scheduler.cancel_queued(keep=self._scheduler.starting):
                 _cancel(task)
 
-    def _end(self, reason: BaseException) -> None:
+    def _end(self, reason: BaseException, kill: bool) -> None:
         self._closing = self._ended = True
+        if kill:
+            self._fleet.kill()
         for task in self._scheduler.cancel_queued():
             _cancel(task)
         self._fail_held(reason)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import socket
+import struct
 import threading
 import time
 import uuid
@@ -14,7 +15,6 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from . import protocol, security
 from .errors import ProtocolError, RegistrationError
@@ -184,7 +184,9 @@ class Control(threading.Thread):
         if self._wakeup.fileno() in ready:
             self._wakeup.clear()
         if self._monitor in ready:
-            self._on_connection(zmq.Event(recv_monitor_message(self._monitor)["event"]))
+            # Number and value, then an address; zmq.utils.monitor would load asyncio.
+            event, _ = struct.unpack("=HI", self._monitor.recv_multipart()[0])
+            self._on_connection(zmq.Event(event))
         elif self._socket in ready:
             self._on_message(self._socket.recv_multipart())
         self._send_outbox()

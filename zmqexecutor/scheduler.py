@@ -204,10 +204,15 @@ class Scheduler(Generic[J]):
         job.queued_at = now
         self._queue.append(job)
 
-    def cancel_queued(self) -> list[J]:
-        """Take all queued jobs away, and return them."""
-        jobs = list(self._queue)
-        self._queue.clear()
+    @property
+    def starting(self) -> int:
+        """How many of the wanted workers are not there yet."""
+        return max(0, self.wanted - len(self._workers))
+
+    def cancel_queued(self, keep: int = 0) -> list[J]:
+        """Take all queued jobs but the first `keep` away, and return them."""
+        jobs = [self._queue.pop() for _ in range(len(self._queue) - keep)]
+        jobs.reverse()
         return jobs
 
     def worker_ready(

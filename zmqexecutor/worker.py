@@ -101,7 +101,7 @@ class TargetHandler:
                 return Outcome(True, bytes(result))
             raise TypeError(f"a target returns str or bytes, not {type(result).__name__}")
         except Exception:
-            return Outcome(False, traceback.format_exc().encode(), "text")
+            return Outcome(False, traceback.format_exc().encode(errors="replace"), "text")
 
 
 class Worker:
@@ -277,7 +277,8 @@ class Worker:
             try:
                 self._handler.setup(session.setup)
             except BaseException as error:
-                self._control.send(protocol.Unready(f"{type(error).__name__}: {error}"))
+                reason = f"{type(error).__name__}: {error}".encode(errors="replace").decode()
+                self._control.send(protocol.Unready(reason))
                 raise
             try:
                 self._work.send(protocol.encode(protocol.Ready(session.worker)))
@@ -372,21 +373,22 @@ class Worker:
             outcome = self._handler.run(job, buffers)
         except BaseException:
             # Not from the job itself: an interrupt that was meant for this process.
-            text = traceback.format_exc().encode()
-            self._answer(job.seq, Outcome(False, text, "text"), 0.0)
+            text = traceback.format_exc().encode(errors="replace")
+            self._answer(job.seq, Outcome(False, text, "text"), started, started)
             raise
         if os.getpid() != self._pid:
             os._exit(0)  # the child of a job that forked; the sockets are not its own
         now = time.perf_counter()
-        self._answer(job.seq, outcome, now - started)
+        self._answer(job.seq, outcome, started, now)
         if now - self._unsent_since > COALESCE:
             self._flush()
 
-    def _answer(self, seq: int, outcome: Outcome, seconds: float) -> None:
+    def _answer(self, seq: int, outcome: Outcome, started: float, ended: float) -> None:
         """Make a result safe, and part of the next message."""
         ok, data, codec, buffers = outcome
         if not self._unsent:
-            self._unsent_since = time.perf_counter()
+            self._unsent_since = started
+        seconds = ended - started
         result = protocol.encode(protocol.Result(seq, ok, data, codec, seconds, len(buffers)))
         self._unsent.append(msgspec.Raw(result))
         self._unsent_buffers += buffers
