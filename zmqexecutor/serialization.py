@@ -1,0 +1,448 @@
+"""Callables, arguments, results and exceptions, to payloads and back.
+
+This is the only place that knows what is inside a payload (with `script_globals`,
+which knows how code travels by value). Master and worker carry bytes:
+
+    the user's process                                a worker
+    CallPickler.dump_call(fn, args, kwargs)
+      function_id  16 bytes, names the function
+      function     the definition of fn      ───────► CallRunner.load_function
+                   (once for each worker)
+      data         (args, kwargs)            ───────► CallRunner.run ──► fn(*args, **kwargs)
+      buffers      big arrays                                              │
+    CallPickler.load_outcome                 ◄─────── Outcome ◄────────────┘
+      the result, or raises                           ok, data, buffers
+
+- A *definition* is a pickled callable with the globals of the script that it can
+  reach. It has the digest of its content as its id, travels once to each worker,
+  and is unpickled there before its first call.
+- *Data* is a plain pickle, which `pickle.loads` reads at C speed.
+- *Buffers* are the memory of big arrays (pickle protocol 5), at least 64 KiB each;
+  what is smaller stays in the data. One byte for each buffer, after the pickle in
+  the data, says whether it is read-only. Arguments are copied when the call is
+  made: the caller may go on to change them. Results are not: send them before
+  the next call runs.
+- Every failure ends up as the outcome of its call, an exception that the user's
+  process can load whatever its own pickle does: the text of the traceback
+  travels beside it.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import pickle
+import traceback
+import types
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+
+from .script_globals import (
+    ArgumentPickler,
+    DefinitionError,
+    Definitions,
+    Entry,
+    Key,
+    Received,
+    ResultPickler,
+    ValuePickler,
+)
+
+if TYPE_CHECKING:
+    from .errors import SerializationError
+
+__all__ = ["OUT_OF_BAND", "Buffer", "Call", "CallPickler", "CallRunner", "Outcome"]
+
+OUT_OF_BAND = 64 * 1024
+"""Buffers of at least this many bytes travel beside the data, not in it."""
+
+Buffer = bytes | bytearray | memoryview
+"""What buffers may be when they arrive. Read-only ones are copied where an array
+has to be writable; writable ones are used in place, so their giver gives them up."""
+
+_NO_KEYS: frozenset[Key] = frozenset()
+
+
+class Call(NamedTuple):
+    """A call, ready to be sent: what `CallRunner` needs."""
+
+    function_id: bytes
+    function: bytes
+    data: bytes
+    buffers: list[memoryview]
+
+
+class Outcome(NamedTuple):
+    """What became of a call: a result if ok, else an exception."""
+
+    ok: bool
+    data: bytes
+    buffers: list[memoryview]
+
+
+class _Failure(NamedTuple):
+    """The data of an outcome that is not ok, pickled as a plain tuple.
+
+    Attributes:
+        text: the traceback, as the worker saw it.
+        message: if not empty, what went wrong beside the task: the exception
+            is a SerializationError with this message, caused by the pickled one.
+        exception: the pickled exception, or nothing if it could not be pickled.
+    """
+
+    text: str
+    message: str
+    exception: bytes
+
+
+# ---------------------------------------------------------------------- buffers
+
+
+def _snapshot(view: memoryview) -> memoryview:
+    owner: Any = view.obj
+    while owner is not None and not isinstance(owner, bytes):
+        owner = getattr(owner, "base", None)  # an array made over bytes, say
+    return view if owner is not None else memoryview(bytes(view))
+
+
+def _loads(data: Buffer, buffers: Sequence[Buffer]) -> Any:
+    if not buffers:
+        return pickle.loads(data)
+    # Flags of read-only buffers follow the pickle, which ends where it says so.
+    flags = bytes(data[-len(buffers) :])
+    return pickle.loads(
+        data,
+        buffers=[
+            buffer if readonly or not memoryview(buffer).readonly else bytearray(buffer)
+            for buffer, readonly in zip(buffers, flags, strict=True)
+        ],
+    )
+
+
+def _take_buffer(into: list[memoryview], buffer: pickle.PickleBuffer) -> bool:
+    view = buffer.raw()
+    if view.nbytes < OUT_OF_BAND:
+        return True  # keep it in the data
+    into.append(view)
+    return False
+
+
+_P = TypeVar("_P", bound=ValuePickler)
+
+
+class _ReusedPickler(Generic[_P]):
+    """A pickler that is made once; making one costs more than pickling (1, "a").
+
+    After an exception it is not used again. Between two uses it keeps nothing.
+    """
+
+    def __init__(
+        self, kind: Callable[[io.BytesIO, Callable[[pickle.PickleBuffer], bool]], _P], copy: bool
+    ) -> None:
+        self._file = io.BytesIO()
+        self._buffers: list[memoryview] = []
+        self._copy = copy
+        self.pickler = kind(self._file, functools.partial(_take_buffer, self._buffers))
+        self._dump = self.pickler.dump
+        self._clear_memo = self.pickler.clear_memo
+
+    def dumps(self, obj: object) -> tuple[bytes, list[memoryview]]:
+        """Pickle an object; `take_keys` has to follow."""
+        file = self._file
+        self._dump(obj)
+        buffers = []
+        if self._buffers:
+            buffers = (
+                [_snapshot(view) for view in self._buffers] if self._copy else self._buffers[:]
+            )
+            file.write(bytes(view.readonly for view in self._buffers))
+            self._buffers.clear()
+        data = file.getvalue()
+        self._clear_memo()
+        file.seek(0)
+        file.truncate()
+        return data, buffers
+
+    def take_keys(self) -> frozenset[Key]:
+        """Return what the last pickle refers to, and forget it."""
+        pickler = self.pickler
+        if not pickler.by_value:
+            return _NO_KEYS
+        keys = frozenset(pickler.refs | pickler.names)
+        pickler.reset()
+        return keys
+
+
+# --------------------------------------------------------------- exceptions
+
+
+def _describe(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    except BaseException:  # its __str__ may do anything
+        return type(error).__name__
+
+
+def _format(error: BaseException) -> str:
+    """Return the traceback as text, without the frame of the one who caught it."""
+    trace = error.__traceback__
+    if trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    try:
+        return "".join(traceback.format_exception(type(error), error, trace))
+    except BaseException:  # memory or stack may have run out, a __str__ may do anything
+        return f"{type(error).__name__}\n"
+
+
+def _remote_traceback(text: str) -> Exception:
+    # Not at the top: the module takes 20 ms to import, which a worker does not need.
+    from concurrent.futures import process
+
+    remote: Callable[[str], Exception] = process._RemoteTraceback  # type: ignore[assignment]
+    return remote(f'\n"""\n{text}"""')
+
+
+def _serialization_error(message: str, error: BaseException) -> SerializationError:
+    """Return a SerializationError caused by the given one.
+
+    The cause loses its traceback, whose frames would keep arguments alive, and
+    gets it as text, as a task's exception does.
+    """
+    from .errors import SerializationError
+
+    if error.__cause__ is None and error.__traceback__ is not None:
+        error.__cause__ = _remote_traceback(_format(error))
+    error.__traceback__ = None
+    wrapped = SerializationError(message)
+    wrapped.__cause__ = error
+    return wrapped
+
+
+_HINT = (
+    "Send what it is made from (a path, a name, settings) and make it in the task, "
+    "or once for each worker in an initializer."
+)
+
+# ------------------------------------------------------------------- the parent
+
+
+class CallPickler:
+    """The side that submits: calls out, outcomes in. Many threads may use it at once."""
+
+    def __init__(self) -> None:
+        self._definitions = Definitions()
+        # Not one for each thread: pickling may submit, so one thread may need two.
+        self._spare: list[_ReusedPickler[ArgumentPickler]] = []
+
+    def dump_call(
+        self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Call:
+        """Pickle a call.
+
+        Raises:
+            SerializationError: something of it cannot be pickled; the message
+                says what, and the cause why. KeyboardInterrupt passes.
+        """
+        call = fn, args, kwargs
+        if type(fn) is types.MethodType:
+            # The function travels once; the object may have changed.
+            args = (fn.__self__, *args)
+            fn = fn.__func__
+        try:
+            pickler = self._spare.pop()
+        except IndexError:
+            pickler = _ReusedPickler(ArgumentPickler, copy=True)
+        try:
+            data, buffers = pickler.dumps((args, kwargs))
+            keys = pickler.take_keys()
+            self._spare.append(pickler)
+            definition = self._definitions.define(fn, keys)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            failure = _explain(*call, error)
+        else:
+            return Call(definition.function_id, definition.function, data, buffers)
+        raise failure
+
+    def load_outcome(self, ok: bool, data: Buffer, buffers: Sequence[Buffer] = ()) -> Any:
+        """Return a call's result, or raise its exception."""
+        if ok:
+            return self.load_result(data, buffers)
+        raise self.load_exception(data)
+
+    def load_result(self, data: Buffer, buffers: Sequence[Buffer] = ()) -> Any:
+        """Return the result in the data of an outcome that is ok.
+
+        Raises:
+            SerializationError: it cannot be unpickled here; the cause says why.
+        """
+        try:
+            return _loads(data, buffers)
+        except BaseException as error:
+            message = f"The result cannot be unpickled: {_describe(error)}."
+            failure = _serialization_error(message, error)
+        raise failure
+
+    def load_exception(self, data: Buffer) -> BaseException:
+        """Return the exception in the data of an outcome that is not ok. Never raises."""
+        text, message, pickled = _Failure(*pickle.loads(data))
+        cause: BaseException = _remote_traceback(text)
+        if pickled:
+            try:
+                error = pickle.loads(pickled)
+                if not isinstance(error, BaseException):
+                    raise TypeError(f"unpickling made {type(error)!r} of an exception")
+            except BaseException as problem:
+                return _serialization_error(
+                    f"The task's exception cannot be unpickled: {_describe(problem)}. "
+                    f"The traceback in the worker was:\n\n{text}",
+                    problem,
+                )
+            error.__cause__ = cause
+            if not message:
+                return error
+            cause = error
+        from .errors import SerializationError
+
+        failure = SerializationError(message)
+        failure.__cause__ = cause
+        return failure
+
+
+def _explain(
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException
+) -> SerializationError:
+    """Return what to raise when this call could not be pickled."""
+    name = getattr(fn, "__qualname__", None) or type(fn).__qualname__
+    if isinstance(error, DefinitionError):
+        what = f"{error.what}, which it uses," if error.what else "the function itself"
+        error = error.error
+    else:
+        what = _culprit(args, kwargs) or "the object it is a method of"
+    return _serialization_error(
+        f"The call of {name}() cannot be sent to a worker: {what} cannot be pickled "
+        f"({_describe(error)}). {_HINT}",
+        error,
+    )
+
+
+def _culprit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    named = [(f"argument {position}", arg) for position, arg in enumerate(args, 1)]
+    named += [(f"argument {name!r}", arg) for name, arg in kwargs.items()]
+    for name, arg in named:
+        try:
+            ArgumentPickler(io.BytesIO()).dump(arg)
+        except BaseException:
+            return f"{name} (of type {type(arg).__qualname__})"
+    return None
+
+
+# ------------------------------------------------------------------- the worker
+
+
+class _Function:
+    """A function in the worker, unpickled when first called."""
+
+    __slots__ = ("call", "classes", "definition", "entries", "root", "version")
+
+    def __init__(self, definition: Buffer) -> None:
+        self.definition: Buffer | None = definition
+        self.entries: list[Entry] = []
+        self.root = b""
+        self.call: Callable[..., Any] | None = None
+        self.classes: list[type | None] = []  # kept alive for later calls
+        self.version = -1
+
+    def refresh(self, received: Received) -> None:
+        """Make its globals what they were in the parent at the time of the call.
+
+        Other calls may have brought other values since, so this is needed
+        whenever anything was bound.
+        """
+        if self.definition is not None:
+            self.entries, self.root = pickle.loads(self.definition)
+            self.definition = None
+        changed, self.classes = received.apply(self.entries)
+        if changed or self.call is None:
+            self.call = pickle.loads(self.root)
+        self.version = received.version
+
+
+_UNPICKLE = "The call cannot be unpickled in the worker"
+_RUN = ""
+_PICKLE = "The task's result cannot be pickled"
+
+
+class CallRunner:
+    """The worker's side: runs calls, and pickles what comes of them.
+
+    Make it before any code of the user runs, and use it in one thread.
+    """
+
+    def __init__(self) -> None:
+        self._functions: dict[bytes, _Function] = {}
+        self._received = Received()
+        self._spare: list[_ReusedPickler[ResultPickler]] = []
+
+    def load_function(self, function_id: bytes, function: Buffer) -> None:
+        """Take the definition that calls will name by this id.
+
+        It is unpickled by the first call, whose outcome tells if that fails.
+        """
+        self._functions[function_id] = _Function(function)
+
+    def forget(self, function_id: bytes) -> None:
+        """Let go of a function; the globals it came with stay."""
+        function = self._functions.pop(function_id, None)
+        if function is not None:
+            entries = function.entries
+            del function
+            self._received.forget(entries)
+
+    def run(self, function_id: bytes, data: Buffer, buffers: Sequence[Buffer] = ()) -> Outcome:
+        """Run a call. Never raises, whatever the task does."""
+        stage = _UNPICKLE
+        try:
+            function = self._functions[function_id]
+            if function.version != self._received.version:
+                function.refresh(self._received)
+            args, kwargs = _loads(data, buffers) if buffers else pickle.loads(data)
+            stage = _RUN
+            result = function.call(*args, **kwargs)  # type: ignore[misc]  # refreshed above
+            stage = _PICKLE
+            return Outcome(True, *self._dump_result(result))
+        except BaseException as error:
+            return Outcome(False, _dump_failure(stage, error), [])
+
+    def _dump_result(self, result: object) -> tuple[bytes, list[memoryview]]:
+        try:
+            pickler = self._spare.pop()
+        except IndexError:
+            pickler = _ReusedPickler(ResultPickler, copy=False)
+        dumped = pickler.dumps(result)
+        pickler.take_keys()
+        self._spare.append(pickler)
+        return dumped
+
+
+def _dump_failure(stage: str, error: BaseException) -> bytes:
+    text = _format(error)
+    error.__traceback__ = None  # its frames hold the arguments
+    message = ""
+    # sys.exit() while the result is pickled is the task's own doing, like an error in it.
+    if stage == _UNPICKLE or (stage == _PICKLE and isinstance(error, Exception)):
+        message = f"{stage}: {_describe(error)}."
+    pickled = b""
+    try:
+        with io.BytesIO() as file:
+            ResultPickler(file).dump(error)
+            pickled = file.getvalue()
+    except BaseException as problem:
+        if not message:
+            message = (
+                f"The task raised {_describe(error)}, an exception of {type(error)!r} "
+                f"that cannot be pickled ({_describe(problem)}). "
+                f"The traceback in the worker was:\n\n{text}"
+            )
+    return pickle.dumps((text, message, pickled), 5)
