@@ -592,3 +592,24 @@ def test_nothing_is_left_when_the_program_ends(
     assert eventually(lambda: not any(map(psutil.pid_exists, pids)), 5)
     root = Path(f"/dev/shm/zmqexecutor-{os.geteuid()}")
     assert eventually(lambda: not list(root.glob(f"{parent}-*")), 5)
+
+
+def test_modules_of_the_user_do_not_stand_for_the_standard_librarys(
+    tmp_path: Path, run_script: Callable[..., Any]
+) -> None:
+    """Neither the supervisor nor a worker's start imports what is beside the script."""
+    for name in ("glob", "selectors", "uuid", "platform", "shlex"):
+        (tmp_path / f"{name}.py").write_text(f"print('imported the wrong {name}')")
+    result = run_script(
+        """
+        import sys
+        own = sys.path.pop(0)
+        from zmqexecutor import ZmqExecutor
+        with ZmqExecutor(1) as first:
+            first.submit(pow, 2, 2).result()
+            sys.path.insert(0, own)
+            with ZmqExecutor(1) as executor:
+                print(executor.submit(pow, 2, 10).result())
+        """
+    )
+    assert result.stdout == "1024\n"

@@ -9,15 +9,13 @@ from collections.abc import Sequence
 
 import msgspec
 
+from . import interpreter
 from .errors import RegistrationError
 from .protocol import Frame, Job
 from .serialization import CallPickler, CallRunner
 from .worker import Outcome, Worker
 
 __all__ = ["Initializer", "Setup", "boot_code", "main"]
-
-depth = 0
-"""How many executors this process is inside of: 0 outside of any worker."""
 
 
 class Initializer(msgspec.Struct, frozen=True):
@@ -39,8 +37,6 @@ class Setup(msgspec.Struct, frozen=True):
     """multiprocessing's, so that a Manager's proxies work in tasks."""
     umask: int
     initializer: Initializer | None
-    depth: int = 1
-    """How many executors the worker is inside of, this one included."""
 
 
 class InitializerError(Exception):
@@ -56,8 +52,6 @@ class CallHandler:
     def setup(self, data: bytes) -> None:
         """Take over the parent's settings, and run the initializer."""
         setup = msgspec.msgpack.decode(data, type=Setup)
-        global depth
-        depth = setup.depth
         sys.argv[:] = setup.argv
         sys.path[:] = setup.path
         os.umask(setup.umask)
@@ -100,6 +94,7 @@ def boot_code(path: Sequence[str], endpoint: str, journals: str) -> str:
     """Source for `python -c` that becomes a worker with this module search path."""
     return (
         f"import sys; sys.path[:] = {list(path)!r}; "
+        f"from zmqexecutor import interpreter; interpreter.depth = {interpreter.depth + 1}; "
         f"from zmqexecutor.calls import main; main({endpoint!r}, {journals!r})"
     )
 

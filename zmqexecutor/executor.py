@@ -14,11 +14,11 @@ from concurrent.futures import Executor, Future
 from functools import partial
 from multiprocessing import current_process
 from types import TracebackType
-from typing import Any, Final, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import msgspec
 
-from . import calls
+from . import interpreter
 from .calls import Initializer, Setup, boot_code
 from .errors import BrokenPoolError, ForkedExecutorError, SerializationError
 from .interpreter import python_command, search_path, start_path
@@ -31,9 +31,6 @@ from .tasks import Shared, Task
 from .workers import Workers
 
 __all__ = ["ZmqExecutor"]
-
-DEEPEST: Final = 6
-"""How deep executors may be nested: tasks that make one, whose tasks make one, ..."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -77,11 +74,11 @@ class ZmqExecutor(Executor):
             OSError: there is no place for the pool's private directory.
             RuntimeError: executors are nested too deep.
         """
-        if calls.depth >= DEEPEST:
+        if interpreter.depth >= interpreter.DEEPEST:
             raise RuntimeError(
-                f"executors are nested more than {DEEPEST} deep. Most likely a module makes one "
-                "when it is imported, and its functions are the tasks: each worker then imports "
-                "the module too. Make the executor in a function, or below "
+                f"executors are nested more than {interpreter.DEEPEST} deep. Most likely a module "
+                "makes one when it is imported, and its functions are the tasks: each worker "
+                "then imports the module too. Make the executor in a function, or below "
                 "`if __name__ == '__main__':`"
             )
         self._max_workers = _check_max_workers(max_workers)
@@ -171,7 +168,7 @@ class ZmqExecutor(Executor):
         chunks = iter(lambda: tuple(itertools.islice(arguments, chunksize)), ())
         chunked = (partial(self.submit, run, chunk) for chunk in chunks)
         lists: Iterator[list[T]] = _results(chunked, deadline, buffersize)
-        return itertools.chain.from_iterable(lists)
+        return _flattened(lists)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more tasks, and end the workers when the pending ones are done.
@@ -250,6 +247,13 @@ def _run_chunk(fn: Callable[..., T], chunk: Sequence[tuple[Any, ...]]) -> list[T
     return [fn(*args) for args in chunk]
 
 
+def _flattened(lists: Iterator[list[T]]) -> Iterator[T]:
+    for part in lists:
+        part.reverse()
+        while part:
+            yield part.pop()  # and keep nothing of it
+
+
 def _results(
     submits: Iterator[Callable[[], Future[T]]], deadline: float | None, buffersize: int | None
 ) -> Iterator[T]:
@@ -305,7 +309,6 @@ def _make_setup(
         authkey=bytes(current_process().authkey),
         umask=umask,
         initializer=packed,
-        depth=calls.depth + 1,
     )
 
 

@@ -5,8 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
+from typing import Final
 
-__all__ = ["python_command", "search_path", "start_path"]
+__all__ = ["DEEPEST", "python_command", "search_path", "start_path"]
+
+DEEPEST: Final = 6
+"""How deep executors may be nested: tasks that make one, whose tasks make one, ..."""
+
+depth = 0
+"""How many executors this process is inside of; set by the code that boots a worker.
+In a supervisor it is `DEEPEST`: no executor may be made there."""
 
 
 def python_command(code: str) -> list[str]:
@@ -38,11 +47,22 @@ def search_path() -> list[str]:
 def start_path() -> list[str]:
     """The same for an interpreter that first has to import what is ours.
 
-    The folder of the user's script goes to the end: a `queue.py` there must not
-    stand for the standard library's until the user's code runs.
+    What is not the standard library's or installed goes to the end: a `queue.py`
+    beside the user's script must not stand for the standard library's, and would be
+    run by each of our processes.
     """
-    path = search_path()
+    standard = {os.path.abspath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")}
     home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    if path and path[0] != home:
-        path.append(path.pop(0))
-    return path
+
+    def is_users(entry: str) -> bool:
+        parts = entry.split(os.sep)
+        return not (
+            "site-packages" in parts
+            or "dist-packages" in parts
+            or entry.endswith(".zip")
+            or any(entry == path or entry.startswith(path + os.sep) for path in standard)
+        )
+
+    # A stable sort: what is ours may itself be among the user's, if not installed.
+    path = sorted(search_path(), key=is_users)
+    return path if home in path else [*path, home]

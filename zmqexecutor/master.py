@@ -162,8 +162,9 @@ class Master:
         self.join()
 
     def _call(self, action: Callable[[], None]) -> None:
-        self._inbox.append(action)
-        self._wake()
+        if self._thread.is_alive():
+            self._inbox.append(action)
+            self._wake()
 
     def _wake(self) -> None:
         if (wakeup := self._wakeup) is not None:
@@ -552,7 +553,9 @@ class Master:
             for peer in self._peers.values():
                 peer.close()
             self._peers.clear()
+            self._publish_workers()
             self._close_sockets()
+            self._inbox.clear()
             self._wakeup = None  # closed when no other thread is in the middle of using it
             self._cleanup()
 

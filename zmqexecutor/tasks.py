@@ -66,7 +66,8 @@ class Task(Job):
         try:
             value = self.decode(result, buffers)
         except BaseException as error:
-            self.fail(error)
+            # Its traceback would keep this task and its arguments alive.
+            self.fail(error.with_traceback(None))
         else:
             _complete(self.future.set_result, value)
 

@@ -64,6 +64,7 @@ Event: TypeAlias = Spawned | Reaped | GroupFailed
 
 _BOOT = (
     "import sys, warnings; warnings.simplefilter('ignore'); sys.path[:] = {path}; "
+    "from zmqexecutor import interpreter; interpreter.depth = interpreter.DEEPEST; "
     "from zmqexecutor.supervisor import main; main({fd}, {parent})"
 )
 
