@@ -1,0 +1,1 @@
+"""Comparisons with other process pools, side by side in one run."""

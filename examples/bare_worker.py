@@ -1,0 +1,91 @@
+"""A worker that squares numbers, written from docs/protocol.md alone.
+
+    python bare_worker.py ENDPOINT
+
+It uses nothing of zmqexecutor, as a worker in another language would.
+"""
+
+import os
+import sys
+import time
+import uuid
+
+import zmq
+from msgspec.msgpack import decode, encode
+from zmq.utils.monitor import recv_monitor_message
+
+
+def machine():
+    parts = [os.uname().nodename]
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            parts.append(file.read().strip())
+        parts += [os.readlink("/proc/self/ns/pid"), os.readlink("/proc/self/ns/mnt")]
+    except OSError:
+        pass
+    return " ".join(parts)
+
+
+def run(job):
+    seq, _id, data, _codec, *_ = job
+    start = time.perf_counter()
+    try:
+        ok, answer = True, str(int(data.decode()) ** 2)
+    except ValueError as error:
+        ok, answer = False, repr(error)
+    return [seq, ok, answer.encode(), "text", time.perf_counter() - start]
+
+
+def open_socket(name):
+    socket = context.socket(zmq.DEALER)
+    socket.routing_id = name.encode()
+    socket.linger = 0
+    return socket
+
+
+def serve(endpoint):
+    """Work for one master, until it is lost (True) or lets us go (False)."""
+    name = uuid.uuid4().hex
+    control, work = open_socket(name), open_socket(name)
+    control.immediate = True
+    monitor = control.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+    control.connect(endpoint)
+    try:
+        while True:
+            welcomed = bool(work.last_endpoint)
+            ready, _, _ = zmq.select([control, work, monitor], [], [], None if welcomed else 60)
+            if not ready:
+                sys.exit("no master answered within a minute")
+            if monitor in ready:
+                if recv_monitor_message(monitor)["event"] == zmq.EVENT_DISCONNECTED:
+                    return True
+                hello = ["Hello", 1, name, os.getpid(), os.uname().nodename, machine(), None, None]
+                control.send(encode(hello))
+            if work in ready:
+                jobs = decode(work.recv())[2]
+                results = [run(job) for job in jobs]
+                if results:
+                    work.send(encode(["Results", 0, results]), zmq.DONTWAIT)
+            if control in ready:
+                kind, *fields = decode(control.recv())
+                if kind == "Welcome":
+                    work.connect(fields[1])
+                    work.send(encode(["Ready", name]))
+                elif kind == "Refused":
+                    sys.exit(f"the master refused this worker: {fields[0]}")
+                elif kind == "Drain":
+                    work.send(encode(["Goodbye"]), zmq.DONTWAIT)
+                    work.linger = 1000
+                    return False
+    except zmq.Again:
+        return True  # there is nobody to send to any more
+    finally:
+        control.disable_monitor()
+        for socket in (monitor, control, work):
+            socket.close()
+
+
+context = zmq.Context()
+while serve(sys.argv[1]):
+    pass
+context.term()
