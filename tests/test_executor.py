@@ -209,6 +209,33 @@ class TestMap:
         assert len(taken) == 7
         del results
 
+    @pytest.mark.parametrize("buffersize", [None, 2])
+    @pytest.mark.parametrize("chunksize", [1, 7])
+    def test_unordered(self, executor: ZmqExecutor, chunksize: int, buffersize: int | None) -> None:
+        results = executor.map(
+            abs, range(-50, 0), chunksize=chunksize, buffersize=buffersize, unordered=True
+        )
+        assert sorted(results) == list(range(1, 51))
+
+    def test_unordered_results_come_as_they_are_ready(
+        self, executor: ZmqExecutor, tmp_path: Path
+    ) -> None:
+        gate = tmp_path / "gate"
+
+        def wait_for_gate(first: bool) -> bool:
+            return eventually(gate.exists) if first else first
+
+        results = executor.map(wait_for_gate, [True, False, False], unordered=True)
+        assert [next(results), next(results)] == [False, False]
+        gate.touch()
+        assert list(results) == [True]
+
+    def test_unordered_timeout(self, executor: ZmqExecutor) -> None:
+        results = executor.map(time.sleep, [3, 0], timeout=1.5, unordered=True)
+        assert next(results) is None
+        with pytest.raises(concurrent.futures.TimeoutError):
+            next(results)
+
     @pytest.mark.parametrize(
         ("arguments", "error"),
         [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import itertools
 import os
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from functools import partial
 from multiprocessing import current_process
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
@@ -135,6 +137,7 @@ class ZmqExecutor(Executor):
         timeout: float | None = None,
         chunksize: int = 1,
         buffersize: int | None = None,
+        unordered: bool = False,
     ) -> Iterator[T]:
         """Return an iterator over `map(fn, *iterables)`, computed in the workers.
 
@@ -146,6 +149,7 @@ class ZmqExecutor(Executor):
             buffersize: how many tasks may be submitted ahead of the result that is
                 being waited for; the iterables are then consumed as results are.
                 None consumes them at once.
+            unordered: yield results as they come, not in the order of the arguments.
 
         Raises:
             ValueError: `chunksize` or `buffersize` is less than 1.
@@ -161,13 +165,14 @@ class ZmqExecutor(Executor):
                 raise ValueError("buffersize must be None or > 0")
         deadline = None if timeout is None else time.monotonic() + timeout
         arguments = zip(*iterables)  # noqa: B905  (the shortest one ends it)
+        results = _results_as_they_come if unordered else _results
         if chunksize == 1:
             submits = (partial(self.submit, fn, *args) for args in arguments)
-            return _results(submits, deadline, buffersize)
+            return results(submits, deadline, buffersize)
         run = partial(_run_chunk, fn)
         chunks = iter(lambda: tuple(itertools.islice(arguments, chunksize)), ())
         chunked = (partial(self.submit, run, chunk) for chunk in chunks)
-        lists: Iterator[list[T]] = _results(chunked, deadline, buffersize)
+        lists: Iterator[list[T]] = results(chunked, deadline, buffersize)
         return _flattened(lists)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -269,6 +274,45 @@ def _results(
         finally:
             for future in futures:
                 future.cancel()
+
+    return generate()
+
+
+def _results_as_they_come(
+    submits: Iterator[Callable[[], Future[T]]], deadline: float | None, buffersize: int | None
+) -> Iterator[T]:
+    """The same, but yield each result when it is there."""
+    done: SimpleQueue[Future[T]] = SimpleQueue()
+    pending: set[Future[T]] = set()
+
+    def submit_some(number: int | None) -> None:
+        for submit in itertools.islice(submits, number):
+            future = submit()
+            pending.add(future)
+            future.add_done_callback(done.put)
+
+    submit_some(buffersize)
+
+    def next_done() -> Future[T]:
+        try:
+            future = done.get(
+                timeout=None if deadline is None else max(0.0, deadline - time.monotonic())
+            )
+        except Empty:
+            raise concurrent.futures.TimeoutError from None
+        pending.discard(future)
+        return future
+
+    def generate() -> Iterator[T]:
+        try:
+            while pending:
+                future = [next_done()]  # a list, to be emptied before the yield
+                if buffersize is not None:
+                    submit_some(1)
+                yield _result_or_cancel(future.pop(), deadline)
+        finally:
+            for unwanted in pending:
+                unwanted.cancel()
 
     return generate()
 

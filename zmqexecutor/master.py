@@ -280,7 +280,7 @@ class Master:
             except zmq.Again:
                 return
             parts: list[Frame] = []
-            while socket.rcvmore:
+            while socket.getsockopt(zmq.RCVMORE):
                 # The message itself is small; what follows it is large, and not copied.
                 parts.append(_buffer(socket) if parts else socket.recv())
             try:

@@ -333,26 +333,26 @@ class Worker:
     # -------------------------------------------------------------------- jobs
 
     def _receive(self) -> None:
-        """Queue the jobs of all messages that have come."""
-        while True:
-            try:
-                frame = self._work.recv(zmq.DONTWAIT)
-            except zmq.Again:
-                return
-            buffers: list[Frame] = []
-            while self._work.rcvmore:
-                buffers.append(self._work.recv(copy=False).buffer)
-            message = protocol.decode_jobs(frame)
-            if message.confirmed > self._confirmed:
-                self._confirmed = message.confirmed
-                if self._journal:
-                    self._journal.confirm(message.confirmed)
-            taken = 0
-            first: protocol.Jobs | None = message
-            for job in message.jobs:
-                self._queue.append((job, buffers[taken : taken + job.buffers], first))
-                taken += job.buffers
-                first = None
+        """Queue the jobs of the next message, if one has come."""
+        work = self._work
+        try:
+            frame = work.recv(zmq.DONTWAIT)
+        except zmq.Again:
+            return
+        buffers: list[Frame] = []
+        while work.getsockopt(zmq.RCVMORE):
+            buffers.append(work.recv(copy=False).buffer)
+        message = protocol.decode_jobs(frame)
+        if message.confirmed > self._confirmed:
+            self._confirmed = message.confirmed
+            if self._journal:
+                self._journal.confirm(message.confirmed)
+        taken = 0
+        first: protocol.Jobs | None = message
+        for job in message.jobs:
+            self._queue.append((job, buffers[taken : taken + job.buffers], first))
+            taken += job.buffers
+            first = None
 
     def _run_next(self) -> None:
         job, buffers, message = self._queue.popleft()
