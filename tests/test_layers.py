@@ -25,7 +25,13 @@ LAYERS = [
     "machine",
     "interpreter",
     "security",
-    "script_globals",
+    # what is in a payload
+    "namespaces",
+    "byvalue",
+    "picklers",
+    "bindings",
+    "proofs",
+    "definitions",
     "serialization",
     # the worker's side
     "registration",
@@ -59,7 +65,15 @@ IMPURE = {
     "subprocess",
 }
 PICKLERS = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "copyreg"}
-MAY_PICKLE = {"serialization", "script_globals"}
+MAY_PICKLE = {
+    "namespaces",
+    "byvalue",
+    "picklers",
+    "bindings",
+    "proofs",
+    "definitions",
+    "serialization",
+}
 SUPERVISION = {"circus", "tornado"}
 MAY_SUPERVISE = {"supervisor"}
 WORKERS_SIDE = ["registration", "worker", "calls"]

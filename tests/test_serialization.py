@@ -1487,7 +1487,7 @@ def test_what_is_proven_is_not_pickled_again(script: Script) -> None:
     script("""
         import dataclasses, enum, functools, math, typing
         from harness import Worker
-        from zmqexecutor import script_globals
+        from zmqexecutor import picklers
         LIMIT, TABLE = 3, {"a": [1, 2]}
         @dataclasses.dataclass
         class Point:
@@ -1511,13 +1511,12 @@ def test_what_is_proven_is_not_pickled_again(script: Script) -> None:
             (f, (Point(4),)), (g, (4,)), (closure(1), ()), (Point(1).__eq__, (1,)), (Color, (1,)),
             (functools.partial(helper, 4), ()),
         ]
-        pickler = Worker.__init__ and script_globals.Definitions()
         with Worker() as w:
             for fn, args in cases:
                 for _ in range(3):
                     w.call(fn, *args)
             def fail(*_): raise AssertionError("pickled again")
-            script_globals.DefinitionPickler.dumps = fail
+            picklers.DefinitionPickler.dumps = fail
             for fn, args in cases:
                 w.call(fn, *args)
     """)

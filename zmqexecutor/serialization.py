@@ -1,7 +1,7 @@
 """Callables, arguments, results and exceptions, to payloads and back.
 
-This is the only place that knows what is inside a payload (with `script_globals`,
-which knows how code travels by value). Master and worker carry bytes:
+This is the only place that knows what is inside a payload. How code of the script
+gets into one is told in `definitions`. Master and worker carry bytes:
 
     the user's process                                a worker
     CallPickler.dump_call(fn, args, kwargs)
@@ -37,16 +37,10 @@ import types
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
-from .script_globals import (
-    ArgumentPickler,
-    DefinitionError,
-    Definitions,
-    Entry,
-    Key,
-    Received,
-    ResultPickler,
-    ValuePickler,
-)
+from .bindings import Received
+from .definitions import DefinitionError, Definitions
+from .namespaces import Entry, Key
+from .picklers import ArgumentPickler, ResultPickler, ValuePickler
 
 if TYPE_CHECKING:
     from .errors import SerializationError

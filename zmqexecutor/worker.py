@@ -241,8 +241,10 @@ class Worker:
 
     def _next_session(self) -> Session | None:
         """Wait for a master; None if the worker should end."""
-        while not self._stopping:
-            self._wakeup.clear()
+        while True:
+            self._wakeup.clear()  # before the looks that it would have us take
+            if self._stopping:
+                return None
             while self._control.events:
                 event = self._control.events.popleft()
                 if isinstance(event, Session):
@@ -250,7 +252,6 @@ class Worker:
                 if isinstance(event, RegistrationError):
                     raise event
             self._wait(None)
-        return None
 
     def _wait(self, work: zmq.Socket[bytes] | None) -> None:
         """Sleep until a message, or an event of the control thread, or `stop`."""
