@@ -44,6 +44,7 @@ WORKER = """
         if data == "pid":
             return str(os.getpid())
         if isinstance(data, str) and data.startswith("sleep"):
+            print("started", flush=True)
             time.sleep(float(data.split()[1]))
         if data == "large":
             return "x" * 1_000_000
@@ -183,13 +184,32 @@ def test_sigterm_lets_a_worker_finish(endpoint: str, start_worker: StartWorker) 
     process = start_worker(endpoint)
     with running(endpoint) as runner:
         future = runner.submit("a", "sleep 0.5")
-        assert eventually(future.running)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
         process.terminate()
         assert future.result(20) == "sleep 0.5"
         assert process.wait(20) == 0
-        assert process.stdout is not None
         assert process.stdout.read() == "left\n"
         assert eventually(lambda: len(runner.workers) == 0)
+
+
+def test_interrupt_in_a_job_loses_the_job(endpoint: str, start_worker: StartWorker) -> None:
+    process = start_worker(endpoint)
+    with running(endpoint) as runner:
+        future = runner.submit("a", "sleep 20")
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(WorkerLostError, match="other workers go on"):
+            future.result(15)
+
+
+def test_no_socket_file_is_left(tmp_path: Path, start_worker: StartWorker) -> None:
+    process = start_worker(f"ipc://{tmp_path}/m", f"ipc://{tmp_path}/w")
+    with running(f"ipc://{tmp_path}/m"):
+        process.terminate()
+        assert process.wait(20) == 0
+    assert not [path for path in tmp_path.iterdir() if path.is_socket()]
 
 
 def test_interrupt_ends_a_worker(endpoint: str, start_worker: StartWorker) -> None:

@@ -33,18 +33,22 @@ LAYERS = [
     "proofs",
     "definitions",
     "serialization",
+    "inheritance",
     # the worker's side
     "registration",
     "worker",
     "calls",
     # the group
+    "terminal",
     "supervisor",
+    "supervisor_link",
     "workers",
     # the master's side
     "scheduler",
     "tasks",
     "fleet",
     "peers",
+    "channels",
     "master",
     "jobrunner",
     "executor",
@@ -82,11 +86,14 @@ NOT_FOR_WORKERS = {
     "tasks",
     "peers",
     "fleet",
+    "channels",
     "master",
     "jobrunner",
     "executor",
-    "workers",
+    "terminal",
     "supervisor",
+    "supervisor_link",
+    "workers",
 }
 
 

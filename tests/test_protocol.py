@@ -90,7 +90,7 @@ WIRE: list[tuple[str, object, bytes]] = [
         Results(7, [RESULT], True),
         b"\x94\xa7Results\x07\x91\x96\x01\xc3\xc4\x04data\xa4text\xcb\x3f\xe0\0\0\0\0\0\0\x01\xc3",
     ),
-    (WORK_TO_MASTER, Goodbye(), b"\x91\xa7Goodbye"),
+    (WORK_TO_MASTER, Goodbye(), b"\x92\xa7Goodbye\x00"),
     (
         WORK_TO_WORKER,
         Jobs(9, [JOB], [Shared(b"key", b"function")], [b"old"]),

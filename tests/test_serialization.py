@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import io
+import multiprocessing
 import os
 import pickle
 import subprocess
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 
 from zmqexecutor.errors import SerializationError
+from zmqexecutor.proofs import prove
 from zmqexecutor.serialization import OUT_OF_BAND, Call, CallPickler, CallRunner, Outcome
 
 
@@ -1520,6 +1522,13 @@ def test_what_is_proven_is_not_pickled_again(script: Script) -> None:
             for fn, args in cases:
                 w.call(fn, *args)
     """)
+
+
+def test_what_is_reduced_by_multiprocessing_is_pickled_each_time() -> None:
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    with reader, writer:
+        assert prove([reader]) is None  # its pickle serves once
+    assert prove([1]) is not None
 
 
 def test_globals_that_cannot_be_pickled(script: Script) -> None:

@@ -11,6 +11,7 @@ import msgspec
 
 from . import interpreter
 from .errors import RegistrationError
+from .inheritance import Descriptor, share_tracker
 from .protocol import Frame, Job
 from .serialization import CallPickler, CallRunner
 from .worker import Outcome, Worker
@@ -37,6 +38,8 @@ class Setup(msgspec.Struct, frozen=True):
     """multiprocessing's, so that a Manager's proxies work in tasks."""
     umask: int
     initializer: Initializer | None
+    tracker: Descriptor | None = None
+    """multiprocessing's resource tracker, to be shared."""
 
 
 class InitializerError(Exception):
@@ -58,6 +61,8 @@ class CallHandler:
         from multiprocessing import process
 
         process.current_process().authkey = setup.authkey
+        if setup.tracker is not None:
+            share_tracker(setup.tracker)
         if setup.initializer is not None:
             self._initialize(setup.initializer)
 

@@ -23,6 +23,7 @@ import msgspec
 from . import interpreter
 from .calls import Initializer, Setup, boot_code
 from .errors import BrokenPoolError, ForkedExecutorError, SerializationError
+from .inheritance import inheritable, tracker
 from .interpreter import python_command, search_path, start_path
 from .machine import usable_cpus
 from .master import Master, MasterOptions
@@ -95,6 +96,8 @@ class ZmqExecutor(Executor):
         self._lock = threading.Lock()
         self._closed = False
         self._pid = os.getpid()
+        # Workers that start later look in this process for what these are made of.
+        self._initargs = initargs
         setup = _make_setup(self._pickler, initializer, initargs)
         self._master = _start_master(self._max_workers, max_tasks_per_child, setup)
         # A forgotten executor's workers finish what is pending, and go away.
@@ -341,7 +344,8 @@ def _make_setup(
 ) -> Setup:
     packed = None
     if initializer is not None:
-        call = pickler.dump_call(initializer, tuple(initargs), {})
+        with inheritable():
+            call = pickler.dump_call(initializer, tuple(initargs), {})
         packed = Initializer(
             call.function_id, call.function, call.data, [bytes(b) for b in call.buffers]
         )
@@ -353,6 +357,7 @@ def _make_setup(
         authkey=bytes(current_process().authkey),
         umask=umask,
         initializer=packed,
+        tracker=tracker(),
     )
 
 

@@ -118,7 +118,7 @@ class Fleet:
         self._alive.discard(event.pid)
         if event.pid in self._lost:
             task, _ = self._lost.pop(event.pid)
-            task.fail(_lost_error(task, event.pid, event.exitcode, event.stderr))
+            task.fail(self._lost_error(task, event.pid, event.exitcode, event.stderr))
         if event.pid in self._ready:
             self._ready.discard(event.pid)
             # Not a failure to start: without this word, the supervisor would put
@@ -137,7 +137,7 @@ class Fleet:
         if pid in self._alive:
             self._lost[pid] = (task, time.monotonic() + WAIT_FOR_EXIT_STATUS)
         else:
-            task.fail(_lost_error(task, pid, None, ""))
+            task.fail(self._lost_error(task, pid, None, ""))
 
     @property
     def waiting(self) -> bool:
@@ -152,13 +152,25 @@ class Fleet:
         """Wait no longer for exit statuses that are overdue."""
         for pid in [pid for pid, (_, deadline) in self._lost.items() if deadline <= now]:
             task, _ = self._lost.pop(pid)
-            task.fail(_lost_error(task, pid, None, ""))
+            task.fail(self._lost_error(task, pid, None, ""))
 
     def fail_lost(self, reason: BaseException) -> None:
         """Wait no longer for any exit status."""
         for task, _ in self._lost.values():
             task.fail(reason)
         self._lost.clear()
+
+    def _lost_error(
+        self, task: Task, pid: int, exitcode: int | None, stderr: str
+    ) -> WorkerLostError:
+        others = "the pool goes on with a new worker" if self.group else "other workers go on"
+        message = (
+            f"the worker (pid {pid}) that ran {task.name} {_ending(exitcode)}. "
+            f"Only this task is lost; {others}"
+        )
+        return WorkerLostError(
+            message + _quoted(stderr), job=task.name, pid=pid, exitcode=exitcode, stderr=stderr
+        )
 
     def supervisor_died(self) -> bool:
         """Whether the supervisor is gone and should be restarted."""
@@ -227,16 +239,6 @@ class Fleet:
         """Stop the group at once."""
         if self.group and not self._stopped:
             self.group.kill()
-
-
-def _lost_error(task: Task, pid: int, exitcode: int | None, stderr: str) -> WorkerLostError:
-    message = (
-        f"the worker (pid {pid}) that ran {task.name} {_ending(exitcode)}. "
-        "Only this task is lost; the pool goes on with a new worker"
-    )
-    return WorkerLostError(
-        message + _quoted(stderr), job=task.name, pid=pid, exitcode=exitcode, stderr=stderr
-    )
 
 
 def _ending(exitcode: int | None) -> str:

@@ -30,6 +30,7 @@ from typing import Final
 import zmq
 
 from . import protocol, security
+from .channels import Channels
 from .errors import BrokenPoolError, NoWorkerError, ProtocolError
 from .fleet import Fleet, Group
 from .journal import JournalReader
@@ -44,8 +45,8 @@ __all__ = ["Master", "MasterOptions"]
 
 logger = logging.getLogger(__name__)
 
-MESSAGES_PER_STEP: Final = 256
-"""Messages read from one socket before the others have their turn."""
+PING_INTERVAL: Final = 5.0
+"""Seconds between two looks for connections that have been lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +105,9 @@ class Master:
         self._unconfirmed: set[Peer] = set()  # workers that wait for a confirmation
         self._cleanup = cleanup
         self._pid = os.getpid()
+        self._next_ping: float | None = None
         self._closing = False
         self._ended = False
-        self._garbage = 0
         self.broken: BrokenPoolError | None = None
         """Why no task can run any more, once that is so."""
         self.workers: tuple[WorkerInfo, ...] = ()
@@ -192,10 +193,10 @@ class Master:
 
     def _step(self) -> None:
         ready = self._wait()
-        if self._work in ready:
-            self._read(self._work, self._on_work)
-        if self._control in ready:
-            self._read(self._control, self._on_control)
+        if self._channels.work in ready:
+            self._channels.read(self._channels.work, self._on_work)
+        if self._channels.control in ready:
+            self._channels.read(self._channels.control, self._on_control)
         if self._deaths.fileno() in ready:
             self._read_deaths()
         if self._fleet.fileno() in ready:
@@ -203,6 +204,8 @@ class Master:
         self._read_inbox()
         now = time.monotonic()
         self._fleet.check_deadlines(now)
+        if self._next_ping is not None and self._next_ping <= now:
+            self._ping(now)
         self._decide(now)
         self._confirm()
 
@@ -211,19 +214,17 @@ class Master:
             self._carry_out(decision)
 
     def _open(self) -> None:
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._channels = Channels(self._options.endpoint, self._options.work)
         self._deaths = DeathWatch()
         self._poller = zmq.Poller()
-        try:
-            self._control = security.socket(self._context, zmq.ROUTER)
-            self._work = security.socket(self._context, zmq.ROUTER)
-            security.bind(self._control, self._options.endpoint)
-            self._work_address = security.bind(self._work, self._options.work)
-        except BaseException:
-            self._close_sockets()
-            raise
         assert self._wakeup is not None
-        for source in (self._control, self._work, self._wakeup.fileno(), self._deaths.fileno()):
+        sources = (
+            self._channels.control,
+            self._channels.work,
+            self._wakeup.fileno(),
+            self._deaths.fileno(),
+        )
+        for source in sources:
             if source != -1:
                 self._poller.register(source, zmq.POLLIN)
         self._fleet.start()
@@ -236,7 +237,11 @@ class Master:
         if self._inbox:
             timeout = 0
         else:
-            deadlines = (self._scheduler.next_deadline(), self._fleet.next_deadline())
+            deadlines = (
+                self._scheduler.next_deadline(),
+                self._fleet.next_deadline(),
+                self._next_ping,
+            )
             due = min((d for d in deadlines if d is not None), default=None)
             if due is not None:
                 # Rounded up to whole milliseconds: not to wake just before the time.
@@ -269,29 +274,6 @@ class Master:
             else:
                 scheduler.submit(item, now)
 
-    def _read(
-        self,
-        socket: zmq.Socket[bytes],
-        handle: Callable[[bytes, Frame, list[Frame]], None],
-    ) -> None:
-        for _ in range(MESSAGES_PER_STEP):
-            try:
-                identity = socket.recv(zmq.DONTWAIT)
-            except zmq.Again:
-                return
-            parts: list[Frame] = []
-            while socket.getsockopt(zmq.RCVMORE):
-                # The message itself is small; what follows it is large, and not copied.
-                parts.append(_buffer(socket) if parts else socket.recv())
-            try:
-                if not parts:
-                    raise ProtocolError("an empty message")
-                handle(identity, parts[0], parts[1:])
-            except ProtocolError as error:
-                self._garbage += 1
-                level = logging.WARNING if self._garbage == 1 else logging.DEBUG
-                logger.log(level, "dropped what a peer sent: %s", str(error))
-
     # ------------------------------------------------------- events of workers
 
     def _on_control(self, identity: bytes, frame: Frame, _: list[Frame]) -> None:
@@ -303,7 +285,11 @@ class Master:
         if peer is None:
             return  # from a worker that was lost, or a stranger
         if isinstance(message, protocol.Unready):
-            self._break(message.reason)
+            if self._fleet.group:
+                self._break(message.reason)
+            else:
+                logger.warning("worker %s left: %s", peer.hello.worker, message.reason)
+                self._lose(peer, 0)
         elif peer.state:
             self._scheduler.recalled(peer.state, message.seqs)
 
@@ -312,23 +298,27 @@ class Master:
             raise ProtocolError("a worker must use its name as the id of its sockets")
         if hello.version != protocol.VERSION:
             reason = f"the master speaks protocol {protocol.VERSION}, not {hello.version}"
-            self._tell(identity, protocol.Refused(reason))
+            self._channels.tell(identity, protocol.Refused(reason))
             return
         if (known := self._peers.get(identity)) is not None:
             self._lose(known, None)
         local = hello.machine == machine_id()
+        if not local or self._deaths.fileno() == -1:
+            self._next_ping = self._next_ping or time.monotonic() + PING_INTERVAL
         peer = Peer(hello, identity, _map_journal(hello) if local else None)
         self._peers[identity] = peer
         if hello.workpoint is not None:
             security.check_address(hello.workpoint, "workpoint")
-            self._work.connect(hello.workpoint)
+            self._channels.work.connect(hello.workpoint)
         if local:
             self._by_pid[hello.pid] = peer
             if not self._deaths.add(hello.pid):
                 self._lose(peer, None)
                 return
-        welcome = protocol.Welcome(protocol.VERSION, self._work_address, self._options.setup)
-        if not self._tell(identity, welcome):
+        welcome = protocol.Welcome(
+            protocol.VERSION, self._channels.work_address, self._options.setup
+        )
+        if not self._channels.tell(identity, welcome):
             self._lose(peer, None)
 
     def _on_work(self, identity: bytes, frame: Frame, buffers: list[Frame]) -> None:
@@ -347,7 +337,7 @@ class Master:
         elif isinstance(message, protocol.Ready):
             self._on_ready(peer)
         else:
-            self._lose(peer, 0)
+            self._lose(peer, message.abandoned)
 
     def _on_ready(self, peer: Peer) -> None:
         if peer.state is not None:
@@ -421,7 +411,7 @@ class Master:
             self._deaths.remove(pid)
         if peer.hello.workpoint is not None:
             try:
-                self._work.disconnect(peer.hello.workpoint)
+                self._channels.work.disconnect(peer.hello.workpoint)
             except zmq.ZMQError:
                 pass  # it was not connected
         if peer.state:
@@ -430,6 +420,19 @@ class Master:
                 self._fleet.bury(lost, pid)
             self._publish_workers()
         peer.close()
+
+    def _ping(self, now: float) -> None:
+        """Find out which of the workers that no `DeathWatch` tells of are gone.
+
+        A message to a worker whose connection has been lost cannot be sent.
+        """
+        self._next_ping = None
+        for peer in list(self._peers.values()):
+            if peer.hello.machine == machine_id() and self._deaths.fileno() != -1:
+                continue
+            self._next_ping = now + PING_INTERVAL
+            if not self._channels.tell(peer.identity, protocol.Ping()):
+                self._lose(peer, None)
 
     def _publish_workers(self) -> None:
         self.workers = tuple(peer.info() for peer in self._peers.values() if peer.state)
@@ -443,9 +446,9 @@ class Master:
             peer = self._peers.get(decision.worker.key)
             if peer is not None:
                 self._read_journal(peer)
-                self._tell(peer.identity, protocol.Recall(decision.seqs))
+                self._channels.tell(peer.identity, protocol.Recall(decision.seqs))
         elif isinstance(decision, Retire):
-            self._tell(decision.worker.key, protocol.Drain())
+            self._channels.tell(decision.worker.key, protocol.Drain())
         elif isinstance(decision, Scale):
             self._fleet.scale(decision.workers)
         elif isinstance(decision, Expire):
@@ -473,7 +476,7 @@ class Master:
             jobs.append(protocol.Job(seq, task.id, task.data, task.codec, key, len(task.buffers)))
             frames += task.buffers
         message = protocol.Jobs(peer.confirmed, jobs, shared, forget)
-        if not self._send(self._work, [peer.identity, protocol.encode(message), *frames]):
+        if not self._channels.send_work(peer.identity, message, frames):
             self._lose(peer, None)
         self._unconfirmed.discard(peer)
 
@@ -481,22 +484,8 @@ class Master:
         """Tell workers that wait for it how far their results have come."""
         while self._unconfirmed:
             peer = self._unconfirmed.pop()
-            message = protocol.encode(protocol.Jobs(peer.confirmed, []))
-            if not self._send(self._work, [peer.identity, message]):
+            if not self._channels.send_work(peer.identity, protocol.Jobs(peer.confirmed, [])):
                 self._lose(peer, None)
-
-    def _tell(self, identity: bytes, message: protocol.ControlFromMaster) -> bool:
-        return self._send(self._control, [identity, protocol.encode(message)])
-
-    def _send(self, socket: zmq.Socket[bytes], parts: Sequence[Frame]) -> bool:
-        """Send a message to a worker; False if there is no way to it."""
-        try:
-            socket.send_multipart(parts, zmq.DONTWAIT, copy=True)
-        except zmq.ZMQError as error:
-            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
-                raise
-            return False
-        return True
 
     # ---------------------------------------------------------------- the end
 
@@ -546,7 +535,7 @@ class Master:
             if self._fleet.group and not self._ended and not self.broken:
                 self._fleet.keep_no_more()
                 for peer in self._peers.values():
-                    self._tell(peer.identity, protocol.Drain())
+                    self._channels.tell(peer.identity, protocol.Drain())
                 self._fleet.leave()
             self._fleet.stop()
         finally:
@@ -554,16 +543,11 @@ class Master:
                 peer.close()
             self._peers.clear()
             self._publish_workers()
-            self._close_sockets()
+            self._deaths.close()
+            self._channels.close()
             self._inbox.clear()
             self._wakeup = None  # closed when no other thread is in the middle of using it
             self._cleanup()
-
-    def _close_sockets(self) -> None:
-        for socket in (self._control, self._work):
-            socket.close()
-        self._deaths.close()
-        self._context.term()
 
 
 def _cancel(task: Task) -> None:
@@ -572,12 +556,6 @@ def _cancel(task: Task) -> None:
         task.future.set_running_or_notify_cancel()
     else:
         task.fail(CancelledError())
-
-
-def _buffer(socket: zmq.Socket[bytes]) -> memoryview:
-    """Receive a frame that may be large, without copying it."""
-    frame = socket.recv(copy=False)
-    return frame.buffer
 
 
 def _map_journal(hello: protocol.Hello) -> JournalReader | None:

@@ -263,7 +263,10 @@ class Results(Message, frozen=True):
 
 
 class Goodbye(Message, frozen=True):
-    """The worker leaves; what it has not answered, it has not started."""
+    """The worker leaves; what it has not answered it has not started, but for one job."""
+
+    abandoned: Count = 0
+    """Number of a job that was started and will have no result, or 0."""
 
 
 # ------------------------------------------------------------ encode and decode

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 
 import zmq
 
-__all__ = ["PrivateDirectory", "bind", "check_address", "socket"]
+__all__ = ["PrivateDirectory", "bind", "check_address", "close", "socket"]
 
 IPC_PATH_LIMIT = 107
 """Bytes in the path of a local socket (Linux: 108 with the final zero byte)."""
@@ -189,6 +189,15 @@ def bind(made: zmq.Socket[bytes], address: str) -> str:
         return made.getsockopt_string(zmq.LAST_ENDPOINT)
     os.chmod(path, 0o600)
     return address
+
+
+def close(bound: zmq.Socket[bytes], address: str | None) -> None:
+    """Close a socket, and remove the file of the local address that it was bound to."""
+    if address is not None and address.startswith("ipc://"):
+        # Before the close, while the file is ours for certain; libzmq leaves it there.
+        with contextlib.suppress(OSError):
+            os.unlink(address.removeprefix("ipc://"))
+    bound.close()
 
 
 def _has_listener(path: str) -> bool:

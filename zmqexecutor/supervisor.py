@@ -31,7 +31,6 @@ import errno
 import fcntl
 import functools
 import os
-import select
 import shutil
 import signal
 import socket
@@ -59,6 +58,7 @@ from .protocol import (
     Spawned,
     ToSupervisor,
 )
+from .terminal import BACKLOG, Terminal
 
 EARLY: Final = 1.0
 """Seconds. A process that ends sooner after its start died early."""
@@ -77,8 +77,6 @@ KILL_WAIT: Final = 0.5
 TAIL_BYTES: Final = 4096
 TAIL_LINES: Final = 20
 """What is kept of a process's standard error for its `Reaped`."""
-BACKLOG: Final = 256 * 1024
-"""Bytes waiting for a reader that does not read, above which text is dropped."""
 LONGEST_MESSAGE: Final = 64 * 1024 * 1024
 
 _CHUNK = 64 * 1024  # what a pipe holds
@@ -145,48 +143,6 @@ class _Redirector(Redirector):  # type: ignore[misc]
             entry[2].close()
 
 
-class _Terminal:
-    """Our standard error, which is the user's: written to unchanged, never waited for.
-
-    It cannot be made non-blocking, as its description is shared with the user's
-    process, so it is asked for room first. Without room `pause` stops the reading
-    of processes' pipes, which then fill, so that they wait as if they wrote to the
-    terminal themselves; `resume` is called when all is written.
-    """
-
-    def __init__(self, pause: Callable[[], object], resume: Callable[[], object]) -> None:
-        self._pause, self._resume = pause, resume
-        self._pending = bytearray()
-        self._waiting = self._broken = False
-        self._poll = select.poll()
-        self._poll.register(2, select.POLLOUT)
-
-    def write(self, data: bytes) -> None:
-        if not self._broken and len(self._pending) < BACKLOG:
-            self._pending += data
-            self._flush()
-
-    def _flush(self) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            while self._pending:
-                if not self._poll.poll(0):
-                    if not self._waiting:
-                        loop.add_writer(2, self._flush)
-                        self._waiting = True
-                        self._pause()
-                    return
-                # A pipe with any room takes this much without blocking.
-                del self._pending[: os.write(2, self._pending[: select.PIPE_BUF])]
-        except OSError:  # closed, or its reader is gone: nothing to tell anybody
-            self._broken = True
-            self._pending.clear()
-        if self._waiting:
-            loop.remove_writer(2)
-            self._waiting = False
-            self._resume()
-
-
 class _Group(Watcher):  # type: ignore[misc]
     """The processes. Its methods are Circus's; each change is one step of the loop."""
 
@@ -206,7 +162,7 @@ class _Group(Watcher):  # type: ignore[misc]
         self.numprocesses = config.numprocesses
         self.spare = False
         self._report = report
-        self._terminal = _Terminal(self._pause, self._resume)
+        self._terminal = Terminal(self._pause, self._resume)
         self._kills: set[asyncio.Future[bool]] = set()
         self._early_deaths = self._spawn_failures = 0
         self._not_before = 0.0

@@ -190,6 +190,7 @@ class Worker:
         self._journal: JournalWriter | None = None
         self._confirmed = 0  # position of the journal
         self._needed = 0  # position to be confirmed before the next job starts
+        self._abandoned = 0  # number of a job that was started, and was interrupted
         self._pid = os.getpid()
 
     # ------------------------------------------------------------------ public
@@ -266,7 +267,7 @@ class Worker:
         self._unsent.clear()
         self._unsent_buffers.clear()
         self._journal = session.journal
-        self._confirmed = self._needed = 0
+        self._confirmed = self._needed = self._abandoned = 0
         self._claims.reset()
         self._work = security.socket(context, zmq.DEALER)
         self._work.routing_id = session.worker.encode()
@@ -282,22 +283,22 @@ class Worker:
                 self._control.send(protocol.Unready(reason))
                 raise
             try:
-                self._work.send(protocol.encode(protocol.Ready(session.worker)))
+                self._send([protocol.encode(protocol.Ready(session.worker))])
                 self._run_jobs()
             finally:
                 self._say_goodbye()
         finally:
-            self._work.close()
+            security.close(self._work, self._workpoint)
             if self._journal:
                 self._journal.close()
 
     def _say_goodbye(self) -> None:
-        """Tell the master that what has no result was not started here."""
+        """Tell the master that what has no result was not started here, but for one."""
         if "lost" in self._control.events:
             return
+        self._flush()
         try:
-            self._flush()
-            self._work.send(protocol.encode(protocol.Goodbye()), zmq.DONTWAIT)
+            self._work.send(protocol.encode(protocol.Goodbye(self._abandoned)), zmq.DONTWAIT)
         except zmq.Again:
             return  # nobody is there any more
         self._work.linger = 1000
@@ -373,9 +374,8 @@ class Worker:
         try:
             outcome = self._handler.run(job, buffers)
         except BaseException:
-            # Not from the job itself: an interrupt that was meant for this process.
-            text = traceback.format_exc().encode(errors="replace")
-            self._answer(job.seq, Outcome(False, text, "text"), started, started)
+            # Not what a job raises, but an interrupt that was meant for this process.
+            self._abandoned = job.seq
             raise
         if os.getpid() != self._pid:
             os._exit(0)  # the child of a job that forked; the sockets are not its own
@@ -408,9 +408,25 @@ class Worker:
             return
         position = self._journal.position if self._journal else 0
         message = protocol.EncodedResults(position, self._unsent, self._needed > self._confirmed)
-        self._work.send_multipart([protocol.encode(message), *self._unsent_buffers])
-        self._unsent = []
-        self._unsent_buffers = []
+        if self._send([protocol.encode(message), *self._unsent_buffers]):
+            self._unsent = []
+            self._unsent_buffers = []
+
+    def _send(self, parts: list[Frame]) -> bool:
+        """Send to the master; False if it is not there and something else is to be done."""
+        while True:
+            try:
+                self._work.send_multipart(parts, zmq.DONTWAIT)
+                return True
+            except zmq.Again:  # it has not connected yet, or is gone
+                if self._stopping or self._control.events:
+                    return False
+            sources: list[tuple[Any, int]] = [
+                (self._work, zmq.POLLOUT),
+                (self._wakeup.fileno(), zmq.POLLIN),
+            ]
+            zmq.zmq_poll(sources, -1)
+            self._wakeup.clear()
 
     def _await_confirmation(self) -> None:
         """Wait until the master has what only a message holds, or is lost."""

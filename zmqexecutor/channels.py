@@ -1,0 +1,102 @@
+"""The master's two sockets to its workers: control and work."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Final, TypeAlias
+
+import zmq
+
+from . import protocol, security
+from .errors import ProtocolError
+from .protocol import Frame
+
+__all__ = ["Channels"]
+
+logger = logging.getLogger(__name__)
+
+MESSAGES_PER_STEP: Final = 256
+"""Messages read from one socket before the others have their turn."""
+
+Handle: TypeAlias = Callable[[bytes, Frame, list[Frame]], None]
+
+
+class Channels:
+    """Made, used and closed by the master thread. Workers are named by their routing ids.
+
+    Attributes:
+        control: the socket at the endpoint, where workers register and are controlled.
+        work: the socket for jobs and results, bound, and connected to workpoints.
+        work_address: where workers that name no workpoint connect.
+    """
+
+    def __init__(self, endpoint: str, work: str) -> None:
+        """Bind both sockets.
+
+        Raises:
+            OSError: an address is in use, or cannot be used.
+        """
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.control = security.socket(self._context, zmq.ROUTER)
+        self.work = security.socket(self._context, zmq.ROUTER)
+        self._bound: dict[zmq.Socket[bytes], str] = {}
+        self._garbage = 0
+        try:
+            self._bound[self.control] = security.bind(self.control, endpoint)
+            self.work_address = self._bound[self.work] = security.bind(self.work, work)
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self, socket: zmq.Socket[bytes], handle: Handle) -> None:
+        """Hand what has come on this socket to `handle`; what is no message is dropped.
+
+        Args:
+            socket: `control` or `work`.
+            handle: called with the sender's id, the message, and its buffers; may
+                raise ProtocolError to have it counted as garbage.
+        """
+        for _ in range(MESSAGES_PER_STEP):
+            try:
+                identity = socket.recv(zmq.DONTWAIT)
+            except zmq.Again:
+                return
+            parts: list[Frame] = []
+            while socket.getsockopt(zmq.RCVMORE):
+                # The message itself is small; what follows it is large, and not copied.
+                parts.append(socket.recv(copy=False).buffer if parts else socket.recv())
+            try:
+                if not parts:
+                    raise ProtocolError("an empty message")
+                handle(identity, parts[0], parts[1:])
+            except ProtocolError as error:
+                self._garbage += 1
+                level = logging.WARNING if self._garbage == 1 else logging.DEBUG
+                logger.log(level, "dropped what a peer sent: %s", str(error))
+
+    def tell(self, identity: bytes, message: protocol.ControlFromMaster) -> bool:
+        """Send a control message; False if there is no way to the worker."""
+        return _send(self.control, [identity, protocol.encode(message)])
+
+    def send_work(
+        self, identity: bytes, message: protocol.Jobs, buffers: Sequence[Frame] = ()
+    ) -> bool:
+        """Send jobs; False if there is no way to the worker."""
+        return _send(self.work, [identity, protocol.encode(message), *buffers])
+
+    def close(self) -> None:
+        """Close the sockets. What has not been sent is dropped."""
+        for socket in (self.control, self.work):
+            security.close(socket, self._bound.get(socket))
+        self._context.term()
+
+
+def _send(socket: zmq.Socket[bytes], parts: Sequence[Frame]) -> bool:
+    try:
+        socket.send_multipart(parts, zmq.DONTWAIT)
+    except zmq.ZMQError as error:
+        if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+            raise
+        return False
+    return True

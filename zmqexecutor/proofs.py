@@ -1,0 +1,343 @@
+"""What proves that a pickle that was kept says what a new one would say.
+
+A pickle may be kept while nothing it captured can have changed. What it captured
+is a graph; of each node that can change, the ids of its children are written
+down. Ids suffice: the children are kept alive, or (functions and classes, which
+must be free to die) are nodes themselves whose check fails once they are gone.
+
+What has no proof (an instance with a `__reduce__` of its own, say) is pickled anew
+for each call.
+"""
+
+from __future__ import annotations
+
+import abc
+import collections
+import copyreg
+import dataclasses
+import functools
+import itertools
+import logging
+import operator
+import sys
+import types
+import typing
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import Enum
+from typing import Any, Final, TypeAlias
+
+from cloudpickle import cloudpickle as cp
+
+from .byvalue import REDUCERS
+from .namespaces import (
+    MISSING,
+    Key,
+    code_globals,
+    home_of,
+    importable,
+    is_class,
+    namespace,
+    travels_by_value,
+)
+
+__all__ = ["READERS", "Proof", "holds", "prove"]
+
+Read: TypeAlias = Callable[[Any], Iterable[object]]
+"""Returns the children of a node, given the node or a weak reference to it."""
+
+
+class Unprovable(Exception):  # noqa: N818 - an answer, not an error
+    """Something captured may change without a trace."""
+
+
+_MAX_CHILDREN: Final = 2000
+"""A graph that is larger than this is pickled anew, rather than looked through."""
+
+_ATOMS: Final = frozenset(
+    (
+        *(type(None), bool, int, float, complex, str, bytes, range, slice),
+        *(type(...), type(NotImplemented), types.CodeType, types.BuiltinFunctionType),
+        *(types.MethodDescriptorType, types.WrapperDescriptorType),
+        *(types.ClassMethodDescriptorType, dataclasses._FIELD_BASE),  # type: ignore[attr-defined]
+    )
+)
+# Modules, some of which pydantic's classes need, whose instances do not change.
+_IMMUTABLE_MODULES: Final = frozenset(
+    (
+        *("annotated_types", "datetime", "decimal", "fractions", "ipaddress", "operator"),
+        *("pathlib", "pydantic_core", "re", "typing", "uuid", "zoneinfo"),
+    )
+)
+_OWN_DESCRIPTORS: Final = (types.GetSetDescriptorType, types.MemberDescriptorType)
+
+_function_parts = operator.attrgetter(
+    *("__code__", "__defaults__", "__kwdefaults__"),
+    *("__name__", "__qualname__", "__module__", "__doc__"),
+    *("__closure__", "__dict__", "__annotations__"),
+)
+_TABLES: Final = 7  # where the tables begin, whose contents count
+_class_parts = operator.attrgetter("__class__", "__bases__", "__name__", "__qualname__")
+
+
+def _read_names(source: tuple[Callable[..., object], tuple[str, ...]]) -> Iterable[object]:
+    get, names = source
+    return map(get, names, itertools.repeat(MISSING))
+
+
+def _read_import(source: tuple[str, str]) -> Iterable[object]:
+    module, path = source
+    found = sys.modules[module]
+    if "." in path:
+        return (functools.reduce(getattr, path.split("."), found),)
+    return (getattr(found, path),)
+
+
+def _read_dict(source: Mapping[Any, Any]) -> Iterable[object]:
+    return (*source, *source.values())
+
+
+def _read_function(ref: Callable[[], Any]) -> Sequence[object]:
+    # Much of the time that a call takes to pickle is spent here.
+    parts: tuple[Any, ...] = _function_parts(ref())
+    if parts[-1] or parts[-2] or parts[-3]:
+        closure, attributes, annotations = parts[-3:]
+        if closure:
+            parts += tuple([cell.cell_contents for cell in closure])
+        for table in (attributes, annotations):
+            parts += (*table, *table.values())
+    return parts
+
+
+def _read_class(ref: Callable[[], Any]) -> Iterable[object]:
+    cls = ref()
+    parts = (*_class_parts(cls), *cls.__dict__, *cls.__dict__.values())
+    if "_abc_impl" in cls.__dict__:
+        parts += (*abc._get_dump(cls)[0],)  # type: ignore[attr-defined]  # who registered
+    return parts
+
+
+def _read_instance(obj: Any) -> Iterable[object]:
+    parts: tuple[object, ...] = (type(obj),)
+    attributes = getattr(obj, "__dict__", None)
+    if attributes:
+        parts += (*attributes, *attributes.values())
+    slots = copyreg._slotnames(type(obj))  # type: ignore[attr-defined]
+    if slots:
+        parts += tuple([getattr(obj, name, MISSING) for name in slots])
+    return parts
+
+
+# What the pickles of these depend on.
+READERS: Final[dict[type, Read]] = {
+    tuple: tuple,
+    frozenset: tuple,
+    list: tuple,
+    set: tuple,
+    dict: _read_dict,
+    types.MappingProxyType: _read_dict,
+    property: operator.attrgetter("fget", "fset", "fdel", "__doc__"),
+    staticmethod: lambda method: (method.__func__,),
+    classmethod: lambda method: (method.__func__,),
+    types.MethodType: operator.attrgetter("__func__", "__self__"),
+    functools.partial: operator.attrgetter("func", "args", "keywords", "__dict__"),
+    functools.cached_property: operator.attrgetter("func", "attrname"),
+    functools._lru_cache_wrapper: _read_instance,
+    types.GenericAlias: operator.attrgetter("__origin__", "__args__"),
+    types.SimpleNamespace: lambda obj: _read_dict(vars(obj)),
+    collections.OrderedDict: _read_dict,
+    collections.Counter: _read_dict,
+    collections.defaultdict: lambda table: (table.default_factory, *_read_dict(table)),
+    collections.deque: lambda queue: (queue.maxlen, *queue),
+    logging.Logger: operator.attrgetter("name"),
+    logging.RootLogger: lambda _: (),
+    types.MethodWrapperType: operator.attrgetter("__self__", "__name__"),
+    types.UnionType: operator.attrgetter("__args__"),
+}
+
+
+class Proof:
+    """Tells whether anything a pickle was made of has changed since.
+
+    Attributes:
+        bindings: what globals were bound to.
+        checks: nodes of the graph: how to read one, what to read, the children it had.
+    """
+
+    __slots__ = ("_compiled", "_keep", "_modules", "_registered", "bindings", "checks")
+
+    def __init__(self) -> None:
+        self.bindings: dict[Key, int] = {}
+        self.checks: dict[Any, tuple[Read, Any, list[int]]] = {}
+        self._keep: list[Any] = []
+        # A new import may be a submodule that pickled code would have to import.
+        self._modules = len(sys.modules)
+        self._registered = frozenset(cp._PICKLE_BY_VALUE_MODULES)
+        self._compiled: list[tuple[Read, Any, list[int]]] | None = None
+
+    def bind(self, keys: Iterable[Key]) -> None:
+        """Note what these globals are bound to now."""
+        for module, name in keys:
+            if module:
+                value = namespace(module).get(name, MISSING)
+                self.bindings[module, name] = id(value)
+                if _may_be_kept(value):
+                    self._keep.append(value)
+
+    @classmethod
+    def union(cls, proofs: list[Proof]) -> Proof:
+        """Return the proof that all of these hold."""
+        union = cls()
+        for proof in proofs:
+            union.bindings.update(proof.bindings)
+            union.checks.update(proof.checks)
+            union._keep.append(proof._keep)
+            union._modules = min(union._modules, proof._modules)
+        return union
+
+    def _compile(self) -> list[tuple[Read, Any, list[int]]]:
+        compiled = []
+        for home in dict.fromkeys(module for module, _ in self.bindings):
+            names = tuple(name for module, name in self.bindings if module == home)
+            ids = [self.bindings[home, name] for name in names]
+            compiled.append((_read_names, (namespace(home).get, names), ids))
+        return [*compiled, *self.checks.values()]
+
+    def holds(self) -> bool:
+        """Say whether a new pickle would say the same. Never raises."""
+        if len(sys.modules) != self._modules:
+            return False
+        if self._registered != cp._PICKLE_BY_VALUE_MODULES:
+            return False
+        if self._compiled is None:
+            self._compiled = self._compile()
+        try:
+            for read, source, ids in self._compiled:
+                if [*map(id, read(source))] != ids:
+                    return False
+        except Exception:  # a name, a cell or a function is gone
+            return False
+        return True
+
+
+def holds(proof: Proof | None) -> bool:
+    """Say whether there is a proof, and it holds."""
+    return proof is not None and proof.holds()
+
+
+def _may_be_kept(value: object) -> bool:
+    return type(value) is not types.FunctionType and not is_class(value)
+
+
+def prove(value: object) -> Proof | None:
+    """Write down what a pickle of this captures, or return None if it cannot be known."""
+    try:
+        return _Prover(value).proof
+    except Exception:  # Unprovable, or something odd that no proof should rest on
+        return None
+
+
+class _Prover:
+    """Walks through what a pickle would capture."""
+
+    def __init__(self, value: object) -> None:
+        self.proof = Proof()
+        self._children = 0
+        self._todo = [value]
+        self._seen: set[int] = set()
+        while self._todo:
+            self._visit(self._todo.pop())
+
+    def _visit(self, value: Any) -> None:
+        if _may_be_kept(value):
+            self.proof._keep.append(value)
+        kind = type(value)
+        if kind in _ATOMS:
+            owner = getattr(value, "__self__", None)
+            if owner is not None and not isinstance(owner, (types.ModuleType, type)):
+                raise Unprovable  # a builtin method of an object
+            return
+        if value is MISSING or id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        if kind is types.FunctionType:
+            self._visit_function(value)
+        elif issubclass(kind, type):
+            self._visit_class(value)
+        elif isinstance(value, types.ModuleType):
+            if travels_by_value(value.__name__) or sys.modules.get(value.__name__) is not value:
+                raise Unprovable
+        elif kind in READERS:
+            self._check(READERS[kind], value)
+        elif kind.__module__.partition(".")[0] in _IMMUTABLE_MODULES:
+            self._todo += [typing.get_origin(value), *typing.get_args(value)]
+        elif kind.__module__ == "attr._make" and issubclass(kind, tuple):
+            self._check(tuple, value)  # the fields of a class of attrs
+        elif isinstance(value, Enum) or _has_plain_state(kind):
+            self._check(_read_instance, value)
+        else:
+            raise Unprovable
+
+    def _check(self, read: Read, source: Any, children: Iterable[object] | None = None) -> None:
+        found = list(read(source))
+        self._children += len(found)
+        if self._children > _MAX_CHILDREN:
+            raise Unprovable
+        self.proof.checks[read, id(source)] = read, source, [*map(id, found)]
+        self._todo += found if children is None else children
+
+    def _check_import(self, value: Any) -> None:
+        if value.__module__ != "builtins":
+            source = value.__module__, value.__qualname__
+            self.proof.checks[source] = _read_import, source, [id(value)]
+
+    def _visit_function(self, func: types.FunctionType) -> None:
+        if importable(func):
+            self._check_import(func)
+            return
+        ref = weakref.ref(func)
+        parts = _read_function(ref)
+        # Not the tables themselves: kept alive, they might keep the function alive.
+        self._check(_read_function, ref, [*parts[:_TABLES], *parts[_TABLES + 3 :]])
+        if home_of(func.__globals__) is None:  # these globals are copied into the pickle
+            names = tuple(code_globals(func.__code__))
+            self._check(_read_names, (func.__globals__.get, names))
+
+    def _visit_class(self, cls: type) -> None:
+        if cls.__module__ == "builtins":
+            return
+        if importable(cls):
+            self._check_import(cls)
+            return
+        ref = weakref.ref(cls)
+        children = []
+        for child in _read_class(ref):
+            if isinstance(child, weakref.ref):  # of a class registered with an ABC
+                self.proof._keep.append(child)
+            elif type(child) not in _OWN_DESCRIPTORS and type(child).__name__ != "_abc_data":
+                children.append(child)
+        self._check(_read_class, ref, children)
+
+
+_STATE_METHODS: Final = ("__reduce_ex__", "__reduce__", "__getstate__")
+_HEAP_TYPE: Final = 1 << 9
+
+
+def _has_plain_state(kind: type) -> bool:
+    """Say whether instances pickle as their attributes and nothing else.
+
+    Those of attrs itself do, though they have methods for it.
+    """
+    return (
+        (
+            kind.__module__.startswith("attr.")
+            or all(
+                getattr(kind, name, None) is getattr(object, name, None) for name in _STATE_METHODS
+            )
+        )
+        and not hasattr(kind, "__getnewargs__")
+        and not hasattr(kind, "__getnewargs_ex__")
+        and not issubclass(kind, (list, dict))
+        and not REDUCERS.has_one_for(kind)
+        and all(base is object or base.__flags__ & _HEAP_TYPE for base in kind.__mro__)
+    )
