@@ -12,7 +12,7 @@ import pytest
 
 from .driver import Outcome, UpstreamFailed
 
-__all__ = ["DEFECTS", "DEVIATIONS", "judge", "parameters"]
+__all__ = ["DEVIATIONS", "judge", "parameters"]
 
 _UNPICKLE = (
     "asserts that the whole pool breaks when something cannot be unpickled; "
@@ -63,26 +63,14 @@ DEVIATIONS: dict[str, str] = {
 """On purpose. The reason is one of two: the test uses private parts of
 `ProcessPoolExecutor`, or it asserts that the whole pool breaks where ours loses one task."""
 
-_INITARGS = (
-    "initargs are pickled without multiprocessing's spawning context, so that its queues, "
-    "locks and values cannot be among them"
-)
-DEFECTS: dict[str, str] = {
-    # ------------------------------------------------------------------- CPython
-    "ProcessPoolSpawnFailingInitializerTest.test_initializer": _INITARGS,
-    "FailingInitializerResourcesTest.test_spawn": _INITARGS,
-}
-"""To be mended: what is wrong."""
-
 
 def parameters(names: Iterable[str]) -> list[Any]:
     """Return the tests as parameters; those with an entry here are expected to fail."""
-    known = {**DEVIATIONS, **DEFECTS}
     result = []
     for name in names:
         marks = []
-        if name in known:
-            marks = [pytest.mark.xfail(raises=UpstreamFailed, reason=known[name], strict=True)]
+        if name in DEVIATIONS:
+            marks = [pytest.mark.xfail(raises=UpstreamFailed, reason=DEVIATIONS[name], strict=True)]
         result.append(pytest.param(name, marks=marks, id=name.replace("\\", "")))
     return result
 
