@@ -110,10 +110,14 @@ class Desk:
         self.scheduler.settle(worker)
 
     def teach(self, worker: Worker, kind: str, seconds: float) -> None:
-        """Have an idle worker do one job of this kind, so that its duration is known."""
+        """Have an idle worker do one job of this kind, so that its duration is known.
+
+        It is the given one if that is the only one, or was idle last.
+        """
         self.submit(kind)
-        assert sent_to(self.decide(), worker)
-        self.answer(worker, seconds=seconds)
+        [sent] = only(self.decide(), Send)
+        self.answer(sent.worker, seconds=seconds)
+        assert worker.key in self.scheduler._workers
 
 
 def only(decisions: Iterable[Decision[NamedJob]], kind: type[Any]) -> list[Any]:
@@ -215,6 +219,17 @@ def test_what_waits_is_spread_over_the_idle_workers() -> None:
     shares = [sent_to(decisions, worker) for worker in workers]
     assert sorted(len(share) for share in shares) == [2, 2, 3, 3]
     assert sorted(job.name for share in shares for job in share) == [job.name for job in jobs]
+
+
+def test_the_worker_that_was_idle_last_is_served_first() -> None:
+    desk = Desk()
+    first, second = desk.worker("a"), desk.worker("b")
+    for worker in (second, second):
+        desk.submit("tiny")
+        assert sent_to(desk.decide(), worker)
+        desk.answer(worker)
+    desk.submit("tiny", 2)
+    assert {send.worker.key for send in only(desk.decide(), Send)} == {first.key, second.key}
 
 
 def test_an_idle_worker_is_served_before_one_that_has_jobs() -> None:

@@ -320,7 +320,7 @@ class Scheduler(Generic[J]):
         takers = len(idle) + len(hungry)
         while queue:
             if idle:
-                worker = idle.popitem(last=False)[1]
+                worker = idle.popitem(last=True)[1]  # its caches are the warmest
             elif hungry and self._expected(queue[0]) <= AHEAD / 2:
                 worker = hungry.popitem(last=False)[1]
             else:
