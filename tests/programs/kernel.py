@@ -1,0 +1,50 @@
+"""Run cells, given as JSON, in an IPython kernel; print what each of them shows, as JSON.
+
+A cell that begins with `#interrupt` is interrupted once it has printed something.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from typing import Any
+
+warnings.simplefilter("ignore")
+from jupyter_client.manager import KernelManager  # noqa: E402
+
+
+def run_cell(manager: Any, client: Any, cell: str) -> str:
+    shown = ""
+    request = client.execute(cell)
+    while True:
+        message = client.get_iopub_msg(timeout=60)
+        if message["parent_header"].get("msg_id") != request:
+            continue
+        kind, content = message["msg_type"], message["content"]
+        if kind == "status" and content["execution_state"] == "idle":
+            return shown
+        if kind == "stream":
+            shown += content["text"]
+            if cell.startswith("#interrupt"):
+                manager.interrupt_kernel()
+        elif kind == "execute_result":
+            shown += content["data"]["text/plain"]
+        elif kind == "error":
+            shown += content["ename"]
+
+
+def main() -> None:
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel(extra_arguments=["--InteractiveShell.colors=NoColor"])
+    client = manager.blocking_client()
+    try:
+        client.start_channels()
+        client.wait_for_ready(timeout=60)
+        print(json.dumps([run_cell(manager, client, cell) for cell in json.load(sys.stdin)]))
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel()
+
+
+main()
