@@ -6,12 +6,13 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from multiprocessing.process import current_process
 
 import msgspec
 
 from . import interpreter
 from .errors import RegistrationError
-from .inheritance import Descriptor, share_tracker
+from .inheritance import Descriptor, share_tracker, tracker
 from .protocol import Frame, Job
 from .serialization import CallPickler, CallRunner
 from .worker import Outcome, Worker
@@ -29,17 +30,57 @@ class Initializer(msgspec.Struct, frozen=True):
 
 
 class Setup(msgspec.Struct, frozen=True):
-    """What a worker takes over from the process that made the executor."""
+    """What a worker takes over from the process of the executor, at its first submit.
 
-    argv: list[str]
-    path: list[str]
+    Text is encoded by `os.fsencode`, since it may hold names that are not UTF-8.
+    """
+
+    argv: list[bytes]
+    path: list[bytes]
     """The module search path, in its order; as in the parent."""
+    directory: bytes | None
+    """The working directory, unless it has been removed."""
+    environment: dict[bytes, bytes]
     authkey: bytes
     """multiprocessing's, so that a Manager's proxies work in tasks."""
     umask: int
     initializer: Initializer | None
     tracker: Descriptor | None = None
     """multiprocessing's resource tracker, to be shared."""
+
+    @classmethod
+    def of_this_process(cls, initializer: Initializer | None) -> Setup:
+        """What there is to be taken over now."""
+        umask = os.umask(0o077)
+        os.umask(umask)
+        try:
+            directory = os.getcwdb()
+        except FileNotFoundError:
+            directory = None
+        return cls(
+            argv=[os.fsencode(argument) for argument in sys.argv],
+            path=[os.fsencode(entry) for entry in interpreter.search_path()],
+            directory=directory,
+            environment=dict(os.environb),
+            authkey=bytes(current_process().authkey),
+            umask=umask,
+            initializer=initializer,
+            tracker=tracker(),
+        )
+
+    def take_over(self) -> None:
+        """Make this process a likeness of that one."""
+        sys.argv[:] = [os.fsdecode(argument) for argument in self.argv]
+        sys.path[:] = [os.fsdecode(entry) for entry in self.path]
+        if self.directory is not None:
+            os.chdir(self.directory)
+        if os.environb != self.environment:
+            os.environb.clear()
+            os.environb.update(self.environment)
+        os.umask(self.umask)
+        current_process().authkey = self.authkey
+        if self.tracker is not None:
+            share_tracker(self.tracker)
 
 
 class InitializerError(Exception):
@@ -55,14 +96,7 @@ class CallHandler:
     def setup(self, data: bytes) -> None:
         """Take over the parent's settings, and run the initializer."""
         setup = msgspec.msgpack.decode(data, type=Setup)
-        sys.argv[:] = setup.argv
-        sys.path[:] = setup.path
-        os.umask(setup.umask)
-        from multiprocessing import process
-
-        process.current_process().authkey = setup.authkey
-        if setup.tracker is not None:
-            share_tracker(setup.tracker)
+        setup.take_over()
         if setup.initializer is not None:
             self._initialize(setup.initializer)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import itertools
 import os
-import sys
 import threading
 import time
 import weakref
@@ -13,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from functools import partial
-from multiprocessing import current_process
 from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
@@ -23,8 +21,8 @@ import msgspec
 from . import interpreter
 from .calls import Initializer, Setup, boot_code
 from .errors import BrokenPoolError, ForkedExecutorError, SerializationError
-from .inheritance import inheritable, tracker
-from .interpreter import python_command, search_path, start_path
+from .inheritance import inheritable
+from .interpreter import python_command, start_path
 from .machine import usable_cpus
 from .master import Master, MasterOptions
 from .protocol import Frame, Result
@@ -98,8 +96,9 @@ class ZmqExecutor(Executor):
         self._pid = os.getpid()
         # Workers that start later look in this process for what these are made of.
         self._initargs = initargs
-        setup = _make_setup(self._pickler, initializer, initargs)
-        self._master = _start_master(self._max_workers, max_tasks_per_child, setup)
+        self._initializer = _pack_initializer(self._pickler, initializer, initargs)
+        self._equipped = False
+        self._master = _start_master(self._max_workers, max_tasks_per_child)
         # A forgotten executor's workers finish what is pending, and go away.
         weakref.finalize(self, self._master.close).atexit = False
 
@@ -130,6 +129,12 @@ class ZmqExecutor(Executor):
         )
         with self._lock:
             self._check_open()
+            if not self._equipped:
+                # Not before: as with the standard library, what the program changes
+                # up to its first task (sys.path, directory, environment) is seen there.
+                setup = Setup.of_this_process(self._initializer)
+                self._master.equip(msgspec.msgpack.encode(setup))
+                self._equipped = True
             self._master.submit(task)
         return future
 
@@ -339,36 +344,25 @@ def _check_max_workers(max_workers: int | None) -> int:
     return max_workers
 
 
-def _make_setup(
+def _pack_initializer(
     pickler: CallPickler, initializer: Callable[..., object] | None, initargs: tuple[Any, ...]
-) -> Setup:
-    packed = None
-    if initializer is not None:
-        with inheritable():
-            call = pickler.dump_call(initializer, tuple(initargs), {})
-        packed = Initializer(
-            call.function_id, call.function, call.data, [bytes(b) for b in call.buffers]
-        )
-    umask = os.umask(0o077)
-    os.umask(umask)
-    return Setup(
-        argv=list(sys.argv),
-        path=search_path(),
-        authkey=bytes(current_process().authkey),
-        umask=umask,
-        initializer=packed,
-        tracker=tracker(),
-    )
+) -> Initializer | None:
+    if initializer is None:
+        return None
+    with inheritable():
+        call = pickler.dump_call(initializer, tuple(initargs), {})
+    buffers = [bytes(buffer) for buffer in call.buffers]
+    return Initializer(call.function_id, call.function, call.data, buffers)
 
 
-def _start_master(max_workers: int, allowance: int | None, setup: Setup) -> Master:
+def _start_master(max_workers: int, allowance: int | None) -> Master:
     directory = PrivateDirectory()
     endpoint = f"ipc://{directory.path}/control"
     command = python_command(boot_code(start_path(), endpoint, directory.path))
     options = MasterOptions(
         endpoint=endpoint,
         work=f"ipc://{directory.path}/work",
-        setup=msgspec.msgpack.encode(setup),
+        setup=None,
         max_workers=max_workers,
         allowance=allowance,
         finish_at_exit=True,

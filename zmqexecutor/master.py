@@ -56,7 +56,8 @@ class MasterOptions:
     Attributes:
         endpoint: where workers register.
         work: where workers connect for jobs; `tcp://HOST:*` is any free port.
-        setup: what each worker must prepare before it is ready.
+        setup: what each worker must prepare before it is ready, or None if `equip`
+            will tell; workers that register before that have to wait.
         max_workers: how many workers the group may have.
         allowance: how many jobs a worker does before it is replaced, or None.
         patience: seconds that a job waits while there is no worker, or None.
@@ -65,7 +66,7 @@ class MasterOptions:
 
     endpoint: str
     work: str
-    setup: bytes = b""
+    setup: bytes | None = b""
     max_workers: int = 0
     allowance: int | None = None
     patience: float | None = None
@@ -105,6 +106,7 @@ class Master:
         self._unconfirmed: set[Peer] = set()  # workers that wait for a confirmation
         self._cleanup = cleanup
         self._pid = os.getpid()
+        self._setup = options.setup
         self._next_ping: float | None = None
         self._closing = False
         self._ended = False
@@ -133,6 +135,10 @@ class Master:
         if self._asleep:
             self._asleep = False
             self._wake()
+
+    def equip(self, setup: bytes) -> None:
+        """Say, once, what workers must prepare, if the options have left it open."""
+        self._call(lambda: self._welcome_all(setup))
 
     def close(self, *, cancel: bool = False) -> None:
         """End when the tasks handed over are done; `cancel` drops those not sent."""
@@ -315,11 +321,19 @@ class Master:
             if not self._deaths.add(hello.pid):
                 self._lose(peer, None)
                 return
-        welcome = protocol.Welcome(
-            protocol.VERSION, self._channels.work_address, self._options.setup
-        )
-        if not self._channels.tell(identity, welcome):
+        self._welcome(peer)
+
+    def _welcome(self, peer: Peer) -> None:
+        if self._setup is None:
+            return  # it waits for `equip`
+        welcome = protocol.Welcome(protocol.VERSION, self._channels.work_address, self._setup)
+        if not self._channels.tell(peer.identity, welcome):
             self._lose(peer, None)
+
+    def _welcome_all(self, setup: bytes) -> None:
+        self._setup = setup
+        for peer in list(self._peers.values()):
+            self._welcome(peer)
 
     def _on_work(self, identity: bytes, frame: Frame, buffers: list[Frame]) -> None:
         peer = self._peers.get(identity)

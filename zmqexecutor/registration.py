@@ -213,6 +213,8 @@ class Control(threading.Thread):
     def _on_connection(self, event: zmq.Event) -> None:
         if event is zmq.Event.HANDSHAKE_SUCCEEDED:
             self._register()
+            if not self._patience:
+                self._deadline = None  # we are that master's own; it welcomes us when it wants
             return
         if self._welcomed:
             if not self._patience:

@@ -100,7 +100,8 @@ class Program:
     def start(self, source: str) -> subprocess.Popen[str]:
         """Start a script in a process group of its own, as a shell does, Ctrl-C at default."""
         script = self.write("script.py", self.text(source))
-        process = subprocess.Popen(
+        # Its private directory is not looked for: a second Ctrl-C may cut its removal short.
+        return subprocess.Popen(
             [sys.executable, str(script)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -111,8 +112,6 @@ class Program:
             start_new_session=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
         )
-        self._pids.append(process.pid)
-        return process
 
     def processes(self) -> list[psutil.Process]:
         """Those that this program started, and that are not gone yet."""

@@ -13,10 +13,6 @@ import zmqexecutor
 
 from .conftest import Program
 
-SETUP = (
-    "a worker's sys.path, environment, directory, umask and argv are taken when the executor is "
-    "made; the standard library's are those of the first submit"
-)
 FILES = "cloudpickle sends a text file that is open for reading as a StringIO with its contents"
 
 
@@ -91,10 +87,7 @@ def test_what_changes_before_the_executor_is_made(both: Program) -> None:
     assert out == f"{LATE}5\n"
 
 
-def test_a_path_that_is_added_before_the_first_submit(
-    both: Program, request: pytest.FixtureRequest
-) -> None:
-    both.has_defect(request, SETUP)
+def test_a_path_that_is_added_before_the_first_submit(both: Program) -> None:
     both.write("late/extra.py", "def f(): return 5\n")
     out = both("""
         import os, sys
@@ -106,10 +99,7 @@ def test_a_path_that_is_added_before_the_first_submit(
     assert out == "5\n"
 
 
-def test_what_else_changes_before_the_first_submit(
-    both: Program, request: pytest.FixtureRequest
-) -> None:
-    both.has_defect(request, SETUP)
+def test_what_else_changes_before_the_first_submit(both: Program) -> None:
     both.write("elsewhere/file", "")
     out = both(f"""{READ}
         with Pool(1) as pool:{CHANGES}
