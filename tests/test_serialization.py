@@ -1533,9 +1533,10 @@ def test_what_is_reduced_by_multiprocessing_is_pickled_each_time() -> None:
 
 def test_globals_that_cannot_be_pickled(script: Script) -> None:
     script("""
-        import threading
+        import contextlib
         from harness import Worker
-        lock = threading.Lock()
+        lock = contextlib.ExitStack()
+        lock.generator = (i for i in ())
         class Simulation:
             def step(self): return 1
             def run(self):

@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import contextvars
 import copyreg
 import functools
 import importlib
+import io
 import sys
 import threading
 import types
@@ -34,6 +36,7 @@ from cloudpickle import cloudpickle as cp
 from .namespaces import Key, class_by_id, importable, is_dynamic, namespace
 
 __all__ = [
+    "GUARDS",
     "REDUCERS",
     "SINGLEDISPATCH_CODE",
     "InProgressError",
@@ -300,6 +303,25 @@ def _reduce_typing(obj: Any) -> Reduced:
     return type(obj), tuple(getattr(obj, name) for name in _TYPING_ARGUMENTS[type(obj)])
 
 
+def _reduce_text_file(file: io.TextIOWrapper) -> Reduced:
+    if file in (sys.stdin, sys.stdout, sys.stderr):
+        return cp._file_reduce(file)
+    # cloudpickle would read it, and send its text.
+    raise TypeError(
+        f"cannot send an open file ({getattr(file, 'name', '?')!r}); "
+        "send its name, and open it in the task"
+    )
+
+
+GUARDS: Final[dict[type, Callable[[Any], Reduced]]] = {
+    type(threading.Lock()): lambda _: (threading.Lock, ()),
+    type(threading.RLock()): lambda _: (threading.RLock, ()),
+    threading.local: lambda _: (threading.local, ()),
+    contextvars.ContextVar: lambda variable: (contextvars.ContextVar, (variable.name,)),
+}
+"""What a program keeps beside its globals to guard them, and how to make a new one."""
+
+
 class _Reducers(dict[type, Callable[[Any], Reduced]]):
     """A dispatch table: ours and cloudpickle's, then copyreg's, then multiprocessing's.
 
@@ -327,6 +349,7 @@ class _Reducers(dict[type, Callable[[Any], Reduced]]):
 REDUCERS: Final = _Reducers(
     {
         **cp.Pickler._dispatch_table,
+        io.TextIOWrapper: _reduce_text_file,
         types.CellType: _reduce_cell,
         functools.cached_property: _reduce_cached_property,
         functools.singledispatchmethod: _reduce_singledispatchmethod,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 from collections.abc import Sequence
+from multiprocessing import process
 from multiprocessing.process import current_process
 
 import msgspec
@@ -41,6 +43,7 @@ class Setup(msgspec.Struct, frozen=True):
     directory: bytes | None
     """The working directory, unless it has been removed."""
     environment: dict[bytes, bytes]
+    pid: int
     authkey: bytes
     """multiprocessing's, so that a Manager's proxies work in tasks."""
     umask: int
@@ -62,6 +65,7 @@ class Setup(msgspec.Struct, frozen=True):
             path=[os.fsencode(entry) for entry in interpreter.search_path()],
             directory=directory,
             environment=dict(os.environb),
+            pid=os.getpid(),
             authkey=bytes(current_process().authkey),
             umask=umask,
             initializer=initializer,
@@ -79,8 +83,19 @@ class Setup(msgspec.Struct, frozen=True):
             os.environb.update(self.environment)
         os.umask(self.umask)
         current_process().authkey = self.authkey
+        self._become_a_child()
         if self.tracker is not None:
             share_tracker(self.tracker)
+
+    def _become_a_child(self) -> None:
+        """Have multiprocessing, and records of logging, know this process for a worker."""
+        current_process().name = f"ZmqExecutorWorker-{os.getpid()}"
+        if hasattr(os, "pidfd_open"):
+            with contextlib.suppress(OSError):
+                sentinel = os.pidfd_open(self.pid)  # readable when that process has ended
+                process._parent_process = process._ParentProcess(  # type: ignore[attr-defined]
+                    "MainProcess", self.pid, sentinel
+                )
 
 
 class InitializerError(Exception):

@@ -148,6 +148,8 @@ class ValuePickler(pickle.Pickler):
         attributes.pop("__slotnames__", None)
         if not attributes.get("__annotations__", True):
             del attributes["__annotations__"]
+        if cls.__qualname__ != cls.__name__:
+            attributes["__qualname__"] = cls.__qualname__  # cloudpickle forgets it
         contents = attributes, slots
         return byvalue.make_class, (maker, args), contents, None, None, self._finish_class
 
@@ -257,7 +259,11 @@ class DefinitionPickler(ArgumentPickler):
         return key in self._inline or (key == self._root and not self._inside_class)
 
     def reducer_override(self, obj: Any) -> Reduced:
-        """As in arguments; but instances that a global is bound to may be references too."""
+        """As in arguments; but instances that a global is bound to may be references too.
+
+        A lock that guards globals of the script becomes a new one, which guards
+        those of the worker. Among arguments it would be a mistake, and is an error.
+        """
         kind = type(obj)
         if kind is types.FunctionType or issubclass(kind, type):
             return super().reducer_override(obj)
@@ -267,7 +273,10 @@ class DefinitionPickler(ArgumentPickler):
             return cp._module_reduce(obj)
         if self._root is None and obj is not self._callable:
             return super().reducer_override(obj)
-        return self.reference(obj) or NotImplemented
+        reference = self.reference(obj)
+        if reference is None and kind in byvalue.GUARDS:
+            return byvalue.GUARDS[kind](obj)
+        return reference or NotImplemented
 
 
 class ResultPickler(ValuePickler):

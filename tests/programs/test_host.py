@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from .conftest import Program
 
 
@@ -124,11 +122,8 @@ def test_logging_of_tasks(both: Program) -> None:
     assert sorted(out.splitlines()) == sorted(["task 0", "task 1", "[0, 1]", "[]"])
 
 
-def test_a_worker_knows_that_it_is_one(both: Program, request: pytest.FixtureRequest) -> None:
+def test_a_worker_knows_that_it_is_one(both: Program) -> None:
     """Programs ask `parent_process` or the name, and logs show it."""
-    both.has_defect(
-        request, "multiprocessing is not told that a worker is a child: its name is MainProcess"
-    )
     out = both("""
         import multiprocessing, os
         def who():

@@ -278,7 +278,6 @@ def test_redefined_classes_and_functions(ours: Program) -> None:
     assert out == "True (True, 1)\nTrue (True, 2) False\n(False, 1)\nmade\n"
 
 
-@pytest.mark.xfail(strict=True, reason="cloudpickle forgets the __qualname__ of a nested class")
 def test_the_qualified_name_of_a_nested_class(ours: Program) -> None:
     out = ours("""
         import dataclasses, pickle

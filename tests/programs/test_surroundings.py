@@ -7,8 +7,6 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import pytest
-
 import zmqexecutor
 
 from .conftest import Program
@@ -306,8 +304,7 @@ def test_arguments_that_cannot_be_sent(both: Program) -> None:
         assert out == "4\n"
 
 
-def test_an_open_file(both: Program, request: pytest.FixtureRequest) -> None:
-    both.has_defect(request, FILES)
+def test_an_open_file(both: Program) -> None:
     out = both("""
         import pickle
         with Pool(1) as pool, open(__file__) as file:
@@ -336,11 +333,8 @@ def test_sockets_and_connections(both: Program) -> None:
     assert out == "hello\nb'hello'\n"
 
 
-def test_locks_among_the_globals(both: Program, request: pytest.FixtureRequest) -> None:
+def test_locks_among_the_globals(both: Program) -> None:
     """A fork has a copy of each, which is as good as a new one."""
-    both.has_defect(
-        request, "what guards a global cannot be pickled, though a worker could have a new one"
-    )
     out = both("""
         import contextvars, queue, threading
         lock, reentrant, local = threading.Lock(), threading.RLock(), threading.local()
