@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import TypeAlias
 
@@ -141,13 +141,15 @@ class JobRunner:
             TypeError: an argument has the wrong type.
         """
         future = self.submit(job_id, data)
+        # Not `future.result(timeout)`: a Ctrl-C in the middle of a Condition's wait can
+        # come out as a RuntimeError about its lock. This one is a single step.
+        done: SimpleQueue[Future[Data]] = SimpleQueue()
+        future.add_done_callback(done.put)
         try:
-            return future.result(timeout)
+            return done.get(timeout=timeout).result(0)
         except CancelledError:
             raise JobFailedError("the master was stopped before a worker had the job") from None
-        except FutureTimeoutError:
-            if future.done():
-                raise  # the job's own error
+        except Empty:
             queued = future.cancel()
             raise TaskTimeoutError(
                 f"job {job_id!r} had no result after {timeout:g} s: "

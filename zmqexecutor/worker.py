@@ -223,7 +223,8 @@ class Worker:
             if previous is not None:
                 signal.signal(signal.SIGTERM, previous)
             self._control.end()
-            context.term()
+            # Not `term`: it would wait for a socket that an interrupt kept from being closed.
+            context.destroy()
 
     def stop(self) -> None:
         """Have `run` return after the job at hand. Never blocks; any thread may call it."""
