@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from queue import Empty
 from typing import Any
 
 warnings.simplefilter("ignore")
@@ -17,8 +18,14 @@ from jupyter_client.manager import KernelManager  # noqa: E402
 def run_cell(manager: Any, client: Any, cell: str) -> str:
     shown = ""
     request = client.execute(cell)
-    while True:
-        message = client.get_iopub_msg(timeout=60)
+    for _ in range(100):
+        try:
+            message = client.get_iopub_msg(timeout=1)
+        except Empty:
+            # ipykernel 7 sometimes sleeps over a request (seen on an idle kernel, before
+            # any pool was there) until the next one comes.
+            client.kernel_info()
+            continue
         if message["parent_header"].get("msg_id") != request:
             continue
         kind, content = message["msg_type"], message["content"]
@@ -32,6 +39,7 @@ def run_cell(manager: Any, client: Any, cell: str) -> str:
             shown += content["data"]["text/plain"]
         elif kind == "error":
             shown += content["ename"]
+    raise TimeoutError(f"the kernel does not end {cell!r}; it showed {shown!r}")
 
 
 def main() -> None:
