@@ -5,6 +5,7 @@ Each of them has to fail: once it passes, its entry here has to go.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -71,6 +72,10 @@ def parameters(names: Iterable[str]) -> list[Any]:
         marks = []
         if name in DEVIATIONS:
             marks = [pytest.mark.xfail(raises=UpstreamFailed, reason=DEVIATIONS[name], strict=True)]
+        if name == "FailingInitializerResourcesTest.test_spawn" and sys.version_info[:2] == (3, 12):
+            # 3.13's test, lent to an interpreter that has none of its own.
+            reason = "reads a private part of 3.13's resource tracker, which 3.12's has not"
+            marks = [pytest.mark.skip(reason=reason)]
         result.append(pytest.param(name, marks=marks, id=name.replace("\\", "")))
     return result
 
