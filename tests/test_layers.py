@@ -44,6 +44,7 @@ LAYERS = [
     "supervisor_link",
     "workers",
     # the master's side
+    "queues",
     "scheduler",
     "tasks",
     "fleet",
@@ -56,7 +57,7 @@ LAYERS = [
     "__init__",
 ]
 
-PURE = ["errors", "protocol", "scheduler"]
+PURE = ["errors", "protocol", "queues", "scheduler"]
 IMPURE = {
     "zmq",
     "threading",
@@ -82,6 +83,7 @@ SUPERVISION = {"circus", "tornado"}
 MAY_SUPERVISE = {"supervisor"}
 WORKERS_SIDE = ["registration", "worker", "calls"]
 NOT_FOR_WORKERS = {
+    "queues",
     "scheduler",
     "tasks",
     "peers",
@@ -172,7 +174,8 @@ def test_a_pure_module_has_no_sockets_threads_or_clock(module: str) -> None:
 
 
 def test_the_scheduler_and_the_protocol_know_nothing_but_errors() -> None:
-    assert own_imports("scheduler") == set()
+    assert own_imports("scheduler") == {"queues"}
+    assert own_imports("queues") == set()
     assert own_imports("protocol") <= {"errors"}
 
 

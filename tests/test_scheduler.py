@@ -51,8 +51,8 @@ class NamedJob(Job):
 
     __slots__ = ("cancelled", "dropped", "name", "sent")
 
-    def __init__(self, name: int, kind: str) -> None:
-        super().__init__(kind)
+    def __init__(self, name: int, kind: str, priority: int = 0) -> None:
+        super().__init__(kind, priority)
         self.name = name
         self.cancelled = False
         self.sent = False
@@ -131,6 +131,10 @@ def sent_to(decisions: Iterable[Decision[NamedJob]], worker: Worker) -> list[Nam
         if isinstance(decision, Send) and decision.worker is worker
         for _, job in decision.jobs
     ]
+
+
+def available(worker: Worker) -> bool:
+    return not worker.draining and not worker.leaving and worker.allowance != 0
 
 
 def queued(scheduler: Scheduler[NamedJob]) -> list[NamedJob]:
@@ -909,7 +913,7 @@ class World(RuleBasedStateMachine):
         self.scheduler: Scheduler[NamedJob] = Scheduler(
             max_workers=max_workers, wanted=wanted, patience=patience
         )
-        self.wanted = wanted
+        self.kept = wanted
         self.now = 100.0
         self.jobs: list[NamedJob] = []
         self.ends: dict[NamedJob, str] = {}
@@ -923,10 +927,15 @@ class World(RuleBasedStateMachine):
 
     # ------------------------------------------------------------ the users
 
-    @rule(kind=st.sampled_from(["x", "x", "y", "z"]), count=st.integers(1, 12), decide=often)
-    def submit(self, kind: str, count: int, decide: bool) -> None:
+    @rule(
+        kind=st.sampled_from(["x", "x", "y", "z"]),
+        count=st.integers(1, 12),
+        priority=st.sampled_from([0, 0, 0, 1, -5]),
+        decide=often,
+    )
+    def submit(self, kind: str, count: int, priority: int, decide: bool) -> None:
         for _ in range(count):
-            job = NamedJob(len(self.jobs), kind)
+            job = NamedJob(len(self.jobs), kind, priority)
             self.jobs.append(job)
             self.scheduler.submit(job, self.now)
         self.step(decide)
@@ -1026,7 +1035,8 @@ class World(RuleBasedStateMachine):
         requeued = [job for job, _ in worker.state.held.values() if job is not expected]
         waiting = queued(self.scheduler)
         assert self.scheduler.worker_lost(worker.state, running, self.now) is expected
-        assert queued(self.scheduler) == [*requeued, *waiting]
+        in_order = sorted([*requeued, *waiting], key=lambda job: -job.priority)
+        assert queued(self.scheduler) == in_order
         if expected is not None:
             self.end(expected, "lost")
         self.workers.remove(worker)
@@ -1075,6 +1085,12 @@ class World(RuleBasedStateMachine):
         self.scheduler.drain(worker.state)
         worker.to_control.append("drain")
 
+    @precondition(lambda self: self.workers)
+    @rule(index=st.integers(0), decide=often)
+    def worker_wears_out(self, index: int, decide: bool) -> None:
+        self.scheduler.wear_out(self.pick(index).state)
+        self.step(decide)
+
     # ----------------------------------------------------------- the master
 
     @rule(seconds=st.sampled_from([0.0, 1e-5, 5e-4, STALL, 0.1, 100.0]), decide=often)
@@ -1090,7 +1106,7 @@ class World(RuleBasedStateMachine):
         assert deadline is None or deadline > self.now, "the loop would spin"
         if waiting := len(self.scheduler):
             states = [worker.state for worker in self.workers]
-            free = [w for w in states if not w.held and not w.draining and w.allowance != 0]
+            free = [w for w in states if w.active and not w.held and available(w)]
             assert not free, "jobs wait although a worker is idle"
             needed = min(self.max_workers, self.scheduler.busy + waiting)
             assert self.scheduler.wanted >= needed, "jobs wait although workers could be started"
@@ -1105,11 +1121,12 @@ class World(RuleBasedStateMachine):
                 assert self.now - job.queued_at >= self.patience
                 self.end(job, "expired")
         elif isinstance(decision, Scale):
-            assert decision.workers > self.wanted
-            self.wanted = decision.workers
+            aging = sum(worker.state.aging for worker in self.workers)
+            assert decision.workers == self.scheduler.wanted + aging
+            self.kept = decision.workers
         elif isinstance(decision, Retire):
             assert not decision.worker.held
-            assert decision.worker.allowance == 0
+            assert decision.worker.allowance == 0 or decision.worker.leaving
             assert decision.worker not in self.retired
             self.retired.append(decision.worker)
             if (leaver := self.find(decision.worker)) is not None:
@@ -1129,6 +1146,7 @@ class World(RuleBasedStateMachine):
 
     def check_send(self, worker: SimulatedWorker, send: Send[NamedJob]) -> None:
         state = worker.state
+        assert state.active
         assert not state.draining
         assert not state.stalled, "it would wait behind a long job"
         assert 1 <= len(send.jobs) <= LARGEST_BATCH
@@ -1202,10 +1220,10 @@ class World(RuleBasedStateMachine):
         for group in (scheduler._idle, scheduler._hungry, scheduler._moving):
             assert all(states[key] is state for key, state in group.items())
         for key, state in states.items():
-            available = not state.draining and state.allowance != 0
-            assert key not in scheduler._idle or (available and not state.held)
+            may_take = state.active and available(state)
+            assert (key in scheduler._idle) == (may_take and not state.held)
             if key in scheduler._hungry:
-                assert available
+                assert may_take
                 assert state.held
                 assert state.ahead
                 assert state.load < AHEAD / 2
@@ -1215,7 +1233,16 @@ class World(RuleBasedStateMachine):
 
     @invariant()
     def no_more_workers_are_wanted_than_allowed(self) -> None:
-        assert self.scheduler.wanted == self.wanted <= self.max_workers
+        assert self.scheduler.wanted <= self.max_workers
+        active = [worker.state for worker in self.workers if worker.state.active]
+        assert not self.max_workers or len(active) <= self.scheduler.wanted
+
+    @invariant()
+    def nobody_stands_by_while_a_place_is_free(self) -> None:
+        states = [worker.state for worker in self.workers]
+        waiting = [state for state in states if not state.active and available(state)]
+        active = sum(state.active for state in states)
+        assert not waiting or (self.max_workers and active == self.scheduler.wanted)
 
     @invariant()
     def no_worker_runs_more_jobs_than_it_is_allowed(self) -> None:
@@ -1239,6 +1266,11 @@ class World(RuleBasedStateMachine):
         for _ in range(2):
             self.worker_joins(ahead=True, allowance=None, decide=False)
         self.work_until_quiet(except_for=stuck)
+        if self.max_workers and all(
+            worker in stuck for worker in self.workers if worker.state.active
+        ):
+            stuck = []  # jobs may wait for those: no more workers than that may be active
+            self.work_until_quiet(except_for=stuck)
         left = [job for job in self.jobs if job not in self.ends and not job.dropped]
         running = [worker.running[1] for worker in stuck if worker.running]
         assert sorted(job.name for job in left) == sorted(job.name for job in running), (

@@ -20,14 +20,22 @@ lately; jobs of an unknown kind, or longer ones, are sent one at a time. When a
 worker with jobs ahead shows no progress for `STALL` seconds, they are recalled:
 one of them would otherwise wait behind a job that turned out to be long. The
 worker answers with those that it has not started, so no job runs twice.
+
+No more than `wanted` workers are active, that is, sent jobs. A worker near the end
+of its life (its allowance of jobs, or worn out) gets a successor that is started
+while it still works, stands by when it is ready, and takes over when it retires:
+
+    standing by ──► active ──► aging ──► retired
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from typing import Final, Generic, TypeAlias, TypeVar
+from typing import Any, Final, Generic, TypeAlias, TypeVar
+
+from .queues import JobQueue
 
 __all__ = [
     "Decision",
@@ -49,6 +57,8 @@ LARGEST_BATCH: Final = 256
 """Jobs in one message, however short they are."""
 KINDS_REMEMBERED: Final = 4096
 """Kinds of job whose usual duration is kept, the latest used."""
+LEAD: Final = 1.0
+"""Seconds that a successor may need to get ready."""
 WEIGHT_OF_LATEST: Final = 0.3
 """Weight of the latest duration in the moving average of its kind."""
 
@@ -56,11 +66,16 @@ WEIGHT_OF_LATEST: Final = 0.3
 class Job:
     """What the scheduler knows of a job; the master's jobs add the payload."""
 
-    __slots__ = ("kind", "queued_at")
+    __slots__ = ("kind", "priority", "queued_at", "seq", "worker")
 
-    def __init__(self, kind: Hashable) -> None:
+    def __init__(self, kind: Hashable, priority: int = 0) -> None:
         self.kind = kind
+        self.priority = priority
         self.queued_at = 0.0
+        self.worker: WorkerState[Any] | None = None
+        """Who holds it."""
+        self.seq = 0
+        """Its number there."""
 
     def start(self) -> bool:
         """Called just before the job is first sent: False drops a cancelled one."""
@@ -74,12 +89,15 @@ class WorkerState(Generic[J]):
     """What the scheduler knows of a worker."""
 
     __slots__ = (
+        "active",
+        "aging",
         "ahead",
         "allowance",
         "busy",
         "draining",
         "held",
         "key",
+        "leaving",
         "load",
         "next_seq",
         "progress",
@@ -102,6 +120,12 @@ class WorkerState(Generic[J]):
         self.busy = False
         self.stalled = False
         """Whether it showed no progress for `STALL` in the job that it runs."""
+        self.active = False
+        """Whether it may be sent jobs, rather than stand by."""
+        self.aging = False
+        """Whether a successor has been asked for."""
+        self.leaving = False
+        """Whether it is worn out, and its successor ready."""
         self.draining = False
 
     def release(self, seq: int) -> J | None:
@@ -110,6 +134,7 @@ class WorkerState(Generic[J]):
         if entry is None:
             return None
         self.load = self.load - entry[1] if self.held else 0.0
+        entry[0].worker = None
         return entry[0]
 
 
@@ -131,14 +156,14 @@ class Recall(Generic[J]):
 
 @dataclass(frozen=True, slots=True)
 class Retire(Generic[J]):
-    """This worker has done all the jobs it was allowed; let it leave."""
+    """This worker has done all the jobs it was allowed, or is worn out; let it leave."""
 
     worker: WorkerState[J]
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """This many workers are wanted from now on."""
+    """Keep this many workers from now on, successors included."""
 
     workers: int
 
@@ -169,14 +194,15 @@ class Scheduler(Generic[J]):
 
         Args:
             wanted: how many workers are being started already.
-            max_workers: how many workers `Scale` may ask for; 0 asks for none.
+            max_workers: how many workers may be active; 0 for all that come, none
+                of which is asked for by `Scale`.
             patience: seconds that a job waits while there is no worker at all,
                 or None to wait without a limit.
         """
         self._max_workers = max_workers
         self._patience = patience
         self.wanted = wanted
-        self._queue: deque[J] = deque()
+        self._queue: JobQueue[J] = JobQueue()
         self._workers: dict[bytes, WorkerState[J]] = {}
         self._alone_since = 0.0  # when the last worker left
         # Workers that could be sent something, in the order to serve them:
@@ -185,6 +211,11 @@ class Scheduler(Generic[J]):
         # Busy workers that have not stalled, longest without progress first:
         self._moving: OrderedDict[bytes, WorkerState[J]] = OrderedDict()
         self._busy = 0  # workers that hold a job
+        self._active = 0  # workers that may be sent jobs
+        self._standing_by: OrderedDict[bytes, WorkerState[J]] = OrderedDict()
+        self._worn: OrderedDict[bytes, WorkerState[J]] = OrderedDict()
+        self._successors = 0  # how many workers are aging
+        self._kept = wanted  # how many the last `Scale` asked for
         self._retiring: list[WorkerState[J]] = []
         self._durations: OrderedDict[Hashable, float] = OrderedDict()
 
@@ -207,11 +238,11 @@ class Scheduler(Generic[J]):
     @property
     def starting(self) -> int:
         """How many of the wanted workers are not there yet."""
-        return max(0, self.wanted - len(self._workers))
+        return max(0, self.wanted - self._active)
 
     def cancel_queued(self, keep: int = 0) -> list[J]:
         """Take all queued jobs but the first `keep` away, and return them."""
-        jobs = [self._queue.pop() for _ in range(len(self._queue) - keep)]
+        jobs = [self._queue.take_last() for _ in range(len(self._queue) - keep)]
         jobs.reverse()
         return jobs
 
@@ -234,7 +265,9 @@ class Scheduler(Generic[J]):
         worker: WorkerState[J] = WorkerState(key, ahead=ahead, allowance=allowance)
         worker.progress = now
         self._workers[key] = worker
-        self.settle(worker)
+        self._standing_by[key] = worker
+        self._fill_up()
+        self._relieve()
         return worker
 
     def result(self, worker: WorkerState[J], seq: int, seconds: float, now: float) -> J | None:
@@ -261,6 +294,14 @@ class Scheduler(Generic[J]):
         """Send this worker no more jobs."""
         worker.draining = True
         self.settle(worker)
+        self._retire(worker)
+
+    def wear_out(self, worker: WorkerState[J]) -> None:
+        """Replace this worker as soon as a successor is ready; it goes on until then."""
+        if not worker.draining and worker.key not in self._worn:
+            self._worn[worker.key] = worker
+            self._age(worker)
+            self._relieve()
 
     def worker_lost(self, worker: WorkerState[J], running: int | None, now: float) -> J | None:
         """A worker is gone. What it had not started goes back to the front.
@@ -281,6 +322,7 @@ class Scheduler(Generic[J]):
         worker.draining = True  # so that it goes into no group again
         self.settle(worker)
         del self._workers[worker.key]
+        self._retire(worker)
         if not self._workers:
             self._alone_since = now
         return lost
@@ -300,9 +342,12 @@ class Scheduler(Generic[J]):
             ]
             self._retiring.clear()
         if self._queue:
-            self._ask_for_workers(decisions)
+            self._want_workers()
             if not self._workers:
                 self._expire(now, decisions)
+        if self._kept != self.wanted + self._successors:
+            self._kept = self.wanted + self._successors
+            decisions.append(Scale(self._kept))
         return decisions
 
     def next_deadline(self) -> float | None:
@@ -311,7 +356,8 @@ class Scheduler(Generic[J]):
         if self._moving:
             deadline = next(iter(self._moving.values())).progress + STALL
         if self._queue and not self._workers and self._patience is not None:
-            expiry = max(self._queue[0].queued_at, self._alone_since) + self._patience
+            queued_at = min(job.queued_at for job in self._queue.oldest())
+            expiry = max(queued_at, self._alone_since) + self._patience
             deadline = expiry if deadline is None else min(deadline, expiry)
         return deadline
 
@@ -321,7 +367,7 @@ class Scheduler(Generic[J]):
         while queue:
             if idle:
                 worker = idle.popitem(last=True)[1]  # its caches are the warmest
-            elif hungry and self._expected(queue[0]) <= AHEAD / 2:
+            elif hungry and self._expected(queue.first()) <= AHEAD / 2:
                 worker = hungry.popitem(last=False)[1]
             else:
                 return
@@ -340,21 +386,25 @@ class Scheduler(Generic[J]):
         if worker.allowance is not None:
             limit = min(limit, worker.allowance)
         while queue and len(batch) < limit:
-            job = queue[0]
+            job = queue.first()
             expected = self._expected(job)
             if held and (expected > AHEAD / 2 or worker.load + expected > AHEAD):
                 break
-            queue.popleft()
+            queue.take_first()
             if not job.start():
                 continue
-            held[worker.next_seq] = (job, expected)
+            seq = worker.next_seq
+            worker.next_seq = seq + 1
+            job.worker, job.seq = worker, seq
+            held[seq] = (job, expected)
             worker.load += expected
-            batch.append((worker.next_seq, job))
-            worker.next_seq += 1
+            batch.append((seq, job))
             if expected > AHEAD / 2 or not worker.ahead:
                 break
         if worker.allowance is not None:
             worker.allowance -= len(batch)
+            if batch and not worker.aging and worker.allowance * expected < LEAD:
+                self._age(worker)
         return batch
 
     def _recall_stalled(self, now: float, decisions: list[Decision[J]]) -> None:
@@ -368,22 +418,21 @@ class Scheduler(Generic[J]):
             if len(worker.held) > 1:
                 decisions.append(Recall(worker, list(worker.held)[1:]))
 
-    def _ask_for_workers(self, decisions: list[Decision[J]]) -> None:
+    def _want_workers(self) -> None:
         wanted = min(self._max_workers, self._busy + len(self._queue))
         if wanted > self.wanted:
             self.wanted = wanted
-            decisions.append(Scale(wanted))
+            self._fill_up()
 
     def _expire(self, now: float, decisions: list[Decision[J]]) -> None:
-        if self._patience is None:
+        if self._patience is None or self._alone_since + self._patience > now:
             return
-        expired = []
-        while (
-            self._queue and max(self._queue[0].queued_at, self._alone_since) + self._patience <= now
-        ):
-            expired.append(self._queue.popleft())
-        if expired:
-            decisions.append(Expire(expired))
+        if min(job.queued_at for job in self._queue.oldest()) + self._patience > now:
+            return
+        waiting = [self._queue.take_first() for _ in range(len(self._queue))]
+        expired = [job for job in waiting if job.queued_at + self._patience <= now]
+        self._queue.put_back([job for job in waiting if job.queued_at + self._patience > now])
+        decisions.append(Expire(expired))
 
     # ---------------------------------------------------------------- internal
 
@@ -393,7 +442,8 @@ class Scheduler(Generic[J]):
         if worker.busy != (held > 0):
             worker.busy = held > 0
             self._busy += 1 if held else -1
-        may_take = not worker.draining and worker.allowance != 0
+        spent = worker.leaving or worker.allowance == 0
+        may_take = worker.active and not worker.draining and not spent
         if may_take and not held:
             self._idle[key] = worker
         else:
@@ -404,9 +454,40 @@ class Scheduler(Generic[J]):
             self._hungry.pop(key, None)
         if held == 0 or worker.stalled:
             self._moving.pop(key, None)
-        if worker.allowance == 0 and not held and not worker.draining:
+        if spent and not held and not worker.draining:
             worker.draining = True
             self._retiring.append(worker)
+            self._retire(worker)
+
+    def _age(self, worker: WorkerState[J]) -> None:
+        """Have a successor started."""
+        if self._max_workers and not worker.aging:
+            worker.aging = True
+            self._successors += 1
+
+    def _retire(self, worker: WorkerState[J]) -> None:
+        """It will not be sent jobs any more; another takes its place, if one stands by."""
+        self._standing_by.pop(worker.key, None)
+        self._worn.pop(worker.key, None)
+        self._successors -= worker.aging
+        self._active -= worker.active
+        worker.aging = worker.active = False
+        self._fill_up()
+
+    def _relieve(self) -> None:
+        """Let a worker that is worn out go, if another stands by."""
+        if self._worn and self._standing_by:
+            worker = self._worn.popitem(last=False)[1]
+            worker.leaving = True
+            self.settle(worker)
+
+    def _fill_up(self) -> None:
+        """Make as many workers active as are wanted."""
+        while self._standing_by and (not self._max_workers or self._active < self.wanted):
+            worker = self._standing_by.popitem(last=False)[1]
+            worker.active = True
+            self._active += 1
+            self.settle(worker)
 
     def _progress(self, worker: WorkerState[J], now: float) -> None:
         worker.progress = now
@@ -418,7 +499,7 @@ class Scheduler(Generic[J]):
         jobs = [job for seq in seqs if (job := worker.release(seq)) is not None]
         if worker.allowance is not None:
             worker.allowance += len(jobs)
-        self._queue.extendleft(reversed(jobs))
+        self._queue.put_back(jobs)
 
     def _expected(self, job: J) -> float:
         return self._durations.get(job.kind, _UNKNOWN)
