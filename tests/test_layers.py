@@ -40,6 +40,8 @@ LAYERS = [
     "calls",
     # the group
     "terminal",
+    "process",
+    "group",
     "supervisor",
     "supervisor_link",
     "workers",
@@ -79,7 +81,7 @@ MAY_PICKLE = {
     "serialization",
 }
 SUPERVISION = {"circus", "tornado"}
-MAY_SUPERVISE = {"supervisor"}
+MAY_SUPERVISE = {"process", "group", "supervisor"}
 WORKERS_SIDE = ["registration", "worker", "calls"]
 NOT_FOR_WORKERS = {
     "scheduler",
@@ -91,6 +93,8 @@ NOT_FOR_WORKERS = {
     "jobrunner",
     "executor",
     "terminal",
+    "process",
+    "group",
     "supervisor",
     "supervisor_link",
     "workers",
@@ -185,7 +189,9 @@ def test_circus_and_tornado_have_one_place() -> None:
 
 
 def test_nobody_imports_the_supervisor_as_it_is_a_program_of_its_own() -> None:
-    assert [module for module in SOURCES if "supervisor" in own_imports(module)] == []
+    importers = {module for module in SOURCES if own_imports(module) & MAY_SUPERVISE}
+    assert importers == {"group", "supervisor"}
+    assert "supervisor" not in set().union(*map(own_imports, SOURCES))
 
 
 def test_the_process_wide_zmq_context_is_never_used() -> None:

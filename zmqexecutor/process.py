@@ -1,0 +1,70 @@
+"""One process of a supervised group, started by Circus."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from typing import Any, Final
+
+from circus.process import Process
+
+__all__ = ["PIPE_BYTES", "SupervisedProcess"]
+
+PIPE_BYTES: Final = 64 * 1024
+"""What a pipe holds."""
+
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG = 1
+
+
+class SupervisedProcess(Process):  # type: ignore[misc]
+    """One process of the group."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.ended = asyncio.Event()
+        self.tail = bytearray()
+        self.born = asyncio.get_running_loop().time()
+        self._supervisor = os.getpid()
+        super().__init__(*args, **options)  # starts it
+
+    def format_args(self, sockets_fds: object = None) -> list[str]:  # noqa: ARG002
+        """The exact argv. Circus would split it and replace other things with a `$` too."""
+        wid = str(self.wid)
+        return [part.replace("$(circus.wid)", wid).replace("$WID", wid) for part in self.cmd]
+
+    def _null_streams(self, streams: list[Any]) -> None:
+        """Called by Circus in the new process, before its program is there."""
+        super()._null_streams(streams)
+        if _libc is not None:
+            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            if os.getppid() != self._supervisor:  # it ended before that took effect
+                os._exit(1)
+
+    def signal_all(self, signum: int) -> None:
+        """Signal the process and what it started; it leads a session of its own."""
+        for send in (os.killpg, os.kill):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                send(self.pid, signum)
+
+    async def wait_ended(self, timeout: float) -> bool:
+        """Whether it has been reaped within so many seconds."""
+        try:
+            await asyncio.wait_for(self.ended.wait(), timeout)
+        except asyncio.TimeoutError:
+            return self.ended.is_set()
+        return True
+
+    def drain(self) -> bytes:
+        """What is left in its standard error now; never waits for more."""
+        if self.stderr is None or self.stderr.closed:
+            return b""
+        fd = self.stderr.fileno()
+        os.set_blocking(fd, False)
+        try:
+            return os.read(fd, PIPE_BYTES)
+        except OSError:  # nothing there, but a process it started holds the pipe open
+            return b""
