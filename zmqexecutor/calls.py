@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
 import os
 import sys
@@ -153,8 +154,18 @@ def boot_code(path: Sequence[str], endpoint: str, journals: str) -> str:
     )
 
 
+def _tell_of_crashes() -> None:
+    """Have a crash in native code leave a stack on standard error, if that is open."""
+    if faulthandler.is_enabled():
+        return  # as the user wants it, by -X faulthandler
+    with contextlib.suppress(OSError):
+        os.fstat(2)
+        faulthandler.enable(2, all_threads=False)
+
+
 def main(endpoint: str, journals: str) -> None:
     """Be a worker of the executor at this endpoint, for as long as it lives."""
+    _tell_of_crashes()
     worker = Worker.with_handler(endpoint, CallHandler(), journals=journals, patience=0)
     try:
         worker.run()

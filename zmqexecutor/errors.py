@@ -50,6 +50,10 @@ class WorkerLostError(ZmqExecutorError, BrokenProcessPool):
             number), or None if nobody could tell.
         signal: the name of the signal that ended it, such as "SIGKILL", or None.
         stderr: the last lines that the worker wrote to its standard error.
+        seconds: how long it had been running this job, or None if that is not known.
+        peak_rss: the most memory that it had at once, in bytes, or None.
+        cause: why it ended, in words, as far as that can be told.
+        stack: where it crashed, as `faulthandler` wrote it, or empty.
     """
 
     def __init__(
@@ -60,12 +64,20 @@ class WorkerLostError(ZmqExecutorError, BrokenProcessPool):
         pid: int | None = None,
         exitcode: int | None = None,
         stderr: str = "",
+        seconds: float | None = None,
+        peak_rss: int | None = None,
+        cause: str = "",
+        stack: str = "",
     ) -> None:
         super().__init__(message)
         self.job = job
         self.pid = pid
         self.exitcode = exitcode
         self.stderr = stderr
+        self.seconds = seconds
+        self.peak_rss = peak_rss
+        self.cause = cause
+        self.stack = stack
 
     @property
     def signal(self) -> str | None:
@@ -78,19 +90,13 @@ class WorkerLostError(ZmqExecutorError, BrokenProcessPool):
             return f"signal {-self.exitcode}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild_worker_lost, (
-            self.args[0],
-            self.job,
-            self.pid,
-            self.exitcode,
-            self.stderr,
-        )
+        names = ("job", "pid", "exitcode", "stderr", "seconds", "peak_rss", "cause", "stack")
+        values = {name: getattr(self, name) for name in names}
+        return _rebuild_worker_lost, (self.args[0], values)
 
 
-def _rebuild_worker_lost(
-    message: str, job: str, pid: int | None, exitcode: int | None, stderr: str
-) -> WorkerLostError:
-    return WorkerLostError(message, job=job, pid=pid, exitcode=exitcode, stderr=stderr)
+def _rebuild_worker_lost(message: str, values: dict[str, Any]) -> WorkerLostError:
+    return WorkerLostError(message, **values)
 
 
 if sys.version_info >= (3, 11):

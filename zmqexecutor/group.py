@@ -19,8 +19,9 @@ from typing import Any, Final
 from circus.stream import Redirector
 from circus.watcher import Watcher
 
+from .machine import oom_kills
 from .process import PIPE_BYTES, SupervisedProcess
-from .protocol import Configure, FromSupervisor, GroupFailed, Reaped, Spawned
+from .protocol import Configure, FromSupervisor, GroupFailed, Spawned
 from .terminal import Terminal
 
 __all__ = ["KILL_WAIT", "SupervisedGroup"]
@@ -37,9 +38,8 @@ SPAWN_TRIES: Final = 3
 """Failures in a row to start a process, after which the group has failed."""
 KILL_WAIT: Final = 0.5
 """Seconds in which the kernel should have ended a killed process."""
-TAIL_BYTES: Final = 4096
-TAIL_LINES: Final = 20
-"""What is kept of a process's standard error for its `Reaped`."""
+OOM_PERIOD: Final = 1.0
+"""Seconds after the kernel killed for want of memory in which a SIGKILL counts as its own."""
 
 
 class ClosingRedirector(Redirector):  # type: ignore[misc]
@@ -76,6 +76,7 @@ class SupervisedGroup(Watcher):  # type: ignore[misc]
         self._early_deaths = self._spawn_failures = 0
         self._not_before = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self._oom_kills, self._oom_at = oom_kills(), -OOM_PERIOD
 
     @property
     def _process_class(self) -> type[SupervisedProcess]:
@@ -95,8 +96,7 @@ class SupervisedGroup(Watcher):  # type: ignore[misc]
     def _on_stderr(self, chunk: dict[str, Any]) -> None:
         process = self.processes.get(chunk["pid"])
         if process is not None:
-            process.tail += chunk["data"]
-            del process.tail[:-TAIL_BYTES]
+            process.words.add(chunk["data"])
         self._terminal.write(chunk["data"])
 
     def _pause(self) -> None:
@@ -221,12 +221,18 @@ class SupervisedGroup(Watcher):  # type: ignore[misc]
         excess = self._early_deaths - max(EARLY_ALLOWED, 2 * self.numprocesses)
         if excess > 0:
             self._back_off(excess - 1)
-        text = process.tail.decode(errors="replace")
-        lines = text.splitlines(keepends=True)[-TAIL_LINES:]
-        self._report(Reaped(pid, process.returncode(), "".join(lines)))
+        self._report(process.certificate(out_of_memory=self._out_of_memory()))
         self.notify_event("reap", {"process_pid": pid, "exit_code": process.returncode()})
 
+    def _out_of_memory(self) -> bool:
+        """Whether the kernel has killed for want of memory just now."""
+        kills, now = oom_kills(), asyncio.get_running_loop().time()
+        if kills > self._oom_kills:
+            self._oom_kills, self._oom_at = kills, now
+        return now - self._oom_at < OOM_PERIOD
+
     def reap_processes(self) -> None:
+        """Report all that have ended."""
         for pid in list(self.processes):
             self.reap_process(pid)
 

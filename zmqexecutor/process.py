@@ -6,11 +6,16 @@ import asyncio
 import contextlib
 import ctypes
 import os
+import resource
 import signal
+import subprocess
 import sys
 from typing import Any, Final
 
 from circus.process import Process
+
+from .last_words import LastWords
+from .protocol import Reaped
 
 __all__ = ["PIPE_BYTES", "SupervisedProcess"]
 
@@ -19,6 +24,11 @@ PIPE_BYTES: Final = 64 * 1024
 
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1
+_CRASHES = {
+    -signum
+    for signum in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
+}
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
 
 
 class SupervisedProcess(Process):  # type: ignore[misc]
@@ -26,7 +36,8 @@ class SupervisedProcess(Process):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self.ended = asyncio.Event()
-        self.tail = bytearray()
+        self.words = LastWords()
+        self._usage: resource.struct_rusage | None = None
         self.born = asyncio.get_running_loop().time()
         self._supervisor = os.getpid()
         super().__init__(*args, **options)  # starts it
@@ -57,6 +68,37 @@ class SupervisedProcess(Process):  # type: ignore[misc]
         except asyncio.TimeoutError:
             return self.ended.is_set()
         return True
+
+    def poll(self) -> int | None:
+        """Its exit status if it has ended. As Popen's, but what it used is noted."""
+        popen: subprocess.Popen[bytes] = self._worker.poll.__self__  # inside psutil's
+        if popen.returncode is None:
+            try:
+                pid, status, usage = os.wait4(popen.pid, os.WNOHANG)
+            except ChildProcessError:  # somebody else has waited for it
+                return popen.poll()
+            if pid:
+                popen.returncode = os.waitstatus_to_exitcode(status)
+                self._usage = usage
+        return popen.returncode
+
+    def certificate(self, *, out_of_memory: bool) -> Reaped:
+        """How it ended, once it has been reaped.
+
+        Args:
+            out_of_memory: whether the kernel was killing for want of memory then.
+        """
+        exitcode = self.returncode()
+        crashed = exitcode is not None and (exitcode > 0 or exitcode in _CRASHES)
+        stderr, fault = self.words.tell(crashed=crashed)
+        return Reaped(
+            self.pid,
+            exitcode,
+            stderr,
+            peak_rss=self._usage.ru_maxrss * _RSS_UNIT if self._usage else 0,
+            oom_killed=out_of_memory and exitcode == -signal.SIGKILL,
+            fault=fault,
+        )
 
     def drain(self) -> bytes:
         """What is left in its standard error now; never waits for more."""

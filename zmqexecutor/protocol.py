@@ -122,6 +122,12 @@ class Reaped(Message, frozen=True):
     exitcode: int | None
     stderr: str
     """The last lines it wrote to its standard error."""
+    peak_rss: int = 0
+    """The most memory, in bytes, that it had at once, or 0 if that is not known."""
+    oom_killed: bool = False
+    """Whether it was killed while the kernel was killing for want of memory."""
+    fault: str = ""
+    """The stack that it wrote when it crashed ("Fatal Python error: ...")."""
 
 
 class GroupFailed(Message, frozen=True):

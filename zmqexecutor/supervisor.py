@@ -203,7 +203,7 @@ class Supervisor:
     def _report(self, message: FromSupervisor) -> None:
         assert self._writer is not None
         if isinstance(message, Reaped) and self._backlog() > BACKLOG:
-            message = msgspec.structs.replace(message, stderr="")
+            message = msgspec.structs.replace(message, stderr="", fault="")
         if not self._writer.is_closing():
             self._writer.write(msgspec.json.encode(message) + b"\n")
 
