@@ -23,6 +23,7 @@ LAYERS = [
     "wakeup",
     "journal",
     "machine",
+    "limits",
     "interpreter",
     "security",
     # what is in a payload

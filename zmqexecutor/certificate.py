@@ -85,6 +85,8 @@ def _cause(end: Reaped | None) -> str:
         return ""
     if end.oom_killed:
         return _OUT_OF_MEMORY
+    if end.limit:
+        return f"it reached a limit that the pool was given for its workers: {end.limit}"
     if end.exitcode < 0:
         return _LIKELY_CAUSES.get(-end.exitcode, "")  # type: ignore[call-overload,no-any-return]
     if end.fault:

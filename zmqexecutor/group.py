@@ -19,6 +19,7 @@ from typing import Any, Final
 from circus.stream import Redirector
 from circus.watcher import Watcher
 
+from .limits import refusal
 from .machine import oom_kills
 from .process import PIPE_BYTES, SupervisedProcess
 from .protocol import Configure, FromSupervisor, GroupFailed, Spawned
@@ -66,6 +67,7 @@ class SupervisedGroup(Watcher):  # type: ignore[misc]
             working_dir=config.working_dir or ".",
             graceful_timeout=config.graceful_timeout,
             stderr_stream=stderr,
+            rlimits=config.rlimits,
         )
         self.env = {**os.environ, **(config.env or {})}
         self.numprocesses = config.numprocesses
@@ -194,7 +196,7 @@ class SupervisedGroup(Watcher):  # type: ignore[misc]
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             self._spawn_failures += 1
             if self._spawn_failures == SPAWN_TRIES:
-                self._report(GroupFailed(_explain(error, self.cmd[0], self.working_dir)))
+                self._report(GroupFailed(self._explain(error)))
             self._back_off(self._spawn_failures - 1)
             self._must_wait()
             return False
@@ -262,6 +264,11 @@ class SupervisedGroup(Watcher):  # type: ignore[misc]
         """SIGKILL for every process, at once."""
         for process in self.processes.values():
             process.signal_all(signal.SIGKILL)
+
+    def _explain(self, error: Exception) -> str:
+        if self.rlimits and isinstance(error, subprocess.SubprocessError):
+            return f"cannot start {self.cmd[0]!r}: {refusal(self.rlimits)}"
+        return _explain(error, self.cmd[0], self.working_dir)
 
 
 def _explain(error: Exception, program: str, working_dir: str) -> str:

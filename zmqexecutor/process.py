@@ -21,6 +21,8 @@ __all__ = ["PIPE_BYTES", "SupervisedProcess"]
 
 PIPE_BYTES: Final = 64 * 1024
 """What a pipe holds."""
+CPU_TOLERANCE: Final = 0.1
+"""Seconds by which the kernel's accounts of processor time may differ."""
 
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1
@@ -98,7 +100,17 @@ class SupervisedProcess(Process):  # type: ignore[misc]
             peak_rss=self._usage.ru_maxrss * _RSS_UNIT if self._usage else 0,
             oom_killed=out_of_memory and exitcode == -signal.SIGKILL,
             fault=fault,
+            limit=self._limit_reached(),
         )
+
+    def _limit_reached(self) -> str:
+        """The limit of processor time, if that is what ended it."""
+        seconds = self.rlimits.get("cpu")
+        if seconds is None or self._usage is None:
+            return ""
+        used = self._usage.ru_utime + self._usage.ru_stime
+        struck = self.returncode() in (-signal.SIGXCPU, -signal.SIGKILL)
+        return f"cpu={seconds}" if struck and used >= seconds - CPU_TOLERANCE else ""
 
     def drain(self) -> bytes:
         """What is left in its standard error now; never waits for more."""

@@ -93,6 +93,8 @@ class Configure(Message, frozen=True):
     graceful_timeout: float = 5.0
     """Seconds between SIGTERM and SIGKILL when a process is stopped."""
     capture_stderr: bool = True
+    rlimits: dict[str, int] | None = None
+    """Resource limits of each process, by the names that Circus takes."""
 
 
 class Scale(Message, frozen=True):
@@ -107,6 +109,8 @@ class Quit(Message, frozen=True):
     """Stop every process, then end the supervisor."""
 
     graceful_timeout: float | None = None
+    remove_directory: bool = False
+    """Nobody needs the private directory any more."""
 
 
 class Spawned(Message, frozen=True):
@@ -128,6 +132,8 @@ class Reaped(Message, frozen=True):
     """Whether it was killed while the kernel was killing for want of memory."""
     fault: str = ""
     """The stack that it wrote when it crashed ("Fatal Python error: ...")."""
+    limit: str = ""
+    """The resource limit that ended it, such as "cpu=10", as far as that can be told."""
 
 
 class GroupFailed(Message, frozen=True):

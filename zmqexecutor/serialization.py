@@ -374,7 +374,13 @@ class CallRunner:
     Make it before any code of the user runs, and use it in one thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, note: Callable[[BaseException], str] = lambda _: "") -> None:
+        """Make it.
+
+        Args:
+            note: what to add, as lines, to the traceback of what a task raised.
+        """
+        self._note = note
         self._functions: dict[bytes, _Function] = {}
         self._received = Received()
         self._spare: list[_ReusedPickler[ResultPickler]] = []
@@ -407,7 +413,7 @@ class CallRunner:
             stage = _PICKLE
             return Outcome(True, *self._dump_result(result))
         except BaseException as error:
-            return Outcome(False, _dump_failure(stage, error), [])
+            return Outcome(False, _dump_failure(stage, error, self._note), [])
 
     def _dump_result(self, result: object) -> tuple[bytes, list[memoryview]]:
         try:
@@ -420,9 +426,10 @@ class CallRunner:
         return dumped
 
 
-def _dump_failure(stage: str, error: BaseException) -> bytes:
+def _dump_failure(stage: str, error: BaseException, note: Callable[[BaseException], str]) -> bytes:
     text = _format(error)
     error.__traceback__ = None  # its frames hold the arguments
+    text += note(error)
     message = ""
     # sys.exit() while the result is pickled is the task's own doing, like an error in it.
     if stage == _UNPICKLE or (stage == _PICKLE and isinstance(error, Exception)):

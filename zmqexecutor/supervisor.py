@@ -124,6 +124,7 @@ class Supervisor:
         self._arbiter: _Arbiter | None = None
         self._group: SupervisedGroup | None = None
         self._directory: str | None = None
+        self._remove_directory = False
         self._writer: asyncio.StreamWriter | None = None
 
     async def serve(self) -> None:
@@ -144,10 +145,12 @@ class Supervisor:
             await _first(self._quit.wait(), self._orphaned.wait())
             await self._end()
         finally:
-            if not self._orphaned.is_set():
-                await self._say_goodbye()
-            elif self._directory is not None:
+            orphaned = self._orphaned.is_set()
+            # Otherwise the parent may start another supervisor in the same directory.
+            if self._directory is not None and (orphaned or self._remove_directory):
                 shutil.rmtree(self._directory, ignore_errors=True)
+            if not orphaned:
+                await self._say_goodbye()
             obeying.cancel()
 
     def _watch_parent(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -188,6 +191,7 @@ class Supervisor:
         else:
             if self._group is not None and message.graceful_timeout is not None:
                 self._group.graceful_timeout = message.graceful_timeout
+            self._remove_directory = message.remove_directory
             self._quit.set()
 
     async def _configure(self, config: Configure) -> None:
