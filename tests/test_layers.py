@@ -18,6 +18,7 @@ SOURCES = {path.stem: path for path in Path(zmqexecutor.__file__).parent.glob("*
 # Each module may import those before it.
 LAYERS = [
     # both sides
+    "worker_errors",
     "errors",
     "protocol",
     "wakeup",
@@ -61,7 +62,7 @@ LAYERS = [
     "__init__",
 ]
 
-PURE = ["errors", "protocol", "scheduler"]
+PURE = ["worker_errors", "errors", "protocol", "scheduler"]
 IMPURE = {
     "zmq",
     "threading",
@@ -182,7 +183,7 @@ def test_a_pure_module_has_no_sockets_threads_or_clock(module: str) -> None:
 
 def test_the_scheduler_and_the_protocol_know_nothing_but_errors() -> None:
     assert own_imports("scheduler") == set()
-    assert own_imports("protocol") <= {"errors"}
+    assert own_imports("protocol") <= {"worker_errors"}
 
 
 def test_pickles_have_one_place() -> None:
@@ -218,6 +219,7 @@ def test_a_worker_process_loads_nothing_of_the_masters_side() -> None:
     assert f"{PACKAGE}.worker" in loaded
     assert not loaded & {f"{PACKAGE}.{module}" for module in NOT_FOR_WORKERS}
     assert not loaded & {"circus", "tornado", "numpy"}
+    assert "concurrent.futures" not in loaded, "it takes long to import"
 
 
 def test_a_worker_by_its_public_name_loads_nothing_of_the_masters_side() -> None:

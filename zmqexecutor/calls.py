@@ -14,12 +14,12 @@ from multiprocessing.process import current_process
 import msgspec
 
 from . import interpreter
-from .errors import RegistrationError
 from .inheritance import Descriptor, share_tracker, tracker
 from .limits import teller
 from .protocol import Frame, Job
 from .serialization import CallPickler, CallRunner
 from .worker import Outcome, Worker
+from .worker_errors import RegistrationError
 
 __all__ = ["Initializer", "Setup", "boot_code", "main"]
 

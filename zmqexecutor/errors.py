@@ -10,8 +10,14 @@ import concurrent.futures
 import signal
 import sys
 from concurrent.futures.process import BrokenProcessPool
-from pickle import PicklingError
 from typing import Any
+
+from .worker_errors import (
+    ProtocolError,
+    RegistrationError,
+    SerializationError,
+    ZmqExecutorError,
+)
 
 __all__ = [
     "BrokenPoolError",
@@ -25,10 +31,6 @@ __all__ = [
     "WorkerLostError",
     "ZmqExecutorError",
 ]
-
-
-class ZmqExecutorError(Exception):
-    """Base class of the exceptions defined here; catch it to catch them all."""
 
 
 class BrokenPoolError(ZmqExecutorError, BrokenProcessPool):
@@ -116,21 +118,6 @@ class JobFailedError(ZmqExecutorError, RuntimeError):
 
 class NoWorkerError(ZmqExecutorError, RuntimeError):
     """No worker that could take the job registered in the time allowed."""
-
-
-class RegistrationError(ZmqExecutorError, ConnectionError):
-    """A worker found no master at its endpoint, or the master refused it."""
-
-
-class SerializationError(ZmqExecutorError, PicklingError):
-    """Something on its way to or from a worker could not be pickled or unpickled.
-
-    The exception that stopped it is the `__cause__`.
-    """
-
-
-class ProtocolError(ZmqExecutorError, ValueError):
-    """Bytes that are not a message of the protocol, or not one expected here."""
 
 
 class ForkedExecutorError(ZmqExecutorError, RuntimeError):

@@ -26,7 +26,7 @@ from typing import Annotated, Final, TypeAlias, TypeVar
 
 import msgspec
 
-from .errors import ProtocolError
+from .worker_errors import ProtocolError
 
 __all__ = [
     "VERSION",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import ipaddress
 import os
 import shutil
 import socket as stdlib_socket
@@ -180,6 +179,8 @@ def check_address(address: str, what: str) -> str:
 def _is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
+    import ipaddress  # of no use to the executor's workers
+
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -43,7 +43,7 @@ from .namespaces import Entry, Key
 from .picklers import ArgumentPickler, ResultPickler, ValuePickler
 
 if TYPE_CHECKING:
-    from .errors import SerializationError
+    from .worker_errors import SerializationError
 
 __all__ = ["OUT_OF_BAND", "Buffer", "Call", "CallPickler", "CallRunner", "Outcome"]
 
@@ -202,7 +202,7 @@ def _serialization_error(message: str, error: BaseException) -> SerializationErr
     The cause loses its traceback, whose frames would keep arguments alive, and
     gets it as text, as a task's exception does.
     """
-    from .errors import SerializationError
+    from .worker_errors import SerializationError
 
     if error.__cause__ is None and error.__traceback__ is not None:
         error.__cause__ = _remote_traceback(_format(error))
@@ -297,7 +297,7 @@ class CallPickler:
             if not message:
                 return error
             cause = error
-        from .errors import SerializationError
+        from .worker_errors import SerializationError
 
         failure = SerializationError(message)
         failure.__cause__ = cause
