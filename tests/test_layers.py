@@ -220,6 +220,7 @@ def test_a_worker_process_loads_nothing_of_the_masters_side() -> None:
     assert not loaded & {f"{PACKAGE}.{module}" for module in NOT_FOR_WORKERS}
     assert not loaded & {"circus", "tornado", "numpy"}
     assert "concurrent.futures" not in loaded, "it takes long to import"
+    assert "hashlib" not in loaded, "it takes memory"
 
 
 def test_a_worker_by_its_public_name_loads_nothing_of_the_masters_side() -> None:
