@@ -18,11 +18,13 @@ SOURCES = {path.stem: path for path in Path(zmqexecutor.__file__).parent.glob("*
 # Each module may import those before it.
 LAYERS = [
     # both sides
+    "worker_errors",
     "errors",
     "protocol",
     "wakeup",
     "journal",
     "machine",
+    "limits",
     "interpreter",
     "security",
     # what is in a payload
@@ -40,6 +42,9 @@ LAYERS = [
     "calls",
     # the group
     "terminal",
+    "last_words",
+    "process",
+    "group",
     "supervisor",
     "supervisor_link",
     "workers",
@@ -47,6 +52,7 @@ LAYERS = [
     "queues",
     "scheduler",
     "tasks",
+    "certificate",
     "fleet",
     "peers",
     "channels",
@@ -57,7 +63,7 @@ LAYERS = [
     "__init__",
 ]
 
-PURE = ["errors", "protocol", "queues", "scheduler"]
+PURE = ["worker_errors", "errors", "protocol", "queues", "scheduler"]
 IMPURE = {
     "zmq",
     "threading",
@@ -80,19 +86,23 @@ MAY_PICKLE = {
     "serialization",
 }
 SUPERVISION = {"circus", "tornado"}
-MAY_SUPERVISE = {"supervisor"}
+MAY_SUPERVISE = {"process", "group", "supervisor"}
 WORKERS_SIDE = ["registration", "worker", "calls"]
 NOT_FOR_WORKERS = {
     "queues",
     "scheduler",
     "tasks",
     "peers",
+    "certificate",
     "fleet",
     "channels",
     "master",
     "jobrunner",
     "executor",
     "terminal",
+    "last_words",
+    "process",
+    "group",
     "supervisor",
     "supervisor_link",
     "workers",
@@ -176,7 +186,7 @@ def test_a_pure_module_has_no_sockets_threads_or_clock(module: str) -> None:
 def test_the_scheduler_and_the_protocol_know_nothing_but_errors() -> None:
     assert own_imports("scheduler") == {"queues"}
     assert own_imports("queues") == set()
-    assert own_imports("protocol") <= {"errors"}
+    assert own_imports("protocol") <= {"worker_errors"}
 
 
 def test_pickles_have_one_place() -> None:
@@ -188,7 +198,9 @@ def test_circus_and_tornado_have_one_place() -> None:
 
 
 def test_nobody_imports_the_supervisor_as_it_is_a_program_of_its_own() -> None:
-    assert [module for module in SOURCES if "supervisor" in own_imports(module)] == []
+    importers = {module for module in SOURCES if own_imports(module) & MAY_SUPERVISE}
+    assert importers == {"group", "supervisor"}
+    assert "supervisor" not in set().union(*map(own_imports, SOURCES))
 
 
 def test_the_process_wide_zmq_context_is_never_used() -> None:
@@ -210,6 +222,8 @@ def test_a_worker_process_loads_nothing_of_the_masters_side() -> None:
     assert f"{PACKAGE}.worker" in loaded
     assert not loaded & {f"{PACKAGE}.{module}" for module in NOT_FOR_WORKERS}
     assert not loaded & {"circus", "tornado", "numpy"}
+    assert "concurrent.futures" not in loaded, "it takes long to import"
+    assert "hashlib" not in loaded, "it takes memory"
 
 
 def test_a_worker_by_its_public_name_loads_nothing_of_the_masters_side() -> None:

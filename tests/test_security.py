@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,8 @@ import zmq
 
 from zmqexecutor import security
 from zmqexecutor.security import IPC_PATH_LIMIT, PrivateDirectory, bind, check_address
+
+from .conftest import eventually
 
 Make = Callable[..., zmq.Socket[bytes]]
 
@@ -175,6 +178,36 @@ def test_a_directory_that_is_just_being_made_is_left_alone(base: Path) -> None:
     unlocked.mkdir()
     PrivateDirectory().close()
     assert unlocked.is_dir()
+
+
+def test_what_was_never_locked_is_swept_when_it_is_old(base: Path) -> None:
+    PrivateDirectory().close()
+    unlocked = root_of(base) / "4711-dead"
+    unlocked.mkdir()
+    (unlocked / "lock.new").touch()
+    old = time.time() - security.UNLOCKED_FOR - 1
+    os.utime(unlocked, (old, old))
+    PrivateDirectory().close()
+    assert os.listdir(root_of(base)) == []
+
+
+@pytest.mark.parametrize("end", ["pass", "raise KeyboardInterrupt", "del directory; input()"])
+def test_it_is_removed_without_a_close(base: Path, end: str) -> None:
+    code = f"""
+import sys
+from zmqexecutor import security
+security._bases = lambda: iter(sys.argv[1:])
+directory = security.PrivateDirectory()
+{end}
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(base)], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        if "input" in end:  # it lives on
+            assert eventually(lambda: root_of(base).is_dir())
+            assert eventually(lambda: os.listdir(root_of(base)) == [])
+        process.communicate(timeout=60)
+    assert os.listdir(root_of(base)) == []
 
 
 def test_a_forked_child_removes_nothing_of_its_parents(base: Path) -> None:
@@ -418,6 +451,53 @@ def test_only_the_user_can_connect_to_a_local_socket(
     assert bind(make(), f"ipc://{path}") == f"ipc://{path}"
     assert stat.S_ISSOCK(os.stat(path).st_mode)
     assert mode(path) == 0o600
+
+
+def test_nobody_can_connect_before_the_mode_is_set(
+    make: Make, short: Path, umask: Callable[[int], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    umask(0)
+    chmod = os.chmod
+    probed = []
+
+    def probe_and_chmod(path: str, mode: int) -> None:
+        with socket.socket(socket.AF_UNIX) as probe:
+            probed.append(probe.connect_ex(path))
+        chmod(path, mode)
+
+    monkeypatch.setattr(os, "chmod", probe_and_chmod)
+    address = f"ipc://{short / 's'}"
+    made = make()
+    bind(made, address)
+    assert probed == [errno.ECONNREFUSED]
+    assert hears(made, make(zmq.DEALER), address)
+
+
+def test_a_socket_bound_to_a_path_can_be_bound_and_connected_elsewhere(
+    make: Make, short: Path
+) -> None:
+    made, other = make(), make(zmq.DEALER)
+    bind(made, f"ipc://{short / 's'}")
+    assert hears(made, make(zmq.DEALER), bind(made, "tcp://127.0.0.1:*"))
+    assert made.recv_multipart()[1] == b"hello"
+    bind(other, f"ipc://{short / 'other'}")
+    made.connect(f"ipc://{short / 'other'}")
+    other.send(b"from the other")
+    assert made.poll(10_000) == zmq.POLLIN
+    assert made.recv_multipart()[1] == b"from the other"
+
+
+def test_a_client_comes_back_to_a_path_that_is_bound_again(make: Make, short: Path) -> None:
+    address = f"ipc://{short / 's'}"
+    first, client = make(), make(zmq.DEALER)
+    bind(first, address)
+    assert hears(first, client, address)
+    security.close(first, address)
+    assert not (short / "s").exists()
+    second = make()
+    bind(second, address)
+    client.send(b"again")
+    assert second.poll(10_000) == zmq.POLLIN
 
 
 def test_the_longest_permitted_path_can_be_bound(

@@ -192,6 +192,25 @@ def test_a_given_directory_is_kept_but_emptied_of_sockets(tmp_path: Path) -> Non
     assert os.listdir(directory) == []
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_the_supervisor_removes_the_directory_that_stop_gives_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: bool
+) -> None:
+    """So that nothing is left if this program ends before it does so itself."""
+    private = tmp_path / "private"
+    private.mkdir(mode=0o700)
+    monkeypatch.setattr(Workers, "_remove_directory", lambda _: None)
+    options = {"directory": str(private), "remove_directory": True} if given else {}
+    group = Workers(IDLE, 1, **options)  # type: ignore[arg-type]
+    group.start()
+    Watch(group).alive(1)
+    directory = group.directory
+    assert directory is not None
+    assert os.path.isdir(directory)
+    group.stop()
+    assert not os.path.exists(directory)
+
+
 def test_a_killed_process_is_reported_and_replaced(start: Start) -> None:
     watch = start()
     pids = watch.alive(2)

@@ -372,7 +372,7 @@ class Unavailable:
 
     def __call__(self, *_args: Any, **_kwargs: Any) -> Any:
         """Raise SerializationError, as does every other use."""
-        from .errors import SerializationError
+        from .worker_errors import SerializationError
 
         raise SerializationError(self.__dict__["reason"])
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing import process
 from multiprocessing.process import current_process
 
 import msgspec
 
 from . import interpreter
-from .errors import RegistrationError
 from .inheritance import Descriptor, share_tracker, tracker
+from .limits import teller
 from .protocol import Frame, Job
 from .serialization import CallPickler, CallRunner
 from .worker import Outcome, Worker
+from .worker_errors import RegistrationError
 
 __all__ = ["Initializer", "Setup", "boot_code", "main"]
 
@@ -105,8 +107,8 @@ class InitializerError(Exception):
 class CallHandler:
     """Runs packed calls (see `worker.Handler`)."""
 
-    def __init__(self) -> None:
-        self._runner = CallRunner()
+    def __init__(self, rlimits: Mapping[str, int]) -> None:
+        self._runner = CallRunner(note=teller(rlimits))
 
     def setup(self, data: bytes) -> None:
         """Take over the parent's settings, and run the initializer."""
@@ -144,18 +146,31 @@ class CallHandler:
         return Outcome(ok, data, "", out_of_band)
 
 
-def boot_code(path: Sequence[str], endpoint: str, journals: str) -> str:
-    """Source for `python -c` that becomes a worker with this module search path."""
+def boot_code(path: Sequence[str], endpoint: str, journals: str, rlimits: Mapping[str, int]) -> str:
+    """Source for `python -c` that becomes a worker with this module search path.
+
+    The resource limits are set by the supervisor; the worker names them in errors.
+    """
     return (
         f"import sys; sys.path[:] = {list(path)!r}; "
         f"from zmqexecutor import interpreter; interpreter.depth = {interpreter.depth + 1}; "
-        f"from zmqexecutor.calls import main; main({endpoint!r}, {journals!r})"
+        f"from zmqexecutor.calls import main; main({endpoint!r}, {journals!r}, {dict(rlimits)!r})"
     )
 
 
-def main(endpoint: str, journals: str) -> None:
+def _tell_of_crashes() -> None:
+    """Have a crash in native code leave a stack on standard error, if that is open."""
+    if faulthandler.is_enabled():
+        return  # as the user wants it, by -X faulthandler
+    with contextlib.suppress(OSError):
+        os.fstat(2)
+        faulthandler.enable(2, all_threads=False)
+
+
+def main(endpoint: str, journals: str, rlimits: Mapping[str, int]) -> None:
     """Be a worker of the executor at this endpoint, for as long as it lives."""
-    worker = Worker.with_handler(endpoint, CallHandler(), journals=journals, patience=0)
+    _tell_of_crashes()
+    worker = Worker.with_handler(endpoint, CallHandler(rlimits), journals=journals, patience=0)
     try:
         worker.run()
     except InitializerError:

@@ -38,7 +38,6 @@ from __future__ import annotations
 
 import pickle
 import weakref
-from hashlib import blake2b
 from typing import Any, Final, NamedTuple
 
 from .byvalue import Unavailable
@@ -89,6 +88,9 @@ class _Known(NamedTuple):
 
 
 def _digest(*parts: bytes) -> bytes:
+    # Not at the top: it loads OpenSSL, 4 MB of memory that a worker does not need.
+    from hashlib import blake2b
+
     hashed = blake2b(digest_size=16)
     for part in parts:
         hashed.update(part)

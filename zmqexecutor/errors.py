@@ -10,8 +10,14 @@ import concurrent.futures
 import signal
 import sys
 from concurrent.futures.process import BrokenProcessPool
-from pickle import PicklingError
 from typing import Any
+
+from .worker_errors import (
+    ProtocolError,
+    RegistrationError,
+    SerializationError,
+    ZmqExecutorError,
+)
 
 __all__ = [
     "BrokenPoolError",
@@ -25,10 +31,6 @@ __all__ = [
     "WorkerLostError",
     "ZmqExecutorError",
 ]
-
-
-class ZmqExecutorError(Exception):
-    """Base class of the exceptions defined here; catch it to catch them all."""
 
 
 class BrokenPoolError(ZmqExecutorError, BrokenProcessPool):
@@ -50,6 +52,10 @@ class WorkerLostError(ZmqExecutorError, BrokenProcessPool):
             number), or None if nobody could tell.
         signal: the name of the signal that ended it, such as "SIGKILL", or None.
         stderr: the last lines that the worker wrote to its standard error.
+        seconds: how long it had been running this job, or None if that is not known.
+        peak_rss: the most memory that it had at once, in bytes, or None.
+        cause: why it ended, in words, as far as that can be told.
+        stack: where it crashed, as `faulthandler` wrote it, or empty.
     """
 
     def __init__(
@@ -60,12 +66,20 @@ class WorkerLostError(ZmqExecutorError, BrokenProcessPool):
         pid: int | None = None,
         exitcode: int | None = None,
         stderr: str = "",
+        seconds: float | None = None,
+        peak_rss: int | None = None,
+        cause: str = "",
+        stack: str = "",
     ) -> None:
         super().__init__(message)
         self.job = job
         self.pid = pid
         self.exitcode = exitcode
         self.stderr = stderr
+        self.seconds = seconds
+        self.peak_rss = peak_rss
+        self.cause = cause
+        self.stack = stack
 
     @property
     def signal(self) -> str | None:
@@ -78,19 +92,13 @@ class WorkerLostError(ZmqExecutorError, BrokenProcessPool):
             return f"signal {-self.exitcode}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild_worker_lost, (
-            self.args[0],
-            self.job,
-            self.pid,
-            self.exitcode,
-            self.stderr,
-        )
+        names = ("job", "pid", "exitcode", "stderr", "seconds", "peak_rss", "cause", "stack")
+        values = {name: getattr(self, name) for name in names}
+        return _rebuild_worker_lost, (self.args[0], values)
 
 
-def _rebuild_worker_lost(
-    message: str, job: str, pid: int | None, exitcode: int | None, stderr: str
-) -> WorkerLostError:
-    return WorkerLostError(message, job=job, pid=pid, exitcode=exitcode, stderr=stderr)
+def _rebuild_worker_lost(message: str, values: dict[str, Any]) -> WorkerLostError:
+    return WorkerLostError(message, **values)
 
 
 if sys.version_info >= (3, 11):
@@ -110,21 +118,6 @@ class JobFailedError(ZmqExecutorError, RuntimeError):
 
 class NoWorkerError(ZmqExecutorError, RuntimeError):
     """No worker that could take the job registered in the time allowed."""
-
-
-class RegistrationError(ZmqExecutorError, ConnectionError):
-    """A worker found no master at its endpoint, or the master refused it."""
-
-
-class SerializationError(ZmqExecutorError, PicklingError):
-    """Something on its way to or from a worker could not be pickled or unpickled.
-
-    The exception that stopped it is the `__cause__`.
-    """
-
-
-class ProtocolError(ZmqExecutorError, ValueError):
-    """Bytes that are not a message of the protocol, or not one expected here."""
 
 
 class ForkedExecutorError(ZmqExecutorError, RuntimeError):

@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -23,6 +23,7 @@ from .calls import Initializer, Setup, boot_code
 from .errors import BrokenPoolError, ForkedExecutorError, SerializationError
 from .inheritance import inheritable
 from .interpreter import python_command, start_path
+from .limits import check_rlimits
 from .machine import usable_cpus
 from .master import Master, MasterOptions
 from .protocol import Frame, Result
@@ -54,6 +55,7 @@ class ZmqExecutor(Executor):
         initargs: tuple[Any, ...] = (),
         *,
         max_tasks_per_child: int | None = None,
+        worker_rlimits: Mapping[str, int] | None = None,
     ) -> None:
         """Start the pool in the background, and return at once.
 
@@ -67,9 +69,16 @@ class ZmqExecutor(Executor):
             initargs: the initializer's arguments.
             max_tasks_per_child: how many tasks a worker does before it is replaced,
                 or None for no limit.
+            worker_rlimits: resource limits of each worker process, by their names
+                in lower case without `RLIMIT_`: "as", "data", "stack", "core" and
+                "fsize" in bytes, "cpu" in seconds of processor time, "nofile" and
+                "nproc" in numbers, and so on (see the module `resource`).
+                `{"data": 2 * 2**30}` makes what needs more than 2 GiB raise
+                MemoryError in its task. Each is both the soft and the hard limit;
+                one that the system refuses breaks the pool.
 
         Raises:
-            ValueError: a number is not positive.
+            ValueError: a number is not positive, or there is no such resource limit.
             TypeError: an argument has the wrong type.
             SerializationError: the initializer or its arguments cannot be pickled.
             OSError: there is no place for the pool's private directory.
@@ -90,6 +99,7 @@ class ZmqExecutor(Executor):
                 raise TypeError("max_tasks_per_child must be an integer")
             if max_tasks_per_child <= 0:
                 raise ValueError("max_tasks_per_child must be >= 1")
+        rlimits = check_rlimits(worker_rlimits)
         self._pickler = CallPickler()
         self._lock = threading.Lock()
         self._closed = False
@@ -98,7 +108,7 @@ class ZmqExecutor(Executor):
         self._initargs = initargs
         self._initializer = _pack_initializer(self._pickler, initializer, initargs)
         self._equipped = False
-        self._master = _start_master(self._max_workers, max_tasks_per_child)
+        self._master = _start_master(self._max_workers, max_tasks_per_child, rlimits or {})
         # A forgotten executor's workers finish what is pending, and go away.
         weakref.finalize(self, self._master.close).atexit = False
 
@@ -355,10 +365,10 @@ def _pack_initializer(
     return Initializer(call.function_id, call.function, call.data, buffers)
 
 
-def _start_master(max_workers: int, allowance: int | None) -> Master:
+def _start_master(max_workers: int, allowance: int | None, rlimits: dict[str, int]) -> Master:
     directory = PrivateDirectory()
     endpoint = f"ipc://{directory.path}/control"
-    command = python_command(boot_code(start_path(), endpoint, directory.path))
+    command = python_command(boot_code(start_path(), endpoint, directory.path, rlimits))
     options = MasterOptions(
         endpoint=endpoint,
         work=f"ipc://{directory.path}/work",
@@ -367,7 +377,7 @@ def _start_master(max_workers: int, allowance: int | None) -> Master:
         allowance=allowance,
         finish_at_exit=True,
     )
-    group = Workers(command, 1, directory=directory.path)
+    group = Workers(command, 1, directory=directory.path, remove_directory=True, rlimits=rlimits)
     master = Master(options, group, cleanup=directory.close)
     master.start()
     return master

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import select
-import signal
 import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Final, Protocol
 
-from .errors import WorkerLostError
+from .certificate import ending, lost_error
 from .protocol import GroupFailed, Reaped, Spawned
 from .tasks import Task
 
@@ -24,17 +23,6 @@ WAIT_FOR_EXIT_STATUS: Final = 1.0
 """Seconds that a lost task waits for the supervisor's word on how its worker died."""
 WAIT_FOR_EXIT: Final = 5.0
 """Seconds that idle workers have at shutdown for their exit handlers."""
-
-_LIKELY_CAUSES: Final = {
-    signal.SIGKILL: "the system ran out of memory, or somebody used kill -9",
-    signal.SIGSEGV: "a fault in native code, such as an extension module",
-    signal.SIGABRT: "native code gave up (abort), such as a failed assertion",
-    signal.SIGBUS: "a fault in native code, or a memory-mapped file that was cut short",
-    signal.SIGFPE: "an arithmetic fault in native code",
-    signal.SIGILL: "native code built for another processor",
-    signal.SIGTERM: "somebody asked the process to end",
-    signal.SIGXCPU: "a limit on processor time",
-}
 
 
 class Group(Protocol):
@@ -77,7 +65,8 @@ class Fleet:
         """Why the group cannot run tasks any more, once that is so."""
         self._alive: set[int] = set()
         self._ready: set[int] = set()
-        self._lost: dict[int, tuple[Task, float]] = {}  # by pid, with a deadline
+        # By pid, with the seconds that the task ran, and a deadline.
+        self._lost: dict[int, tuple[Task, float | None, float]] = {}
         self._wanted = 1
         self._failed_starts = 0
         self._supervisor_deaths: deque[float] = deque()
@@ -117,8 +106,8 @@ class Fleet:
         """A process of the group has ended."""
         self._alive.discard(event.pid)
         if event.pid in self._lost:
-            task, _ = self._lost.pop(event.pid)
-            task.fail(self._lost_error(task, event.pid, event.exitcode, event.stderr))
+            task, seconds, _ = self._lost.pop(event.pid)
+            self._fail(task, event.pid, event, seconds)
         if event.pid in self._ready:
             self._ready.discard(event.pid)
             # Not a failure to start: without this word, the supervisor would put
@@ -129,15 +118,18 @@ class Fleet:
         if self._failed_starts >= STARTS_BEFORE_BROKEN:
             self.failure = (
                 f"{self._failed_starts} workers in a row ended before they were ready, the last "
-                f"{_ending(event.exitcode)}{_quoted(event.stderr)}"
+                f"{ending(event)}"
             )
 
-    def bury(self, task: Task, pid: int) -> None:
-        """A worker died while it ran this task; say how, as soon as it is known."""
+    def bury(self, task: Task, pid: int, seconds: float | None = None) -> None:
+        """A worker died after it ran this task for so long; say how, once it is known."""
         if pid in self._alive:
-            self._lost[pid] = (task, time.monotonic() + WAIT_FOR_EXIT_STATUS)
+            self._lost[pid] = (task, seconds, time.monotonic() + WAIT_FOR_EXIT_STATUS)
         else:
-            task.fail(self._lost_error(task, pid, None, ""))
+            self._fail(task, pid, None, seconds)
+
+    def _fail(self, task: Task, pid: int, end: Reaped | None, seconds: float | None) -> None:
+        task.fail(lost_error(task.name, pid, end, seconds, replaced=self.group is not None))
 
     @property
     def waiting(self) -> bool:
@@ -146,31 +138,19 @@ class Fleet:
 
     def next_deadline(self) -> float | None:
         """When `check_deadlines` must be called, even if nothing happens."""
-        return min((deadline for _, deadline in self._lost.values()), default=None)
+        return min((deadline for _, _, deadline in self._lost.values()), default=None)
 
     def check_deadlines(self, now: float) -> None:
         """Wait no longer for exit statuses that are overdue."""
-        for pid in [pid for pid, (_, deadline) in self._lost.items() if deadline <= now]:
-            task, _ = self._lost.pop(pid)
-            task.fail(self._lost_error(task, pid, None, ""))
+        for pid in [pid for pid, (*_, deadline) in self._lost.items() if deadline <= now]:
+            task, seconds, _ = self._lost.pop(pid)
+            self._fail(task, pid, None, seconds)
 
     def fail_lost(self, reason: BaseException) -> None:
         """Wait no longer for any exit status."""
-        for task, _ in self._lost.values():
+        for task, *_ in self._lost.values():
             task.fail(reason)
         self._lost.clear()
-
-    def _lost_error(
-        self, task: Task, pid: int, exitcode: int | None, stderr: str
-    ) -> WorkerLostError:
-        others = "the pool goes on with a new worker" if self.group else "other workers go on"
-        message = (
-            f"the worker (pid {pid}) that ran {task.name} {_ending(exitcode)}. "
-            f"Only this task is lost; {others}"
-        )
-        return WorkerLostError(
-            message + _quoted(stderr), job=task.name, pid=pid, exitcode=exitcode, stderr=stderr
-        )
 
     def supervisor_died(self) -> bool:
         """Whether the supervisor is gone and should be restarted."""
@@ -239,20 +219,3 @@ class Fleet:
         """Stop the group at once."""
         if self.group and not self._stopped:
             self.group.kill()
-
-
-def _ending(exitcode: int | None) -> str:
-    if exitcode is None:
-        return "is gone, how it ended is not known"
-    if exitcode >= 0:
-        return f"ended with exit code {exitcode}; likely cause: something called os._exit"
-    try:
-        signum = signal.Signals(-exitcode)
-    except ValueError:
-        return f"was killed by signal {-exitcode}"
-    cause = _LIKELY_CAUSES.get(signum)
-    return f"was killed by {signum.name}" + (f"; likely cause: {cause}" if cause else "")
-
-
-def _quoted(stderr: str) -> str:
-    return f"\nThe last lines of its standard error:\n{stderr.rstrip()}" if stderr else ""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+from collections.abc import Iterator
 from functools import lru_cache
 
-__all__ = ["machine_id", "usable_cpus"]
+__all__ = ["machine_id", "oom_kills", "usable_cpus"]
 
 
 @lru_cache(maxsize=1)
@@ -38,17 +39,43 @@ def _control_group_quota() -> float | None:
     https://docs.kernel.org/admin-guide/cgroup-v2.html#cpu-interface-files
     """
     quotas = []
-    try:
-        with open("/proc/self/cgroup") as file:
-            group = next(line[3:].strip() for line in file if line.startswith("0::"))
-    except (OSError, StopIteration):
-        return None
-    while True:
+    for group in _control_groups("/"):
         with contextlib.suppress(OSError, ValueError):
-            with open(f"/sys/fs/cgroup{group.rstrip('/')}/cpu.max") as file:
+            with open(f"{group}/cpu.max") as file:
                 limit, period = file.read().split()
             if limit != "max":
                 quotas.append(int(limit) / int(period))
-        if group in ("", "/"):
-            return min(quotas, default=None)
+    return min(quotas, default=None)
+
+
+def oom_kills(root: str = "/") -> int:
+    """How many processes the kernel has killed for want of memory.
+
+    Counted are those in this process's control group and the groups below it, or in
+    the nearest group above that has a count, or else on the whole system.
+
+    Args:
+        root: where /proc and /sys are.
+    """
+    counters = [f"{group}/memory.events" for group in _control_groups(root)]
+    for path in (*counters, os.path.join(root, "proc/vmstat")):
+        with contextlib.suppress(OSError, ValueError), open(path) as file:
+            for line in file:
+                name, _, number = line.partition(" ")
+                if name == "oom_kill":
+                    return int(number)
+    return 0
+
+
+def _control_groups(root: str) -> Iterator[str]:
+    """The directories of the control groups (v2) of this process, the innermost first."""
+    try:
+        with open(os.path.join(root, "proc/self/cgroup")) as file:
+            group = next(line[3:].strip() for line in file if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return
+    top = os.path.join(root, "sys/fs/cgroup")
+    while group not in ("", "/"):
+        yield top + group
         group = os.path.dirname(group)
+    yield top

@@ -26,7 +26,7 @@ from typing import Annotated, Final, TypeAlias, TypeVar
 
 import msgspec
 
-from .errors import ProtocolError
+from .worker_errors import ProtocolError
 
 __all__ = [
     "VERSION",
@@ -93,6 +93,8 @@ class Configure(Message, frozen=True):
     graceful_timeout: float = 5.0
     """Seconds between SIGTERM and SIGKILL when a process is stopped."""
     capture_stderr: bool = True
+    rlimits: dict[str, int] | None = None
+    """Resource limits of each process, by the names that Circus takes."""
 
 
 class Scale(Message, frozen=True):
@@ -107,6 +109,8 @@ class Quit(Message, frozen=True):
     """Stop every process, then end the supervisor."""
 
     graceful_timeout: float | None = None
+    remove_directory: bool = False
+    """Nobody needs the private directory any more."""
 
 
 class Spawned(Message, frozen=True):
@@ -122,6 +126,14 @@ class Reaped(Message, frozen=True):
     exitcode: int | None
     stderr: str
     """The last lines it wrote to its standard error."""
+    peak_rss: int = 0
+    """The most memory, in bytes, that it had at once, or 0 if that is not known."""
+    oom_killed: bool = False
+    """Whether it was killed while the kernel was killing for want of memory."""
+    fault: str = ""
+    """The stack that it wrote when it crashed ("Fatal Python error: ...")."""
+    limit: str = ""
+    """The resource limit that ended it, such as "cpu=10", as far as that can be told."""
 
 
 class GroupFailed(Message, frozen=True):

@@ -17,10 +17,10 @@ from typing import Literal, TypeAlias
 import zmq
 
 from . import protocol, security
-from .errors import ProtocolError, RegistrationError
 from .journal import JournalWriter
 from .machine import machine_id
 from .wakeup import Wakeup
+from .worker_errors import ProtocolError, RegistrationError
 
 __all__ = ["Claims", "Control", "Session"]
 

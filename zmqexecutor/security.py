@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import ipaddress
 import os
 import shutil
 import socket as stdlib_socket
 import stat
 import tempfile
+import time
+import weakref
 from collections.abc import Iterator
 
 import zmq
@@ -24,6 +25,10 @@ __all__ = ["PrivateDirectory", "bind", "check_address", "close", "socket"]
 
 IPC_PATH_LIMIT = 107
 """Bytes in the path of a local socket (Linux: 108 with the final zero byte)."""
+BACKLOG = 1024
+"""Connections that may wait to be accepted: many workers may start at once."""
+UNLOCKED_FOR = 60.0
+"""Seconds after which a private directory without a lock has been left behind."""
 
 _ROOM_FOR_NAMES = 40  # what is appended to a directory: our own part, file names
 _own: set[str] = set()  # directories this process made: its own locks do not stop it
@@ -32,9 +37,10 @@ _own: set[str] = set()  # directories this process made: its own locks do not st
 class PrivateDirectory:
     """A directory that only this user can enter, made for this process.
 
-    It is removed by `close`, by the supervisor when this process dies, or, when
-    both were killed, by whoever makes the next one: a lock that the kernel drops
-    with its owner tells a living directory from one left behind.
+    It is removed by `close`, at the latest when this process exits, by the
+    supervisor when this process dies, or, when both were killed, by whoever makes
+    the next one: a lock that the kernel drops with its owner tells a living
+    directory from one left behind.
 
     Attributes:
         path: the directory, short enough for local sockets in it.
@@ -61,22 +67,25 @@ class PrivateDirectory:
                 "Tried: " + "; ".join(tried)
             )
         _own.add(self.path)
-        self._pid = os.getpid()
         # Locked before it gets the name that others look for. A POSIX lock belongs
         # to the process, so a forked child does not keep it alive.
         fresh = os.path.join(self.path, "lock.new")
         self._lock = os.open(fresh, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        # Also at exit, for when an interrupt has kept its owner from the call of `close`.
+        self._remove = weakref.finalize(self, _remove, self.path, self._lock, os.getpid())
         fcntl.lockf(self._lock, fcntl.LOCK_EX)
         os.rename(fresh, os.path.join(self.path, "lock"))
 
     def close(self) -> None:
-        """Remove the directory and what is in it."""
-        if self._lock < 0 or self._pid != os.getpid():
-            return
-        shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)
-        self._lock = -1
-        _own.discard(self.path)
+        """Remove the directory and what is in it. A forked child does not."""
+        self._remove()
+
+
+def _remove(path: str, lock: int, owner: int) -> None:
+    if os.getpid() == owner:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
+        _own.discard(path)
 
 
 def _bases() -> Iterator[str]:
@@ -112,7 +121,8 @@ def _sweep(root: str) -> None:
         try:
             lock = os.open(os.path.join(path, "lock"), os.O_RDWR | os.O_CLOEXEC)
         except OSError:
-            continue  # just being made, or just being removed
+            _sweep_unlocked(path)
+            continue
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -121,6 +131,17 @@ def _sweep(root: str) -> None:
             shutil.rmtree(path, ignore_errors=True)
         finally:
             os.close(lock)
+
+
+def _sweep_unlocked(path: str) -> None:
+    """Remove a directory whose maker was killed before it could lock it.
+
+    One that is just being made, or removed by another process, is young.
+    """
+    with contextlib.suppress(OSError):
+        status = os.lstat(path)
+        if stat.S_ISDIR(status.st_mode) and time.time() - status.st_mtime > UNLOCKED_FOR:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def check_address(address: str, what: str) -> str:
@@ -158,6 +179,8 @@ def check_address(address: str, what: str) -> str:
 def _is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
+    import ipaddress  # of no use to the executor's workers
+
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -182,13 +205,37 @@ def bind(made: zmq.Socket[bytes], address: str) -> str:
     if "[" not in address:
         made.ipv6 = False  # else the address below would be one that IPv4 sockets cannot use
     try:
-        made.bind(address)
-    except zmq.ZMQError as error:
+        if path is None:
+            made.bind(address)
+            return made.getsockopt_string(zmq.LAST_ENDPOINT)
+        _bind_path(made, address, path)
+    except (OSError, zmq.ZMQError) as error:
         raise OSError(error.errno, f"cannot bind {address}: {error.strerror}") from None
-    if path is None:
-        return made.getsockopt_string(zmq.LAST_ENDPOINT)
-    os.chmod(path, 0o600)
     return address
+
+
+def _bind_path(made: zmq.Socket[bytes], address: str, path: str) -> None:
+    """Bind to the path of a file that nobody else can connect to at any time.
+
+    ZeroMQ would listen before the file's mode could be changed; so we do it, and
+    give it the listening descriptor.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)  # nobody listens there
+    with stdlib_socket.socket(stdlib_socket.AF_UNIX, stdlib_socket.SOCK_STREAM) as listener:
+        listener.bind(path)
+        os.chmod(path, 0o600)
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+        made.setsockopt(zmq.USE_FD, listener.fileno())
+        try:
+            made.bind(address)
+        except BaseException:
+            os.unlink(path)
+            raise
+        finally:
+            made.setsockopt(zmq.USE_FD, -1)  # not for what is bound or connected later
+        listener.detach()  # it is ZeroMQ's now
 
 
 def close(bound: zmq.Socket[bytes], address: str | None) -> None:

@@ -43,7 +43,7 @@ from .namespaces import Entry, Key
 from .picklers import ArgumentPickler, ResultPickler, ValuePickler
 
 if TYPE_CHECKING:
-    from .errors import SerializationError
+    from .worker_errors import SerializationError
 
 __all__ = ["OUT_OF_BAND", "Buffer", "Call", "CallPickler", "CallRunner", "Outcome"]
 
@@ -202,7 +202,7 @@ def _serialization_error(message: str, error: BaseException) -> SerializationErr
     The cause loses its traceback, whose frames would keep arguments alive, and
     gets it as text, as a task's exception does.
     """
-    from .errors import SerializationError
+    from .worker_errors import SerializationError
 
     if error.__cause__ is None and error.__traceback__ is not None:
         error.__cause__ = _remote_traceback(_format(error))
@@ -297,7 +297,7 @@ class CallPickler:
             if not message:
                 return error
             cause = error
-        from .errors import SerializationError
+        from .worker_errors import SerializationError
 
         failure = SerializationError(message)
         failure.__cause__ = cause
@@ -374,7 +374,13 @@ class CallRunner:
     Make it before any code of the user runs, and use it in one thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, note: Callable[[BaseException], str] = lambda _: "") -> None:
+        """Make it.
+
+        Args:
+            note: what to add, as lines, to the traceback of what a task raised.
+        """
+        self._note = note
         self._functions: dict[bytes, _Function] = {}
         self._received = Received()
         self._spare: list[_ReusedPickler[ResultPickler]] = []
@@ -407,7 +413,7 @@ class CallRunner:
             stage = _PICKLE
             return Outcome(True, *self._dump_result(result))
         except BaseException as error:
-            return Outcome(False, _dump_failure(stage, error), [])
+            return Outcome(False, _dump_failure(stage, error, self._note), [])
 
     def _dump_result(self, result: object) -> tuple[bytes, list[memoryview]]:
         try:
@@ -420,9 +426,10 @@ class CallRunner:
         return dumped
 
 
-def _dump_failure(stage: str, error: BaseException) -> bytes:
+def _dump_failure(stage: str, error: BaseException, note: Callable[[BaseException], str]) -> bytes:
     text = _format(error)
     error.__traceback__ = None  # its frames hold the arguments
+    text += note(error)
     message = ""
     # sys.exit() while the result is pickled is the task's own doing, like an error in it.
     if stage == _UNPICKLE or (stage == _PICKLE and isinstance(error, Exception)):

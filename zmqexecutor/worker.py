@@ -34,11 +34,11 @@ import msgspec
 import zmq
 
 from . import protocol, security
-from .errors import RegistrationError
 from .journal import JournalWriter
 from .protocol import Frame, Job
 from .registration import Claims, Control, Session
 from .wakeup import Wakeup
+from .worker_errors import RegistrationError
 
 __all__ = ["Handler", "Outcome", "Worker"]
 

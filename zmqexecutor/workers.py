@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Final
 
 from .errors import ForkedExecutorError
+from .limits import check_rlimits
 from .protocol import (
     Configure,
     GroupFailed,
@@ -71,6 +72,8 @@ class Workers:
         working_dir: str | None = None,
         graceful_timeout: float = 5.0,
         directory: str | None = None,
+        remove_directory: bool = False,
+        rlimits: Mapping[str, int] | None = None,
     ) -> None:
         """Describe the group; nothing is started yet.
 
@@ -87,6 +90,14 @@ class Workers:
                 sockets; by default one is made and removed. `stop` leaves a given
                 one alone, but the supervisor removes it when this program dies or
                 drops the group without `stop`.
+            remove_directory: let `stop` have the supervisor remove a given directory
+                too. What this program then has no time for, it need not do.
+            rlimits: resource limits of each process, by their names in lower case
+                without `RLIMIT_`, as Circus takes them: "as", "data", "stack",
+                "core" and "fsize" in bytes, "cpu" in seconds of processor time,
+                "nofile" and "nproc" in numbers, and so on (see `resource`). Each is
+                both the soft and the hard limit. If the system refuses one, the
+                group fails.
 
         Raises:
             TypeError: an argument has the wrong type.
@@ -102,6 +113,8 @@ class Workers:
         self._given_directory = directory
         self._private: PrivateDirectory | None = None
         self._env = None if env is None else dict(env)
+        self._remove_directory_too = remove_directory or directory is None
+        self._rlimits = check_rlimits(rlimits)
         self._working_dir = None if working_dir is None else os.path.abspath(working_dir)
         self._graceful_timeout = float(graceful_timeout)
         self._owner = os.getpid()
@@ -210,7 +223,7 @@ class Workers:
             if link is None:
                 return
             try:
-                link.send(Quit(grace), timeout=STOP_MARGIN)
+                link.send(Quit(grace, self._remove_directory_too), timeout=STOP_MARGIN)
                 if not link.wait_end(grace + STOP_MARGIN):
                     link.signal(signal.SIGTERM)
                     link.wait_end(TERM_GRACE)
@@ -322,6 +335,7 @@ class Workers:
             self._env,
             self._working_dir,
             self._graceful_timeout,
+            rlimits=self._rlimits,
         )
         self._link = SupervisorLink(self, config)
         self._closed = False
