@@ -25,6 +25,7 @@ LAYERS = [
     "machine",
     "interpreter",
     "security",
+    "buffers",
     # what is in a payload
     "namespaces",
     "byvalue",

@@ -12,7 +12,8 @@ from multiprocessing.process import current_process
 
 import msgspec
 
-from . import interpreter
+from . import buffers, interpreter
+from .buffers import Segments
 from .errors import RegistrationError
 from .inheritance import Descriptor, share_tracker, tracker
 from .protocol import Frame, Job
@@ -50,9 +51,11 @@ class Setup(msgspec.Struct, frozen=True):
     initializer: Initializer | None
     tracker: Descriptor | None = None
     """multiprocessing's resource tracker, to be shared."""
+    segments: bool = False
+    """Whether big buffers go through segments."""
 
     @classmethod
-    def of_this_process(cls, initializer: Initializer | None) -> Setup:
+    def of_this_process(cls, initializer: Initializer | None, segments: bool = False) -> Setup:
         """What there is to be taken over now."""
         umask = os.umask(0o077)
         os.umask(umask)
@@ -70,6 +73,7 @@ class Setup(msgspec.Struct, frozen=True):
             umask=umask,
             initializer=initializer,
             tracker=tracker(),
+            segments=segments,
         )
 
     def take_over(self) -> None:
@@ -105,7 +109,13 @@ class InitializerError(Exception):
 class CallHandler:
     """Runs packed calls (see `worker.Handler`)."""
 
-    def __init__(self) -> None:
+    def __init__(self, directory: str) -> None:
+        """Start without any function.
+
+        Args:
+            directory: the executor's private directory.
+        """
+        self._directory = directory
         self._runner = CallRunner()
 
     def setup(self, data: bytes) -> None:
@@ -114,6 +124,8 @@ class CallHandler:
         setup.take_over()
         if setup.initializer is not None:
             self._initialize(setup.initializer)
+        if setup.segments:
+            self._runner.segments = Segments(self._directory)
 
     def _initialize(self, call: Initializer) -> None:
         self._runner.load_function(call.function_id, call.function)
@@ -138,10 +150,14 @@ class CallHandler:
         """Let go of a function."""
         self._runner.forget(key)
 
-    def run(self, job: Job, buffers: Sequence[Frame]) -> Outcome:
+    def run(self, job: Job, frames: Sequence[Frame]) -> Outcome:
         """Call a function that was defined before."""
-        ok, data, out_of_band = self._runner.run(job.shared, job.data, buffers)
-        return Outcome(ok, data, "", out_of_band)
+        forks = buffers.forks()
+        ok, data, out_of_band, segment = self._runner.run(job.shared, job.data, frames, job.segment)
+        kept = job.segment is not None and (
+            self._runner.holds(job.segment) or forks != buffers.forks()
+        )
+        return Outcome(ok, data, "", out_of_band, segment, kept)
 
 
 def boot_code(path: Sequence[str], endpoint: str, journals: str) -> str:
@@ -155,7 +171,7 @@ def boot_code(path: Sequence[str], endpoint: str, journals: str) -> str:
 
 def main(endpoint: str, journals: str) -> None:
     """Be a worker of the executor at this endpoint, for as long as it lives."""
-    worker = Worker.with_handler(endpoint, CallHandler(), journals=journals, patience=0)
+    worker = Worker.with_handler(endpoint, CallHandler(journals), journals=journals, patience=0)
     try:
         worker.run()
     except InitializerError:
