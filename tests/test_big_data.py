@@ -141,7 +141,7 @@ def test_an_argument_kept_in_a_global_stays_intact(executor: ZmqExecutor) -> Non
 
 
 def test_results_that_are_kept_stay_intact(executor: ZmqExecutor) -> None:
-    results = list(executor.map(lambda n: np.full(BIG, n, dtype=np.uint8), range(60)))
+    results: list[Any] = list(executor.map(lambda n: np.full(BIG, n, dtype=np.uint8), range(60)))
     assert [(r.min(), r.max()) for r in results] == [(n, n) for n in range(60)]
     for number, result in enumerate(results):
         result += 1
@@ -177,14 +177,12 @@ def test_a_task_that_is_lost_or_fails_leaves_no_segment(executor: ZmqExecutor) -
 
 
 def test_cancelled_tasks_leave_no_segment(executor: ZmqExecutor) -> None:
-    release = threading.Event()
     blockers = [executor.submit(_wait_for, 0.5) for _ in range(2)]
     waiting = [executor.submit(len, np.ones(BIG)) for _ in range(10)]
     for future in waiting:
         future.cancel()
-    release.set()
-    for future in blockers:
-        future.result()
+    for blocker in blockers:
+        blocker.result()
     executor.submit(len, "x").result()
     del waiting
     assert eventually(lambda: not files(executor))
@@ -236,7 +234,7 @@ def test_a_result_outlives_the_executor() -> None:
 
 
 def test_a_forked_child_keeps_what_it_had(executor: ZmqExecutor) -> None:
-    array = executor.submit(np.full, BIG, 5, np.uint8).result()
+    array: Any = executor.submit(np.full, BIG, 5, np.uint8).result()
     go, done = os.pipe(), os.pipe()
     pid = os.fork()
     if pid == 0:
