@@ -18,8 +18,6 @@ from zmqexecutor.buffers import Segments
 
 BIG = 1024 * 1024
 
-kept: list[Any] = []
-
 
 def identity(value: Any) -> Any:
     return value
@@ -71,12 +69,11 @@ def test_plain_data_goes_there_and_back(executor: ZmqExecutor, value: Any) -> No
 
 
 def test_the_same_bytes_twice_and_among_keywords(executor: ZmqExecutor) -> None:
+    def compare(a: bytes, b: bytes, *, c: bytes) -> tuple[bool, bool]:
+        return a is b, a == c
+
     data = os.urandom(BIG)
-    same, equal = executor.submit(
-        lambda a, b, *, c: (a is b and a is c, a == c), data, data, c=data
-    ).result()
-    assert equal
-    assert same is False  # a keyword's is a copy of its own
+    assert executor.submit(compare, data, data, c=data).result() == (True, True)
 
 
 def test_an_argument_is_writable_in_the_task_and_stays_as_it_is_at_home(
@@ -92,13 +89,13 @@ def test_an_argument_is_writable_in_the_task_and_stays_as_it_is_at_home(
 
 
 def test_a_read_only_argument_stays_read_only(executor: ZmqExecutor) -> None:
-    array = np.ones(BIG)
+    array: Any = np.ones(BIG)
     array.flags.writeable = False
     assert not executor.submit(lambda a: a.flags.writeable, array).result()
 
 
 def test_the_array_may_be_changed_once_submit_has_returned(executor: ZmqExecutor) -> None:
-    array = np.zeros(BIG, dtype=np.uint8)
+    array: Any = np.zeros(BIG, dtype=np.uint8)
     futures = []
     for number in range(50):
         array.fill(number)
