@@ -27,6 +27,7 @@ LAYERS = [
     "limits",
     "interpreter",
     "security",
+    "buffers",
     # what is in a payload
     "namespaces",
     "byvalue",

@@ -32,6 +32,7 @@ from zmqexecutor.protocol import (
     Result,
     Results,
     Scale,
+    Segment,
     Shared,
     Spawned,
     ToSupervisor,
@@ -62,8 +63,8 @@ DECODERS: dict[str, Decode] = {
     IN_JOURNAL: protocol.decode_result,
 }
 HELLO = Hello(1, "w1", 42, "host", "machine", None, "/dev/shm/j", "3.13.1")
-JOB = Job(1, "id", b"data", "text", b"key", 2)
-RESULT = Result(1, True, b"data", "text", 0.5, 1)
+JOB = Job(1, "id", b"data", "text", b"key", 2, Segment("s", [7]))
+RESULT = Result(1, True, b"data", "text", 0.5, 1, Segment("s", []), True)
 
 # Each message with its bytes, as written in docs/protocol.md: array, name, fields.
 WIRE: list[tuple[str, object, bytes]] = [
@@ -88,20 +89,21 @@ WIRE: list[tuple[str, object, bytes]] = [
     (
         WORK_TO_MASTER,
         Results(7, [RESULT], True),
-        b"\x94\xa7Results\x07\x91\x96\x01\xc3\xc4\x04data\xa4text\xcb\x3f\xe0\0\0\0\0\0\0\x01\xc3",
+        b"\x94\xa7Results\x07\x91\x98\x01\xc3\xc4\x04data\xa4text\xcb\x3f\xe0\0\0\0\0\0\0\x01"
+        b"\x92\xa1s\x90\xc3\xc3",
     ),
     (WORK_TO_MASTER, Goodbye(), b"\x92\xa7Goodbye\x00"),
     (
         WORK_TO_WORKER,
         Jobs(9, [JOB], [Shared(b"key", b"function")], [b"old"]),
-        b"\x95\xa4Jobs\x09\x91\x96\x01\xa2id\xc4\x04data\xa4text\xc4\x03key\x02"
+        b"\x95\xa4Jobs\x09\x91\x97\x01\xa2id\xc4\x04data\xa4text\xc4\x03key\x02\x92\xa1s\x91\x07"
         b"\x91\x92\xc4\x03key\xc4\x08function\x91\xc4\x03old",
     ),
     (WORK_TO_WORKER, Jobs(9, []), b"\x95\xa4Jobs\x09\x90\x90\x90"),
     (
         IN_JOURNAL,
         Result(1, False, b"", "", 0.0, 0),
-        b"\x96\x01\xc2\xc4\x00\xa0\xcb\0\0\0\0\0\0\0\0\x00",
+        b"\x98\x01\xc2\xc4\x00\xa0\xcb\0\0\0\0\0\0\0\0\x00\xc0\xc2",
     ),
 ]
 IDS = [type(message).__name__ for _, message, _ in WIRE]

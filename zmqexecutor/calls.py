@@ -13,7 +13,8 @@ from multiprocessing.process import current_process
 
 import msgspec
 
-from . import interpreter
+from . import buffers, interpreter
+from .buffers import Segments
 from .inheritance import Descriptor, share_tracker, tracker
 from .limits import teller
 from .protocol import Frame, Job
@@ -52,9 +53,11 @@ class Setup(msgspec.Struct, frozen=True):
     initializer: Initializer | None
     tracker: Descriptor | None = None
     """multiprocessing's resource tracker, to be shared."""
+    segments: bool = False
+    """Whether big buffers go through segments."""
 
     @classmethod
-    def of_this_process(cls, initializer: Initializer | None) -> Setup:
+    def of_this_process(cls, initializer: Initializer | None, segments: bool = False) -> Setup:
         """What there is to be taken over now."""
         umask = os.umask(0o077)
         os.umask(umask)
@@ -72,6 +75,7 @@ class Setup(msgspec.Struct, frozen=True):
             umask=umask,
             initializer=initializer,
             tracker=tracker(),
+            segments=segments,
         )
 
     def take_over(self) -> None:
@@ -107,7 +111,14 @@ class InitializerError(Exception):
 class CallHandler:
     """Runs packed calls (see `worker.Handler`)."""
 
-    def __init__(self, rlimits: Mapping[str, int]) -> None:
+    def __init__(self, directory: str, rlimits: Mapping[str, int]) -> None:
+        """Start without any function.
+
+        Args:
+            directory: the executor's private directory.
+            rlimits: limits that are set for this process, to be named in errors.
+        """
+        self._directory = directory
         self._runner = CallRunner(note=teller(rlimits))
 
     def setup(self, data: bytes) -> None:
@@ -116,6 +127,8 @@ class CallHandler:
         setup.take_over()
         if setup.initializer is not None:
             self._initialize(setup.initializer)
+        if setup.segments:
+            self._runner.segments = Segments(self._directory)
 
     def _initialize(self, call: Initializer) -> None:
         self._runner.load_function(call.function_id, call.function)
@@ -140,10 +153,14 @@ class CallHandler:
         """Let go of a function."""
         self._runner.forget(key)
 
-    def run(self, job: Job, buffers: Sequence[Frame]) -> Outcome:
+    def run(self, job: Job, frames: Sequence[Frame]) -> Outcome:
         """Call a function that was defined before."""
-        ok, data, out_of_band = self._runner.run(job.shared, job.data, buffers)
-        return Outcome(ok, data, "", out_of_band)
+        forks = buffers.forks()
+        ok, data, out_of_band, segment = self._runner.run(job.shared, job.data, frames, job.segment)
+        kept = job.segment is not None and (
+            self._runner.holds(job.segment) or forks != buffers.forks()
+        )
+        return Outcome(ok, data, "", out_of_band, segment, kept)
 
 
 def boot_code(path: Sequence[str], endpoint: str, journals: str, rlimits: Mapping[str, int]) -> str:
@@ -170,7 +187,8 @@ def _tell_of_crashes() -> None:
 def main(endpoint: str, journals: str, rlimits: Mapping[str, int]) -> None:
     """Be a worker of the executor at this endpoint, for as long as it lives."""
     _tell_of_crashes()
-    worker = Worker.with_handler(endpoint, CallHandler(rlimits), journals=journals, patience=0)
+    handler = CallHandler(journals, rlimits)
+    worker = Worker.with_handler(endpoint, handler, journals=journals, patience=0)
     try:
         worker.run()
     except InitializerError:

@@ -19,6 +19,7 @@ from typing import Any, ParamSpec, TypeVar
 import msgspec
 
 from . import interpreter
+from .buffers import Segments
 from .calls import Initializer, Setup, boot_code
 from .errors import BrokenPoolError, ForkedExecutorError, SerializationError
 from .inheritance import inheritable
@@ -108,7 +109,12 @@ class ZmqExecutor(Executor):
         self._initargs = initargs
         self._initializer = _pack_initializer(self._pickler, initializer, initargs)
         self._equipped = False
-        self._master = _start_master(self._max_workers, max_tasks_per_child, rlimits or {})
+        directory = PrivateDirectory()
+        segments = self._pickler.segments = Segments.create(directory.path)
+        self._decode = partial(_decode, CallPickler(segments))
+        self._master = _start_master(
+            directory, segments, self._max_workers, max_tasks_per_child, rlimits or {}
+        )
         # A forgotten executor's workers finish what is pending, and go away.
         weakref.finalize(self, self._master.close).atexit = False
 
@@ -132,17 +138,19 @@ class ZmqExecutor(Executor):
         task = Task(
             future,
             call.data,
-            _decode,
+            self._decode,
             name=getattr(fn, "__qualname__", None) or type(fn).__name__,
             shared=Shared(call.function_id, call.function),
             buffers=call.buffers,
+            lease=call.lease,
         )
         with self._lock:
             self._check_open()
             if not self._equipped:
                 # Not before: as with the standard library, what the program changes
                 # up to its first task (sys.path, directory, environment) is seen there.
-                setup = Setup.of_this_process(self._initializer)
+                shared = self._pickler.segments is not None
+                setup = Setup.of_this_process(self._initializer, shared)
                 self._master.equip(msgspec.msgpack.encode(setup))
                 self._equipped = True
             self._master.submit(task)
@@ -259,11 +267,8 @@ class ZmqExecutor(Executor):
             raise RuntimeError("cannot schedule new futures after interpreter shutdown")
 
 
-_load_outcome = CallPickler().load_outcome
-
-
-def _decode(result: Result, buffers: Sequence[Frame]) -> Any:
-    return _load_outcome(result.ok, result.data, buffers)
+def _decode(pickler: CallPickler, result: Result, buffers: Sequence[Frame]) -> Any:
+    return pickler.load_outcome(result.ok, result.data, buffers, result.segment)
 
 
 def _run_chunk(fn: Callable[..., T], chunk: Sequence[tuple[Any, ...]]) -> list[T]:
@@ -365,8 +370,13 @@ def _pack_initializer(
     return Initializer(call.function_id, call.function, call.data, buffers)
 
 
-def _start_master(max_workers: int, allowance: int | None, rlimits: dict[str, int]) -> Master:
-    directory = PrivateDirectory()
+def _start_master(
+    directory: PrivateDirectory,
+    segments: Segments | None,
+    max_workers: int,
+    allowance: int | None,
+    rlimits: dict[str, int],
+) -> Master:
     endpoint = f"ipc://{directory.path}/control"
     command = python_command(boot_code(start_path(), endpoint, directory.path, rlimits))
     options = MasterOptions(
@@ -376,6 +386,7 @@ def _start_master(max_workers: int, allowance: int | None, rlimits: dict[str, in
         max_workers=max_workers,
         allowance=allowance,
         finish_at_exit=True,
+        segments=segments,
     )
     group = Workers(command, 1, directory=directory.path, remove_directory=True, rlimits=rlimits)
     master = Master(options, group, cleanup=directory.close)

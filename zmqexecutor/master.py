@@ -30,6 +30,7 @@ from typing import Final
 import zmq
 
 from . import protocol, security
+from .buffers import Segments
 from .channels import Channels
 from .errors import BrokenPoolError, NoWorkerError, ProtocolError
 from .fleet import Fleet, Group
@@ -62,6 +63,7 @@ class MasterOptions:
         allowance: how many jobs a worker does before it is replaced, or None.
         patience: seconds that a job waits while there is no worker, or None.
         finish_at_exit: whether pending tasks are finished when the interpreter exits.
+        segments: where big buffers of jobs and results are, if not in messages.
     """
 
     endpoint: str
@@ -71,6 +73,7 @@ class MasterOptions:
     allowance: int | None = None
     patience: float | None = None
     finish_at_exit: bool = False
+    segments: Segments | None = None
 
 
 class Master:
@@ -108,6 +111,9 @@ class Master:
         self._pid = os.getpid()
         self._setup = options.setup
         self._next_ping: float | None = None
+        self._segments = options.segments
+        if self._segments:
+            self._segments.on_idle = self._wake
         self._closing = False
         self._ended = False
         self.broken: BrokenPoolError | None = None
@@ -212,6 +218,8 @@ class Master:
         self._fleet.check_deadlines(now)
         if self._next_ping is not None and self._next_ping <= now:
             self._ping(now)
+        if self._segments and self._segments.trim_at and self._segments.trim_at <= now:
+            self._segments.trim()
         self._decide(now)
         self._confirm()
 
@@ -247,6 +255,7 @@ class Master:
                 self._scheduler.next_deadline(),
                 self._fleet.next_deadline(),
                 self._next_ping,
+                self._segments.trim_at if self._segments else None,
             )
             due = min((d for d in deadlines if d is not None), default=None)
             if due is not None:
@@ -377,6 +386,8 @@ class Master:
             taken += result.buffers
             task = self._scheduler.result(peer.state, result.seq, result.seconds, now)
             if task is not None:
+                if task.lease is not None:
+                    task.lease.returned(result.kept)
                 task.finish(result, frames)
         self._scheduler.settle(peer.state)
 
@@ -433,6 +444,8 @@ class Master:
             if lost is not None:
                 self._fleet.bury(lost, pid)
             self._publish_workers()
+        if self._segments:
+            self._segments.sweep(pid)
         peer.close()
 
     def _ping(self, now: float) -> None:
@@ -487,8 +500,11 @@ class Master:
             if task.shared is not None:
                 key = task.shared.key
                 peer.introduce(task.shared, shared, forget)
-            jobs.append(protocol.Job(seq, task.id, task.data, task.codec, key, len(task.buffers)))
-            frames += task.buffers
+            segment, buffers = task.ship(mapped=peer.journal is not None)
+            jobs.append(
+                protocol.Job(seq, task.id, task.data, task.codec, key, len(buffers), segment)
+            )
+            frames += buffers
         message = protocol.Jobs(peer.confirmed, jobs, shared, forget)
         if not self._channels.send_work(peer.identity, message, frames):
             self._lose(peer, None)

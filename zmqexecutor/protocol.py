@@ -52,6 +52,7 @@ __all__ = [
     "Result",
     "Results",
     "Scale",
+    "Segment",
     "Shared",
     "Spawned",
     "ToSupervisor",
@@ -218,6 +219,14 @@ class Ready(Message, frozen=True):
     worker: str
 
 
+class Segment(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Buffers in a file that both ends can map: see `buffers`."""
+
+    name: str
+    sizes: list[Annotated[int, msgspec.Meta(ge=0)]]
+    """Bytes of each buffer, in order."""
+
+
 class Job(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One job; `buffers` frames of the message belong to it, in order."""
 
@@ -231,6 +240,9 @@ class Job(msgspec.Struct, frozen=True, array_like=True, gc=False):
     shared: bytes = b""
     """Key of the `Shared` object that this job needs, or empty."""
     buffers: int = 0
+    segment: Segment | None = None
+    """Where the buffers are, if not in frames. Only workers that share the master's
+    private directory are sent this, and only they send it."""
 
 
 class Shared(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -263,6 +275,10 @@ class Result(msgspec.Struct, frozen=True, array_like=True, gc=False):
     seconds: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     """How long it ran."""
     buffers: Count = 0
+    segment: Segment | None = None
+    """Where the buffers are, if not in frames."""
+    kept: bool = False
+    """Whether the worker still has the job's own segment mapped."""
 
 
 class Results(Message, frozen=True):

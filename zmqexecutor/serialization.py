@@ -22,6 +22,8 @@ gets into one is told in `definitions`. Master and worker carry bytes:
   the data, says whether it is read-only. Arguments are copied when the call is
   made: the caller may go on to change them. Results are not: send them before
   the next call runs.
+- Where there are `Segments`, buffers are copied into one of them, results too. A
+  pickle that is itself that big is the first buffer, and the data is empty.
 - Every failure ends up as the outcome of its call, an exception that the user's
   process can load whatever its own pickle does: the text of the traceback
   travels beside it.
@@ -34,21 +36,26 @@ import io
 import pickle
 import traceback
 import types
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeGuard, TypeVar
 
 from .bindings import Received
+from .buffers import Lease, Segments
 from .definitions import DefinitionError, Definitions
 from .namespaces import Entry, Key
 from .picklers import ArgumentPickler, ResultPickler, ValuePickler
 
 if TYPE_CHECKING:
+    from .protocol import Segment
     from .worker_errors import SerializationError
 
 __all__ = ["OUT_OF_BAND", "Buffer", "Call", "CallPickler", "CallRunner", "Outcome"]
 
 OUT_OF_BAND = 64 * 1024
 """Buffers of at least this many bytes travel beside the data, not in it."""
+
+IN_SEGMENT = 256 * 1024
+"""From this many bytes in all, buffers go into a segment where there are any."""
 
 Buffer = bytes | bytearray | memoryview
 """What buffers may be when they arrive. Read-only ones are copied where an array
@@ -64,6 +71,7 @@ class Call(NamedTuple):
     function: bytes
     data: bytes
     buffers: list[memoryview]
+    lease: Lease | None = None
 
 
 class Outcome(NamedTuple):
@@ -72,6 +80,15 @@ class Outcome(NamedTuple):
     ok: bool
     data: bytes
     buffers: list[memoryview]
+    segment: Segment | None = None
+
+
+class _Packed(NamedTuple):
+    """A pickle and its buffers: in `segment`, if there is one."""
+
+    data: bytes
+    buffers: list[memoryview]
+    segment: Segment | None = None
 
 
 class _Failure(NamedTuple):
@@ -100,6 +117,8 @@ def _snapshot(view: memoryview) -> memoryview:
 
 
 def _loads(data: Buffer, buffers: Sequence[Buffer]) -> Any:
+    if not data and buffers:
+        data, *buffers = buffers
     if not buffers:
         return pickle.loads(data)
     # Flags of read-only buffers follow the pickle, which ends where it says so.
@@ -121,6 +140,27 @@ def _take_buffer(into: list[memoryview], buffer: pickle.PickleBuffer) -> bool:
     return False
 
 
+class _Bytes:
+    """Big bytes, which travel as a buffer if they are pickled as this."""
+
+    def __init__(self, value: bytes) -> None:
+        self._value = value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return bytes, (pickle.PickleBuffer(self._value),)
+
+
+def _is_big(value: object) -> TypeGuard[bytes]:
+    return type(value) is bytes and len(value) >= OUT_OF_BAND
+
+
+def _beside(values: Iterable[Any]) -> Iterator[Any]:
+    """Put big bytes into a form that travels as a buffer; the same ones once."""
+    made: dict[int, _Bytes] = {}
+    for value in values:
+        yield made.setdefault(id(value), _Bytes(value)) if _is_big(value) else value
+
+
 _P = TypeVar("_P", bound=ValuePickler)
 
 
@@ -140,22 +180,36 @@ class _ReusedPickler(Generic[_P]):
         self._dump = self.pickler.dump
         self._clear_memo = self.pickler.clear_memo
 
-    def dumps(self, obj: object) -> tuple[bytes, list[memoryview]]:
+    def dumps(self, obj: object, segments: Segments | None = None) -> _Packed:
         """Pickle an object; `take_keys` has to follow."""
         file = self._file
         self._dump(obj)
-        buffers = []
-        if self._buffers:
-            buffers = (
-                [_snapshot(view) for view in self._buffers] if self._copy else self._buffers[:]
-            )
-            file.write(bytes(view.readonly for view in self._buffers))
-            self._buffers.clear()
-        data = file.getvalue()
+        if self._buffers or file.tell() >= OUT_OF_BAND:
+            packed = self._pack(segments)
+        else:
+            packed = _Packed(file.getvalue(), [])
         self._clear_memo()
         file.seek(0)
         file.truncate()
-        return data, buffers
+        return packed
+
+    def _pack(self, segments: Segments | None) -> _Packed:
+        file = self._file
+        views = self._buffers[:]
+        self._buffers.clear()
+        file.write(bytes(view.readonly for view in views))
+        if segments is not None:
+            with file.getbuffer() as pickled:
+                beside = pickled.nbytes >= OUT_OF_BAND
+                stored = [pickled, *views] if beside else views
+                if sum(view.nbytes for view in stored) >= IN_SEGMENT:
+                    segment = segments.store(stored)
+                    if segment is not None:
+                        return _Packed(b"" if beside else bytes(pickled), [], segment)
+                stored = []
+        if self._copy:
+            views = [_snapshot(view) for view in views]
+        return _Packed(file.getvalue(), views)
 
     def take_keys(self) -> frozenset[Key]:
         """Return what the last pickle refers to, and forget it."""
@@ -223,7 +277,13 @@ _HINT = (
 class CallPickler:
     """The side that submits: calls out, outcomes in. Many threads may use it at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, segments: Segments | None = None) -> None:
+        """Start with empty caches.
+
+        Args:
+            segments: where big buffers go to and come from; None leaves them in messages.
+        """
+        self.segments = segments
         self._definitions = Definitions()
         # Not one for each thread: pickling may submit, so one thread may need two.
         self._spare: list[_ReusedPickler[ArgumentPickler]] = []
@@ -247,7 +307,13 @@ class CallPickler:
         except IndexError:
             pickler = _ReusedPickler(ArgumentPickler, copy=True)
         try:
-            data, buffers = pickler.dumps((args, kwargs))
+            if any(map(_is_big, args)):
+                args = tuple(_beside(args))
+            if kwargs and any(map(_is_big, kwargs.values())):
+                kwargs = dict(zip(kwargs, _beside(kwargs.values()), strict=True))
+            packed = pickler.dumps((args, kwargs), self.segments)
+            # From here on it ends with this lease, whatever happens.
+            lease = self._lease(packed.segment)
             keys = pickler.take_keys()
             self._spare.append(pickler)
             definition = self._definitions.define(fn, keys)
@@ -256,22 +322,39 @@ class CallPickler:
         except BaseException as error:
             failure = _explain(*call, error)
         else:
-            return Call(definition.function_id, definition.function, data, buffers)
+            return Call(
+                definition.function_id, definition.function, packed.data, packed.buffers, lease
+            )
         raise failure
 
-    def load_outcome(self, ok: bool, data: Buffer, buffers: Sequence[Buffer] = ()) -> Any:
+    def _lease(self, segment: Segment | None) -> Lease | None:
+        if self.segments is None or segment is None:
+            return None
+        return self.segments.lease(segment)
+
+    def load_outcome(
+        self,
+        ok: bool,
+        data: Buffer,
+        buffers: Sequence[Buffer] = (),
+        segment: Segment | None = None,
+    ) -> Any:
         """Return a call's result, or raise its exception."""
         if ok:
-            return self.load_result(data, buffers)
+            return self.load_result(data, buffers, segment)
         raise self.load_exception(data)
 
-    def load_result(self, data: Buffer, buffers: Sequence[Buffer] = ()) -> Any:
+    def load_result(
+        self, data: Buffer, buffers: Sequence[Buffer] = (), segment: Segment | None = None
+    ) -> Any:
         """Return the result in the data of an outcome that is ok.
 
         Raises:
             SerializationError: it cannot be unpickled here; the cause says why.
         """
         try:
+            if segment is not None and self.segments is not None:
+                buffers = self.segments.open(segment, owned=True)
             return _loads(data, buffers)
         except BaseException as error:
             message = f"The result cannot be unpickled: {_describe(error)}."
@@ -374,12 +457,18 @@ class CallRunner:
     Make it before any code of the user runs, and use it in one thread.
     """
 
-    def __init__(self, note: Callable[[BaseException], str] = lambda _: "") -> None:
-        """Make it.
+    def __init__(
+        self,
+        segments: Segments | None = None,
+        note: Callable[[BaseException], str] = lambda _: "",
+    ) -> None:
+        """Start without any function.
 
         Args:
+            segments: where big buffers come from and go to; None leaves them in messages.
             note: what to add, as lines, to the traceback of what a task raised.
         """
+        self.segments = segments
         self._note = note
         self._functions: dict[bytes, _Function] = {}
         self._received = Received()
@@ -392,6 +481,10 @@ class CallRunner:
         """
         self._functions[function_id] = _Function(function)
 
+    def holds(self, segment: Segment) -> bool:
+        """Whether something still uses the buffers that a call had from this segment."""
+        return self.segments is None or self.segments.holds(segment)
+
     def forget(self, function_id: bytes) -> None:
         """Let go of a function; the globals it came with stay."""
         function = self._functions.pop(function_id, None)
@@ -400,14 +493,23 @@ class CallRunner:
             del function
             self._received.forget(entries)
 
-    def run(self, function_id: bytes, data: Buffer, buffers: Sequence[Buffer] = ()) -> Outcome:
+    def run(
+        self,
+        function_id: bytes,
+        data: Buffer,
+        buffers: Sequence[Buffer] = (),
+        segment: Segment | None = None,
+    ) -> Outcome:
         """Run a call. Never raises, whatever the task does."""
         stage = _UNPICKLE
         try:
             function = self._functions[function_id]
             if function.version != self._received.version:
                 function.refresh(self._received)
+            if segment is not None and self.segments is not None:
+                buffers = self.segments.open(segment)
             args, kwargs = _loads(data, buffers) if buffers else pickle.loads(data)
+            buffers = ()
             stage = _RUN
             result = function.call(*args, **kwargs)  # type: ignore[misc]  # refreshed above
             stage = _PICKLE
@@ -415,12 +517,12 @@ class CallRunner:
         except BaseException as error:
             return Outcome(False, _dump_failure(stage, error, self._note), [])
 
-    def _dump_result(self, result: object) -> tuple[bytes, list[memoryview]]:
+    def _dump_result(self, result: object) -> _Packed:
         try:
             pickler = self._spare.pop()
         except IndexError:
             pickler = _ReusedPickler(ResultPickler, copy=False)
-        dumped = pickler.dumps(result)
+        dumped = pickler.dumps(_Bytes(result) if _is_big(result) else result, self.segments)
         pickler.take_keys()
         self._spare.append(pickler)
         return dumped

@@ -8,7 +8,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from .protocol import Frame, Result
+from .buffers import Lease
+from .protocol import Frame, Result, Segment
 from .scheduler import Job
 
 __all__ = ["Decode", "Shared", "Task"]
@@ -28,7 +29,18 @@ class Shared:
 class Task(Job):
     """A job with its payload and its future."""
 
-    __slots__ = ("buffers", "codec", "data", "decode", "future", "id", "name", "sent", "shared")
+    __slots__ = (
+        "buffers",
+        "codec",
+        "data",
+        "decode",
+        "future",
+        "id",
+        "lease",
+        "name",
+        "sent",
+        "shared",
+    )
 
     def __init__(
         self,
@@ -41,6 +53,7 @@ class Task(Job):
         codec: str = "",
         shared: Shared | None = None,
         buffers: Sequence[Frame] = (),
+        lease: Lease | None = None,
     ) -> None:
         super().__init__(shared.key if shared else codec)
         self.future = future
@@ -52,6 +65,8 @@ class Task(Job):
         self.codec = codec
         self.shared = shared
         self.buffers = buffers
+        self.lease = lease
+        """On the segment that has the buffers in the place of `buffers`."""
         self.sent = False
         """Whether the future has been told that it runs."""
 
@@ -59,7 +74,17 @@ class Task(Job):
         """Mark the future as running; False if it was cancelled before."""
         if not self.sent:
             self.sent = self.future.set_running_or_notify_cancel()
+            if not self.sent:
+                self._end_lease()
         return self.sent
+
+    def ship(self, mapped: bool) -> tuple[Segment | None, Sequence[Frame]]:
+        """The buffers for a worker: a segment if it can map one, else frames."""
+        if self.lease is None:
+            return None, self.buffers
+        if mapped:
+            return self.lease.lend(), ()
+        return None, self.lease.views()
 
     def finish(self, result: Result, buffers: Sequence[Frame]) -> None:
         """Complete the future with what the worker sent."""
@@ -69,12 +94,18 @@ class Task(Job):
             # Its traceback would keep this task and its arguments alive.
             self.fail(error.with_traceback(None))
         else:
+            self._end_lease()
             _complete(self.future.set_result, value)
 
     def fail(self, error: BaseException) -> None:
         """Complete the future with an exception, unless it was cancelled."""
+        self._end_lease()
         if self.start():
             _complete(self.future.set_exception, error)
+
+    def _end_lease(self) -> None:
+        if self.lease is not None:
+            self.lease.end()
 
 
 def _complete(setter: Callable[[Any], None], value: Any) -> None:

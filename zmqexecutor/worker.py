@@ -35,7 +35,7 @@ import zmq
 
 from . import protocol, security
 from .journal import JournalWriter
-from .protocol import Frame, Job
+from .protocol import Frame, Job, Segment
 from .registration import Claims, Control, Session
 from .wakeup import Wakeup
 from .worker_errors import RegistrationError
@@ -57,6 +57,10 @@ class Outcome(NamedTuple):
     data: bytes
     codec: str = ""
     buffers: Sequence[Frame] = ()
+    segment: Segment | None = None
+    """Where its buffers are, if not there."""
+    kept: bool = False
+    """Whether something still uses the job's segment."""
 
 
 class Handler(Protocol):
@@ -387,11 +391,13 @@ class Worker:
 
     def _answer(self, seq: int, outcome: Outcome, started: float, ended: float) -> None:
         """Make a result safe, and part of the next message."""
-        ok, data, codec, buffers = outcome
+        ok, data, codec, buffers, segment, kept = outcome
         if not self._unsent:
             self._unsent_since = started
         seconds = ended - started
-        result = protocol.encode(protocol.Result(seq, ok, data, codec, seconds, len(buffers)))
+        result = protocol.encode(
+            protocol.Result(seq, ok, data, codec, seconds, len(buffers), segment, kept)
+        )
         self._unsent.append(msgspec.Raw(result))
         self._unsent_buffers += buffers
         if self._journal is None:

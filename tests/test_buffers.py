@@ -1,0 +1,173 @@
+"""Segments: who may use one, when it is free, and what happens when memory is short."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from zmqexecutor.buffers import Lease, Segments
+from zmqexecutor.protocol import Segment
+
+BIG = 300_000
+
+
+@pytest.fixture
+def segments() -> Iterator[Segments]:
+    if not os.path.isdir("/dev/shm"):
+        pytest.skip("there is no /dev/shm")
+    directory = tempfile.mkdtemp(dir="/dev/shm")
+    made = Segments.create(directory)
+    assert made is not None
+    yield made
+    shutil.rmtree(directory)
+
+
+def stored(segments: Segments, byte: int = 1, size: int = BIG) -> Segment:
+    segment = segments.store([memoryview(bytes([byte]) * size)])
+    assert segment is not None
+    return segment
+
+
+def test_buffers_arrive_aligned_writable_and_isolated(segments: Segments) -> None:
+    segment = segments.store([memoryview(b"abc"), memoryview(b""), memoryview(b"x" * BIG)])
+    assert segment is not None
+    first, second = segments.open(segment), segments.open(segment)
+    assert [bytes(view) for view in first] == [b"abc", b"", b"x" * BIG]
+    first[0][:] = b"xyz"
+    assert bytes(second[0]) == b"abc"
+
+
+def test_a_segment_is_used_again_when_the_last_view_has_died(segments: Segments) -> None:
+    views = segments.open(stored(segments), owned=True)
+    part = views[0][5:9]
+    del views
+    assert os.listdir(segments._free) == []
+    del part
+    assert len(os.listdir(segments._free)) == 1
+    stored(segments, 2)
+    assert os.listdir(segments._free) == []
+    assert len(os.listdir(segments._used)) == 1
+
+
+@pytest.mark.parametrize(
+    ("kept", "free"), [([], 1), ([False], 1), ([True], 0), ([True, False], 0), ([None], 0)]
+)
+def test_a_lease_ends_once_and_frees_only_what_nobody_has(
+    segments: Segments, kept: list[bool | None], free: int
+) -> None:
+    lease: Lease | None = segments.lease(stored(segments))
+    assert lease is not None
+    for one in kept:
+        lease.lend()
+        if one is not None:  # else that process never answered
+            lease.returned(one)
+    lease.end()
+    lease.end()
+    lease = None
+    assert len(os.listdir(segments._free)) == free
+    assert os.listdir(segments._used) == []
+
+
+def test_what_was_mapped_during_a_fork_is_not_used_again(segments: Segments) -> None:
+    views = segments.open(stored(segments), owned=True)
+    script = "import os; os._exit(0)"
+    subprocess.run([sys.executable, "-c", script], check=True, preexec_fn=os.getpid)
+    del views
+    assert os.listdir(segments._free) == []
+
+
+def test_free_segments_are_bounded_and_trimmed(segments: Segments) -> None:
+    woken: list[int] = []
+    segments.on_idle = lambda: woken.append(1)
+    segments._idle_bytes = 2 * BIG + 100_000
+    leases = [segments.lease(stored(segments)) for _ in range(4)]
+    leases.clear()
+    assert len(os.listdir(segments._free)) == 2
+    assert segments.trim_at is not None
+    assert woken == [1]
+    segments.trim(60.0)
+    assert len(os.listdir(segments._free)) == 2
+    segments.trim(0.0)
+    assert os.listdir(segments._free) == []
+    assert segments.trim_at is None
+
+
+def test_beyond_the_limit_of_mappings_it_is_copied(segments: Segments) -> None:
+    segments._most_mapped = 0
+    segment = segments.store([memoryview(b"abc"), memoryview(b"x" * BIG)])
+    assert segment is not None
+    views = segments.open(segment, owned=True)
+    assert [bytes(view) for view in views] == [b"abc", b"x" * BIG]
+    assert len(os.listdir(segments._free)) == 1
+
+
+def test_what_a_dead_process_left_is_removed(segments: Segments) -> None:
+    segment = stored(segments)
+    segments.sweep(os.getpid() + 1)
+    assert os.listdir(segments._used) == [segment.name]
+    segments.sweep(os.getpid())
+    assert os.listdir(segments._used) == []
+
+
+@pytest.mark.parametrize("name", ["../lock", "/etc/passwd", "missing"])
+def test_only_segments_can_be_opened(segments: Segments, name: str) -> None:
+    with pytest.raises(FileNotFoundError):
+        segments.open(Segment(name, [1]))
+
+
+def test_a_segment_that_is_too_short_is_an_error(segments: Segments) -> None:
+    with pytest.raises(ValueError, match="length"):
+        segments.open(Segment(stored(segments).name, [10 * BIG]))
+
+
+def test_without_room_there_is_no_segment(segments: Segments) -> None:
+    segments._spared = 1 << 60
+    assert segments.store([memoryview(b"x")]) is None
+    assert os.listdir(segments._used) == []
+
+
+def test_on_a_disk_there_are_none(tmp_path: Path) -> None:
+    assert Segments.create(str(tmp_path)) is None
+
+
+IN_A_TINY_FILE_SYSTEM = """
+import numpy as np
+from zmqexecutor import ZmqExecutor
+
+if __name__ == "__main__":
+    with ZmqExecutor(2) as executor:
+        assert executor._pickler.segments is not None
+        for mebibytes in (1, 4, 12, 30, 100, 2):
+            array = np.full(mebibytes << 20, 3, dtype=np.uint8)
+            futures = [executor.submit(np.add, array, 1) for _ in range(4)]
+            for future in futures:
+                result = future.result()
+                assert result.size == array.size and result.min() == result.max() == 4
+    print("done")
+"""
+
+
+@pytest.mark.parametrize("mebibytes", [1, 8, 64])
+def test_a_tiny_dev_shm_is_no_problem(tmp_path: Path, mebibytes: int) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(IN_A_TINY_FILE_SYSTEM)
+    mount = f"mount -t tmpfs -o size={mebibytes}m tmpfs /dev/shm"
+    if not shutil.which("unshare") or subprocess.call(
+        ["unshare", "-m", "sh", "-c", mount], stderr=subprocess.DEVNULL
+    ):
+        pytest.skip("mount namespaces are not permitted here")
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", f'{mount} && exec "$0" "$1"', sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("done\n", "")

@@ -1,0 +1,379 @@
+"""Big buffers between processes of one machine: files in memory that are used again.
+
+    one process                                   another
+    store(views) ──► a segment, by name ────────► open(segment): views of a private mapping
+    lease.end(), or the last view dies
+      └──► free/ ──► the next `store`, in any process
+
+A segment is a file in the executor's private directory, if that is in /dev/shm. Fresh
+memory costs several times what a copy into it costs, so segments are used again: one
+that nobody needs moves to the folder `free`, and whoever stores something next moves
+it back under a new name. A rename happens once, so no two processes get the same
+segment, and a process that dies leaves no state behind but files, whose names tell
+who made them.
+
+- Segments are filled by `write`, which lets other threads run, raises when memory
+  is short (writing to a mapping would be a SIGBUS), and needs no descriptor later.
+- They are mapped copy-on-write: the views are writable, and what is written stays in
+  the process, even if it forks. Pages that have not been written do show what is written
+  to the file later. So a segment is free only when no process has it mapped: if one
+  may still have (a forked child, a task that kept its argument), it is removed and
+  not used again. The memory lives as long as the last mapping.
+- Each segment is one mapping, whose end a weak reference tells: arrays keep the mapping
+  alive, though not the view that they were made of.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import os
+import sys
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from .protocol import Segment
+
+__all__ = ["Lease", "Segments", "forks"]
+
+IDLE_BYTES: Final = 512 * 1024 * 1024
+"""Free segments that are kept, at most; less if the file system is small."""
+IDLE_SECONDS: Final = 10.0
+"""How long a segment stays free before its memory goes back to the system."""
+ALIGNMENT: Final = 64
+"""Buffers start at multiples of this many bytes, as vector instructions like it."""
+MAX_MAPPED: Final = 16384
+"""Mappings that a process holds at a time; what comes then is copied."""
+
+_USED = "segments"
+_FREE = "free"
+_forks = 0
+
+
+def forks() -> int:
+    """How often this process has forked. A child has what was mapped before."""
+    return _forks
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_count_fork)
+
+
+class Segments:
+    """The segments of one private directory, as one process sees them. For any thread."""
+
+    def __init__(self, directory: str) -> None:
+        """Use what `create` has made.
+
+        Args:
+            directory: the private directory.
+
+        Raises:
+            OSError: it is not there.
+        """
+        self._used = os.path.join(directory, _USED)
+        self._free = os.path.join(directory, _FREE)
+        status = os.statvfs(directory)
+        total = status.f_frsize * status.f_blocks
+        self._spared = total // 8  # of the file system, for others
+        self._idle_bytes = min(IDLE_BYTES, total // 4)
+        self._pid = os.getpid()
+        self._numbers = itertools.count(1)
+        self._mapped: dict[str, weakref.ref[mmap.mmap]] = {}
+        self._most_mapped = _most_mapped()
+        self.trim_at: float | None = None
+        """When `trim` should be called, on the monotonic clock."""
+        self.on_idle: Callable[[], object] = int
+        """Called when `trim_at` is set, from any thread, even in garbage collection."""
+
+    @classmethod
+    def create(cls, directory: str) -> Segments | None:
+        """Prepare a private directory; None if it is not in memory, but on a disk."""
+        if not directory.startswith("/dev/shm/"):  # noqa: S108  (nothing is opened there)
+            return None
+        try:
+            for folder in (_USED, _FREE):
+                os.mkdir(os.path.join(directory, folder), 0o700)
+            return cls(directory)
+        except OSError:
+            return None
+
+    # ------------------------------------------------------------------ storing
+
+    def store(self, views: Sequence[memoryview], *, reused: bool = True) -> Segment | None:
+        """Copy buffers into a segment; None if there is no room.
+
+        Args:
+            views: contiguous bytes.
+            reused: whether a free segment may be taken, which may be larger.
+        """
+        # Not at the top: it takes with it what unpickling alone does not need.
+        from .protocol import Segment
+
+        sizes = [view.nbytes for view in views]
+        offsets, size = _layout(sizes)
+        name = (reused and self._take(size)) or self._make_room(size)
+        if not name:
+            return None
+        path = os.path.join(self._used, name)
+        try:
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                for view, offset in zip(views, offsets, strict=True):
+                    _write(file, view, offset)
+            finally:
+                os.close(file)
+        except OSError:  # memory is short after all
+            self._remove(path)
+            return None
+        return Segment(name, sizes)
+
+    def lease(self, segment: Segment) -> Lease:
+        """Look after a segment that this process has stored."""
+        return Lease(self, segment)
+
+    def _take(self, size: int) -> str:
+        """Make a free segment our own: the smallest that fits and is not far too large."""
+        try:
+            free = [(_size(name), name) for name in os.listdir(self._free)]
+        except OSError:
+            return ""
+        for capacity, name in sorted(free):
+            if size <= capacity <= 2 * size:
+                taken = self._name(capacity)
+                try:
+                    os.rename(os.path.join(self._free, name), os.path.join(self._used, taken))
+                except OSError:
+                    continue  # another process was first
+                return taken
+        return ""
+
+    def _make_room(self, size: int) -> str:
+        """Return the name for a new segment, or nothing if the file system has no room."""
+        if not self._has_room(size):
+            self.trim(0.0)
+            if not self._has_room(size):
+                return ""
+        return self._name(_capacity(size))
+
+    def _has_room(self, size: int) -> bool:
+        try:
+            status = os.statvfs(self._used)
+        except OSError:
+            return False
+        return status.f_bavail * status.f_frsize >= size + self._spared
+
+    def _name(self, capacity: int) -> str:
+        return f"{capacity}-{os.getpid()}-{next(self._numbers)}"
+
+    # ------------------------------------------------------------------ opening
+
+    def open(
+        self, segment: Segment, *, readonly: bool = False, owned: bool = False
+    ) -> list[memoryview]:
+        """Map a segment.
+
+        Args:
+            segment: what another process has stored, or this one.
+            readonly: views that cannot be written to.
+            owned: the segment is this process's from now on, and free when the last
+                view has died.
+
+        Returns:
+            The buffers. What is written to them stays in this process.
+
+        Raises:
+            OSError: it is not there.
+            ValueError: it is not as large as it should be.
+        """
+        offsets, size = _layout(segment.sizes)
+        if "/" in segment.name or len(self._mapped) >= self._most_mapped:
+            return self._copy(segment, offsets, owned)
+        file = os.open(
+            os.path.join(self._used, segment.name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+        )
+        try:
+            mapping = _map(file, size, readonly)
+        finally:
+            os.close(file)
+        self._mapped[segment.name] = weakref.ref(
+            mapping, partial(self._unmapped, segment.name, owned, _forks)
+        )
+        whole = memoryview(mapping)
+        return [
+            whole[offset : offset + length]
+            for offset, length in zip(offsets, segment.sizes, strict=True)
+        ]
+
+    def holds(self, segment: Segment) -> bool:
+        """Whether anything in this process still uses what `open` gave."""
+        return segment.name in self._mapped
+
+    def _copy(self, segment: Segment, offsets: Sequence[int], owned: bool) -> list[memoryview]:
+        if "/" in segment.name:
+            raise FileNotFoundError(f"{segment.name!r} is not the name of a segment")
+        views = []
+        with open(os.path.join(self._used, segment.name), "rb", buffering=0) as file:
+            for offset, length in zip(offsets, segment.sizes, strict=True):
+                view = memoryview(bytearray(length))
+                file.seek(offset)
+                done = 0
+                while done < length:
+                    read = file.readinto(view[done:])
+                    if not read:
+                        raise ValueError(f"segment {segment.name} is too short")
+                    done += read
+                views.append(view)
+        if owned:
+            self.give_back(segment.name)
+        return views
+
+    def _unmapped(self, name: str, owned: bool, forked: int, _: object) -> None:
+        self._mapped.pop(name, None)
+        if owned:
+            self.give_back(name, reusable=forked == _forks)
+
+    # ------------------------------------------------------------------- ending
+
+    def give_back(self, name: str, *, reusable: bool = True) -> None:
+        """Let a segment be used again, or remove it if some process may have it mapped."""
+        if os.getpid() != self._pid:
+            return  # a forked child: it is still the parent's
+        path = os.path.join(self._used, name)
+        try:
+            if reusable and self._idle() + _size(name) <= self._idle_bytes:
+                os.rename(path, os.path.join(self._free, name))
+            else:
+                os.unlink(path)
+                return
+        except OSError:
+            return  # removed before, with a dead worker's or with the directory
+        if self.trim_at is None:
+            self.trim_at = time.monotonic() + IDLE_SECONDS
+            self.on_idle()
+
+    def _idle(self) -> int:
+        return sum(_size(name) for name in os.listdir(self._free))
+
+    def trim(self, seconds: float = IDLE_SECONDS) -> None:
+        """Remove segments that have been free for so long."""
+        self.trim_at = None
+        before = time.time() - seconds
+        try:
+            for entry in os.scandir(self._free):
+                try:
+                    if entry.stat().st_ctime <= before:
+                        os.unlink(entry.path)
+                    else:
+                        self.trim_at = time.monotonic() + seconds
+                except FileNotFoundError:
+                    pass  # it has just been taken
+        except OSError:
+            pass  # the directory is gone, and they with it
+
+    def sweep(self, pid: int) -> None:
+        """Remove what a dead process has stored and nobody has opened."""
+        try:
+            for name in os.listdir(self._used):
+                if name.split("-")[1] == str(pid) and name not in self._mapped:
+                    self._remove(os.path.join(self._used, name))
+        except OSError:
+            pass  # the directory is gone
+
+    def _remove(self, path: str) -> None:
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+
+
+class Lease:
+    """Looks after a stored segment: it ends once, by `end` or with the object.
+
+    The segment may be lent to several processes, one after the other. It is used
+    again only if each has said that it does not hold it any more.
+    """
+
+    __slots__ = ("_lent", "_name", "_segments", "segment")
+
+    def __init__(self, segments: Segments, segment: Segment) -> None:
+        self._segments = segments
+        self._name = segment.name
+        self._lent = 0
+        self.segment = segment
+
+    def lend(self) -> Segment:
+        """Another process is told of the segment."""
+        self._lent += 1
+        return self.segment
+
+    def returned(self, kept: bool) -> None:
+        """It has done its work with it, and holds it no more unless it kept it."""
+        self._lent -= not kept
+
+    def views(self) -> list[memoryview]:
+        """What is in it, for those who cannot map it; they may hold it for as long as they like."""
+        self._lent += 1
+        return self._segments.open(self.segment, readonly=True)
+
+    def end(self) -> None:
+        """Nobody will be told of it any more."""
+        name, self._name = self._name, ""
+        if name:
+            self._segments.give_back(name, reusable=self._lent == 0)
+
+    def __del__(self) -> None:
+        self.end()
+
+
+def _layout(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Where buffers of these sizes start, and how large the whole is."""
+    offsets = []
+    end = 0
+    for size in sizes:
+        start = -(-end // ALIGNMENT) * ALIGNMENT
+        offsets.append(start)
+        end = start + size
+    return offsets, end
+
+
+def _capacity(size: int) -> int:
+    """Round up, by an eighth at most, so that segments fit buffers of similar sizes."""
+    step = max(4096, 1 << (size.bit_length() - 4)) if size > 16 else 4096
+    return -(-size // step) * step
+
+
+def _size(name: str) -> int:
+    return int(name.partition("-")[0])
+
+
+def _write(file: int, view: memoryview, offset: int) -> None:
+    view = view.cast("B") if view.format != "B" or view.ndim != 1 else view
+    done = 0
+    while done < view.nbytes:
+        done += os.pwrite(file, view[done:], offset + done)
+
+
+def _map(file: int, size: int, readonly: bool) -> mmap.mmap:
+    # Since 3.13 a mapping can do without a descriptor of its own.
+    options: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+    protection = mmap.PROT_READ if readonly else mmap.PROT_READ | mmap.PROT_WRITE
+    return mmap.mmap(file, size, flags=mmap.MAP_PRIVATE, prot=protection, **options)
+
+
+def _most_mapped() -> int:
+    if sys.version_info >= (3, 13):
+        return MAX_MAPPED
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_MAPPED if soft == resource.RLIM_INFINITY else min(MAX_MAPPED, soft // 4)
