@@ -89,8 +89,23 @@ def test_results_known_from_messages_are_skipped(pair: Pair) -> None:
 
 @pytest.mark.parametrize("seq", [1, 255, 256, 2**32, 2**64 - 1])
 def test_the_running_number_is_seen_at_once(pair: Pair, seq: int) -> None:
-    pair.writer.start(seq)
+    pair.writer.start(seq, 0.0)
     assert pair.reader.running == seq
+
+
+def test_the_start_of_the_running_job_is_known(pair: Pair) -> None:
+    pair.writer.start(7, 1234.5)
+    assert pair.reader.started == 1234.5
+
+
+def test_nothing_starts_after_a_condemned_job(pair: Pair) -> None:
+    assert pair.writer.start(1, 0.0)
+    pair.reader.condemn(1)
+    assert pair.writer.condemned
+    assert not pair.writer.start(2, 0.0)
+    pair.reader.condemn(0)
+    assert not pair.writer.condemned
+    assert pair.writer.start(2, 0.0)
 
 
 # ---------------------------------------------------------------------- the ring
@@ -236,7 +251,7 @@ def test_the_reader_refuses_a_file_of_another_user(
 
 
 def test_the_reader_refuses_a_directory(tmp_path: Path) -> None:
-    with pytest.raises(PermissionError, match="not a file of this user"):
+    with pytest.raises(IsADirectoryError):
         JournalReader(str(tmp_path))
 
 
@@ -256,11 +271,6 @@ def test_the_reader_refuses_a_pipe_without_waiting_for_its_writer(tmp_path: Path
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
         signal.setitimer(signal.ITIMER_REAL, *others)
-
-
-def test_the_reader_cannot_write(pair: Pair) -> None:
-    with pytest.raises(TypeError):
-        pair.reader._map[0] = 0
 
 
 # ------------------------------------------------------------------ files, death
@@ -319,9 +329,9 @@ import os, signal, sys
 from zmqexecutor.journal import JournalWriter
 writer = JournalWriter(sys.argv[1])
 for seq in range(1, 4):
-    writer.start(seq)
+    writer.start(seq, 0.0)
     writer.append(b"result %d" % seq)
-writer.start(4)
+writer.start(4, 0.0)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     ended = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60)

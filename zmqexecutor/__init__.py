@@ -21,6 +21,8 @@ __all__ = [
     "ProtocolError",
     "RegistrationError",
     "SerializationError",
+    "TaskFuture",
+    "TaskKilledError",
     "TaskTimeoutError",
     "Worker",
     "WorkerLostError",
@@ -39,11 +41,13 @@ if TYPE_CHECKING:
         ProtocolError,
         RegistrationError,
         SerializationError,
+        TaskKilledError,
         TaskTimeoutError,
         WorkerLostError,
         ZmqExecutorError,
     )
     from .executor import ZmqExecutor
+    from .futures import TaskFuture
     from .jobrunner import JobRunner
     from .worker import Worker
     from .workers import Workers
@@ -52,6 +56,7 @@ if TYPE_CHECKING:
 # imported when it is first asked for (PEP 562).
 _HOMES = {
     "JobRunner": "jobrunner",
+    "TaskFuture": "futures",
     "Worker": "worker",
     "Workers": "workers",
     "ZmqExecutor": "executor",

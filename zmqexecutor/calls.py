@@ -17,6 +17,7 @@ from . import buffers, interpreter
 from .buffers import Segments
 from .inheritance import Descriptor, share_tracker, tracker
 from .limits import teller
+from .machine import resident_memory
 from .protocol import Frame, Job
 from .serialization import CallPickler, CallRunner
 from .worker import Outcome, Worker
@@ -55,9 +56,13 @@ class Setup(msgspec.Struct, frozen=True):
     """multiprocessing's resource tracker, to be shared."""
     segments: bool = False
     """Whether big buffers go through segments."""
+    max_memory: int = 0
+    """Bytes of memory with which a worker wants to be replaced; 0 for no limit."""
 
     @classmethod
-    def of_this_process(cls, initializer: Initializer | None, segments: bool = False) -> Setup:
+    def of_this_process(
+        cls, initializer: Initializer | None, *, segments: bool, max_memory: int
+    ) -> Setup:
         """What there is to be taken over now."""
         umask = os.umask(0o077)
         os.umask(umask)
@@ -76,6 +81,7 @@ class Setup(msgspec.Struct, frozen=True):
             initializer=initializer,
             tracker=tracker(),
             segments=segments,
+            max_memory=max_memory,
         )
 
     def take_over(self) -> None:
@@ -119,6 +125,7 @@ class CallHandler:
             rlimits: limits that are set for this process, to be named in errors.
         """
         self._directory = directory
+        self._max_memory = 0
         self._runner = CallRunner(note=teller(rlimits))
 
     def setup(self, data: bytes) -> None:
@@ -127,6 +134,7 @@ class CallHandler:
         setup.take_over()
         if setup.initializer is not None:
             self._initialize(setup.initializer)
+        self._max_memory = setup.max_memory
         if setup.segments:
             self._runner.segments = Segments(self._directory)
 
@@ -160,7 +168,18 @@ class CallHandler:
         kept = job.segment is not None and (
             self._runner.holds(job.segment) or forks != buffers.forks()
         )
-        return Outcome(ok, data, "", out_of_band, segment, kept)
+        return Outcome(ok, data, "", out_of_band, segment, kept, self._worn())
+
+    def _worn(self) -> str:
+        """Why this process should be replaced, told once."""
+        limit = self._max_memory
+        if not limit or (memory := resident_memory()) <= limit:
+            return ""
+        self._max_memory = 0
+        return (
+            f"it uses {memory / 2**20:.0f} MiB of memory after a task, "
+            f"more than max_worker_memory ({limit / 2**20:.0f} MiB)"
+        )
 
 
 def boot_code(path: Sequence[str], endpoint: str, journals: str, rlimits: Mapping[str, int]) -> str:

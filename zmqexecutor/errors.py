@@ -27,6 +27,7 @@ __all__ = [
     "ProtocolError",
     "RegistrationError",
     "SerializationError",
+    "TaskKilledError",
     "TaskTimeoutError",
     "WorkerLostError",
     "ZmqExecutorError",
@@ -101,15 +102,42 @@ def _rebuild_worker_lost(message: str, values: dict[str, Any]) -> WorkerLostErro
     return WorkerLostError(message, **values)
 
 
-if sys.version_info >= (3, 11):
+# Before 3.11 the TimeoutError of concurrent.futures is a class of its own.
+_TimeoutErrors: tuple[type[Exception], ...] = (
+    (TimeoutError,)
+    if sys.version_info >= (3, 11)
+    else (concurrent.futures.TimeoutError, TimeoutError)
+)
 
-    class TaskTimeoutError(ZmqExecutorError, TimeoutError):
-        """The task did not end within the time its caller allowed."""
 
-else:
+class TaskTimeoutError(ZmqExecutorError, *_TimeoutErrors):  # type: ignore[misc]
+    """The task did not end within the time its caller allowed.
 
-    class TaskTimeoutError(ZmqExecutorError, concurrent.futures.TimeoutError, TimeoutError):
-        """The task did not end within the time its caller allowed."""
+    Attributes:
+        job: what ran, as text (a function's name, or a job id).
+        seconds: how long it had been running, or None if that is not known.
+        stack: where it was just before it was ended, as a traceback shows it; empty
+            if the worker could not tell, since native code held the interpreter.
+    """
+
+    def __init__(
+        self, message: str, *, job: str = "", seconds: float | None = None, stack: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.job = job
+        self.seconds = seconds
+        self.stack = stack
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild_timeout, (self.args[0], self.job, self.seconds, self.stack)
+
+
+def _rebuild_timeout(message: str, job: str, seconds: float | None, stack: str) -> TaskTimeoutError:
+    return TaskTimeoutError(message, job=job, seconds=seconds, stack=stack)
+
+
+class TaskKilledError(ZmqExecutorError, concurrent.futures.CancelledError):
+    """The task was ended by the `kill` method of its future."""
 
 
 class JobFailedError(ZmqExecutorError, RuntimeError):

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import itertools
 import os
 import threading
-import time
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
@@ -22,24 +16,26 @@ from . import interpreter
 from .buffers import Segments
 from .calls import Initializer, Setup, boot_code
 from .errors import BrokenPoolError, ForkedExecutorError, SerializationError
+from .futures import TaskFuture
 from .inheritance import inheritable
 from .interpreter import python_command, start_path
 from .limits import check_rlimits
 from .machine import usable_cpus
+from .mapping import MappingExecutor
 from .master import Master, MasterOptions
 from .protocol import Frame, Result
 from .security import PrivateDirectory
 from .serialization import CallPickler
-from .tasks import Shared, Task
+from .tasks import PLAIN, Shared, Task, TaskOptions, make_options
 from .workers import Workers
 
-__all__ = ["ZmqExecutor"]
+__all__ = ["ExecutorView", "ZmqExecutor"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class ZmqExecutor(Executor):
+class ZmqExecutor(MappingExecutor):
     """Runs calls in worker processes that Circus supervises and ZeroMQ reaches.
 
     It is used like `concurrent.futures.ProcessPoolExecutor`, and differs where that
@@ -56,6 +52,7 @@ class ZmqExecutor(Executor):
         initargs: tuple[Any, ...] = (),
         *,
         max_tasks_per_child: int | None = None,
+        max_worker_memory: int | None = None,
         worker_rlimits: Mapping[str, int] | None = None,
     ) -> None:
         """Start the pool in the background, and return at once.
@@ -69,7 +66,11 @@ class ZmqExecutor(Executor):
                 the pool is broken.
             initargs: the initializer's arguments.
             max_tasks_per_child: how many tasks a worker does before it is replaced,
-                or None for no limit.
+                or None for no limit. Its successor is started before, so that for a
+                while there may be up to twice as many processes.
+            max_worker_memory: bytes of memory (resident set size) from which on a worker
+                is replaced when a task has ended, or None for no limit. It goes on
+                until its successor is ready; the logger `zmqexecutor` tells (INFO).
             worker_rlimits: resource limits of each worker process, by their names
                 in lower case without `RLIMIT_`: "as", "data", "stack", "core" and
                 "fsize" in bytes, "cpu" in seconds of processor time, "nofile" and
@@ -100,6 +101,12 @@ class ZmqExecutor(Executor):
                 raise TypeError("max_tasks_per_child must be an integer")
             if max_tasks_per_child <= 0:
                 raise ValueError("max_tasks_per_child must be >= 1")
+        if max_worker_memory is not None:
+            if isinstance(max_worker_memory, bool) or not isinstance(max_worker_memory, int):
+                raise TypeError("max_worker_memory must be an integer, in bytes")
+            if max_worker_memory <= 0:
+                raise ValueError("max_worker_memory must be > 0 bytes")
+        self._max_worker_memory = max_worker_memory or 0
         rlimits = check_rlimits(worker_rlimits)
         self._pickler = CallPickler()
         self._lock = threading.Lock()
@@ -118,7 +125,7 @@ class ZmqExecutor(Executor):
         # A forgotten executor's workers finish what is pending, and go away.
         weakref.finalize(self, self._master.close).atexit = False
 
-    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> TaskFuture[T]:
         """Schedule `fn(*args, **kwargs)` in a worker, and return its future.
 
         What cannot be pickled fails the future, with SerializationError.
@@ -128,8 +135,54 @@ class ZmqExecutor(Executor):
             BrokenPoolError: the pool cannot run tasks any more.
             ForkedExecutorError: the executor was made before this process was forked.
         """
+        return self._submit(PLAIN, fn, args, kwargs)
+
+    def options(
+        self,
+        *,
+        timeout: float | None = None,
+        retries: int = 0,
+        retry_on: type[BaseException] | tuple[type[BaseException], ...] = Exception,
+        retry_delay: float = 0.1,
+        priority: int = 0,
+        name: str | None = None,
+        kill_on_cancel: bool = False,
+    ) -> ExecutorView:
+        """Return a view of this pool whose `submit` and `map` have the standard signatures.
+
+        Args:
+            timeout: seconds that a task may run, counted from when a worker begins with
+                it (to load its function and arguments is a part of it); then its worker is killed and replaced, and the task fails with
+                TaskTimeoutError, which shows where it was. None for no limit.
+            retries: how often a task is tried again after a failure, 0 for never.
+            retry_on: the failures that are worth another try: classes of exceptions
+                that tasks raise, TaskTimeoutError, WorkerLostError.
+            retry_delay: seconds before the first other try; the wait is doubled before
+                each further one, up to a minute.
+            priority: tasks of higher priority leave the queue first; may be negative.
+            name: what error messages call the tasks, instead of the function's name.
+            kill_on_cancel: make `cancel` of a future kill the task if it runs, as
+                `TaskFuture.kill` does. asyncio cancels the futures of
+                `loop.run_in_executor` when their awaiting task is cancelled.
+
+        Raises:
+            TypeError: an argument has the wrong type.
+            ValueError: an argument is out of range.
+        """
+        options = make_options(
+            timeout, retries, retry_on, retry_delay, priority, name, kill_on_cancel
+        )
+        return ExecutorView(self, options)
+
+    def _submit(
+        self,
+        options: TaskOptions,
+        fn: Callable[..., T],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> TaskFuture[T]:
         self._check_open()
-        future: Future[T] = Future()
+        future: TaskFuture[T] = TaskFuture()
         try:
             call = self._pickler.dump_call(fn, args, kwargs)
         except SerializationError as error:
@@ -139,67 +192,27 @@ class ZmqExecutor(Executor):
             future,
             call.data,
             self._decode,
-            name=getattr(fn, "__qualname__", None) or type(fn).__name__,
+            name=options.name or getattr(fn, "__qualname__", None) or type(fn).__name__,
             shared=Shared(call.function_id, call.function),
             buffers=call.buffers,
             lease=call.lease,
+            options=options,
         )
+        future.belongs_to(self._master, task)
         with self._lock:
             self._check_open()
             if not self._equipped:
                 # Not before: as with the standard library, what the program changes
                 # up to its first task (sys.path, directory, environment) is seen there.
-                shared = self._pickler.segments is not None
-                setup = Setup.of_this_process(self._initializer, shared)
+                setup = Setup.of_this_process(
+                    self._initializer,
+                    segments=self._pickler.segments is not None,
+                    max_memory=self._max_worker_memory,
+                )
                 self._master.equip(msgspec.msgpack.encode(setup))
                 self._equipped = True
             self._master.submit(task)
         return future
-
-    def map(
-        self,
-        fn: Callable[..., T],
-        *iterables: Iterable[Any],
-        timeout: float | None = None,
-        chunksize: int = 1,
-        buffersize: int | None = None,
-        unordered: bool = False,
-    ) -> Iterator[T]:
-        """Return an iterator over `map(fn, *iterables)`, computed in the workers.
-
-        Args:
-            fn: called with as many arguments as there are iterables.
-            iterables: where the arguments come from; the shortest one ends it.
-            timeout: seconds from this call after which waiting for a result raises.
-            chunksize: how many calls travel and run together as one task.
-            buffersize: how many tasks may be submitted ahead of the result that is
-                being waited for; the iterables are then consumed as results are.
-                None consumes them at once.
-            unordered: yield results as they come, not in the order of the arguments.
-
-        Raises:
-            ValueError: `chunksize` or `buffersize` is less than 1.
-            TypeError: `buffersize` is not an integer.
-            TimeoutError: raised by the iterator when the timeout is over.
-        """
-        if chunksize < 1:
-            raise ValueError("chunksize must be >= 1.")
-        if buffersize is not None:
-            if not isinstance(buffersize, int):
-                raise TypeError("buffersize must be an integer or None")
-            if buffersize < 1:
-                raise ValueError("buffersize must be None or > 0")
-        deadline = None if timeout is None else time.monotonic() + timeout
-        arguments = zip(*iterables)  # noqa: B905  (the shortest one ends it)
-        results = _results_as_they_come if unordered else _results
-        if chunksize == 1:
-            submits = (partial(self.submit, fn, *args) for args in arguments)
-            return results(submits, deadline, buffersize)
-        run = partial(_run_chunk, fn)
-        chunks = iter(lambda: tuple(itertools.islice(arguments, chunksize)), ())
-        chunked = (partial(self.submit, run, chunk) for chunk in chunks)
-        lists: Iterator[list[T]] = results(chunked, deadline, buffersize)
-        return _flattened(lists)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more tasks, and end the workers when the pending ones are done.
@@ -267,86 +280,28 @@ class ZmqExecutor(Executor):
             raise RuntimeError("cannot schedule new futures after interpreter shutdown")
 
 
+class ExecutorView(MappingExecutor):
+    """A `ZmqExecutor` seen with certain options; made by its `options`.
+
+    It is an executor of its own for those who are handed one. To shut it down is to
+    shut down the pool.
+    """
+
+    def __init__(self, executor: ZmqExecutor, options: TaskOptions) -> None:
+        self._executor = executor
+        self._options = options
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> TaskFuture[T]:
+        """As `ZmqExecutor.submit`, with the options of this view."""
+        return self._executor._submit(self._options, fn, args, kwargs)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Shut down the pool that this is a view of."""
+        self._executor.shutdown(wait, cancel_futures=cancel_futures)
+
+
 def _decode(pickler: CallPickler, result: Result, buffers: Sequence[Frame]) -> Any:
     return pickler.load_outcome(result.ok, result.data, buffers, result.segment)
-
-
-def _run_chunk(fn: Callable[..., T], chunk: Sequence[tuple[Any, ...]]) -> list[T]:
-    return [fn(*args) for args in chunk]
-
-
-def _flattened(lists: Iterator[list[T]]) -> Iterator[T]:
-    for part in lists:
-        part.reverse()
-        while part:
-            yield part.pop()  # and keep nothing of it
-
-
-def _results(
-    submits: Iterator[Callable[[], Future[T]]], deadline: float | None, buffersize: int | None
-) -> Iterator[T]:
-    """Submit now, as far as the buffer allows; yield results in order, later."""
-    futures = deque(submit() for submit in itertools.islice(submits, buffersize))
-
-    def generate() -> Iterator[T]:
-        try:
-            while futures:
-                if buffersize is not None and (submit := next(submits, None)) is not None:
-                    futures.append(submit())
-                yield _result_or_cancel(futures.popleft(), deadline)
-        finally:
-            for future in futures:
-                future.cancel()
-
-    return generate()
-
-
-def _results_as_they_come(
-    submits: Iterator[Callable[[], Future[T]]], deadline: float | None, buffersize: int | None
-) -> Iterator[T]:
-    """The same, but yield each result when it is there."""
-    done: SimpleQueue[Future[T]] = SimpleQueue()
-    pending: set[Future[T]] = set()
-
-    def submit_some(number: int | None) -> None:
-        for submit in itertools.islice(submits, number):
-            future = submit()
-            pending.add(future)
-            future.add_done_callback(done.put)
-
-    submit_some(buffersize)
-
-    def next_done() -> Future[T]:
-        try:
-            future = done.get(
-                timeout=None if deadline is None else max(0.0, deadline - time.monotonic())
-            )
-        except Empty:
-            raise concurrent.futures.TimeoutError from None
-        pending.discard(future)
-        return future
-
-    def generate() -> Iterator[T]:
-        try:
-            while pending:
-                future = [next_done()]  # a list, to be emptied before the yield
-                if buffersize is not None:
-                    submit_some(1)
-                yield _result_or_cancel(future.pop(), deadline)
-        finally:
-            for unwanted in pending:
-                unwanted.cancel()
-
-    return generate()
-
-
-def _result_or_cancel(future: Future[T], deadline: float | None) -> T:
-    # In a function of its own, so that the iterator keeps nothing of what it yields.
-    try:
-        return future.result(None if deadline is None else max(0.0, deadline - time.monotonic()))
-    finally:
-        future.cancel()
-        del future
 
 
 def _check_max_workers(max_workers: int | None) -> int:

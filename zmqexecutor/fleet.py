@@ -5,7 +5,7 @@ from __future__ import annotations
 import select
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from .certificate import ending, lost_error
@@ -57,7 +57,16 @@ class Group(Protocol):
 class Fleet:
     """Used by the master thread only. Without a group it never has any news."""
 
-    def __init__(self, group: Group | None) -> None:
+    def __init__(
+        self, group: Group | None, fail: Callable[[Task, BaseException], None] = Task.fail
+    ) -> None:
+        """Prepare.
+
+        Args:
+            group: the workers, if any are ours.
+            fail: called with a task whose worker died, and what that means for it.
+        """
+        self._fail_task = fail
         self.group = group
         self.polled = -1
         """The descriptor that the master's poll watches."""
@@ -129,7 +138,8 @@ class Fleet:
             self._fail(task, pid, None, seconds)
 
     def _fail(self, task: Task, pid: int, end: Reaped | None, seconds: float | None) -> None:
-        task.fail(lost_error(task.name, pid, end, seconds, replaced=self.group is not None))
+        error = lost_error(task.name, pid, end, seconds, replaced=self.group is not None)
+        self._fail_task(task, error)
 
     @property
     def waiting(self) -> bool:
@@ -181,7 +191,7 @@ class Fleet:
         self._wanted = workers
         if self.group and not self._stopped:
             try:
-                self.group.scale(workers)
+                self.group.scale(workers, spare=True)  # what is too much is about to leave
             except (OSError, RuntimeError):
                 pass  # the supervisor is gone, which `supervisor_died` will tell
 

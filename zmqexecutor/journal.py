@@ -7,7 +7,18 @@ which job it is running. The master maps the same file and learns from it
 
 - when the worker has died: which results it had, and which one job it was in;
 - when the worker is long in a job: the results that it was about to send in one
-  message with others.
+  message with others;
+- since when it has been running that job.
+
+One word of the file is the master's: the number of a job that it is about to end by
+killing the worker. A worker that finds it set starts nothing, so that no other job is
+hit, however the two race:
+
+    master                                   worker, between two jobs
+    condemn(job); 1 ms later:                note that the next job is running;
+      is it still running? kill : condemn(0)   is a job condemned? wait : run it
+
+Either the worker sees that a job is condemned, or the master sees that another runs.
 
 The journal is a ring of bytes. A position counts all the bytes ever written, as
 a TCP sequence number does. Messages carry the position after their last result,
@@ -39,12 +50,16 @@ CAPACITY = 256 * 1024
 LARGEST_ENTRY = CAPACITY // 4
 """Results of more bytes than this are not kept; see `JournalWriter.append`."""
 
-# The header: magic, sequence number of the running job, end of the ring.
+# The header: magic, the running job's number, end of the ring, when that job
+# started (the monotonic clock), number of the condemned job.
 _HEADER = 64
 _MAGIC = b"zmqexjn1"
 _running = struct.Struct("<Q")
 _RUNNING_AT = 8
 _END_AT = 16
+_started = struct.Struct("<d")
+_STARTED_AT = 24
+_CONDEMNED_AT = 32
 _entry = struct.Struct("<II")  # length, checksum
 
 
@@ -82,9 +97,16 @@ class JournalWriter:
         self._confirmed = 0
         self.position = 0
 
-    def start(self, seq: int) -> None:
-        """Note that this job is being run from now on."""
+    def start(self, seq: int, now: float) -> bool:
+        """Note that this job is being run from now on; False if it must not start yet."""
+        _started.pack_into(self._map, _STARTED_AT, now)
         _running.pack_into(self._map, _RUNNING_AT, seq)
+        return not self.condemned
+
+    @property
+    def condemned(self) -> bool:
+        """Whether the master is about to kill this process for a job that it ran."""
+        return _running.unpack_from(self._map, _CONDEMNED_AT)[0] != 0  # type: ignore[no-any-return]
 
     def append(self, result: bytes) -> bool:
         """Keep an encoded result, and say whether there was room for it."""
@@ -131,14 +153,14 @@ class JournalReader:
             OSError: there is no such file, or it is not the user's own.
             ValueError: it is not a journal.
         """
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
                 raise PermissionError(f"{path} is not a file of this user")
             if status.st_size != _HEADER + CAPACITY:
                 raise ValueError(f"{path} is not a journal of this version")
-            self._map = mmap.mmap(descriptor, _HEADER + CAPACITY, prot=mmap.PROT_READ)
+            self._map = mmap.mmap(descriptor, _HEADER + CAPACITY)
         finally:
             os.close(descriptor)
         if self._map[: len(_MAGIC)] != _MAGIC:
@@ -146,11 +168,23 @@ class JournalReader:
             raise ValueError(f"{path} is not a journal of this version")
         self.position = 0
         """Up to here the results are known, from messages or from `read`."""
+        self.condemned = 0
+        """The job for which the worker is about to be killed, or 0."""
 
     @property
     def running(self) -> int:
         """The sequence number of the job that was started last, or 0."""
         return int(_running.unpack_from(self._map, _RUNNING_AT)[0])
+
+    @property
+    def started(self) -> float:
+        """When that job was started, on the monotonic clock."""
+        return float(_started.unpack_from(self._map, _STARTED_AT)[0])
+
+    def condemn(self, seq: int) -> None:
+        """Have the worker start nothing after this job; 0 lets it go on."""
+        self.condemned = seq
+        _running.pack_into(self._map, _CONDEMNED_AT, seq)
 
     def read(self) -> list[bytes]:
         """The encoded results after `position`, which moves behind them."""

@@ -38,7 +38,9 @@ from .journal import JournalReader
 from .machine import machine_id
 from .peers import DeathWatch, Peer, WorkerInfo
 from .protocol import Frame
+from .retries import Retries
 from .scheduler import Decision, Expire, Recall, Retire, Scale, Scheduler, Send
+from .stops import Stops
 from .tasks import Task
 from .wakeup import Wakeup
 
@@ -98,7 +100,15 @@ class Master:
             wanted=min(1, options.max_workers),
             patience=options.patience,
         )
-        self._fleet = Fleet(group)
+        self._fleet = Fleet(group, self._fail)
+        self._retries = Retries()
+        self._stops = Stops(
+            read_journal=self._read_journal,
+            ask_stack=lambda peer: self._channels.tell(peer.identity, protocol.ShowStack()),
+            recall=lambda peer, seqs: self._channels.tell(peer.identity, protocol.Recall(seqs)),
+            kill=lambda peer: self._deaths.kill(peer.hello.pid),
+            give_up=lambda peer: self._lose(peer, None),
+        )
         self._inbox: deque[Task | Callable[[], None]] = deque()
         self._wakeup: Wakeup | None = Wakeup()  # None when the thread has ended
         self._asleep = False
@@ -156,6 +166,10 @@ class Master:
         Workers are sent SIGTERM, or SIGKILL if `kill`.
         """
         self._call(lambda: self._end(reason, kill))
+
+    def kill(self, task: weakref.ref[Task]) -> None:
+        """End a task, whether or not it is running."""
+        self._call(lambda: self._kill(task))
 
     def join(self, timeout: float | None = None) -> bool:
         """Wait for the end of the thread, at most `timeout` seconds; say if it came."""
@@ -216,6 +230,9 @@ class Master:
         self._read_inbox()
         now = time.monotonic()
         self._fleet.check_deadlines(now)
+        self._stops.check(now)
+        for task in self._retries.due(now):
+            self._scheduler.submit(task, now)
         if self._next_ping is not None and self._next_ping <= now:
             self._ping(now)
         if self._segments and self._segments.trim_at and self._segments.trim_at <= now:
@@ -254,6 +271,8 @@ class Master:
             deadlines = (
                 self._scheduler.next_deadline(),
                 self._fleet.next_deadline(),
+                self._stops.next_deadline(),
+                self._retries.next_deadline(),
                 self._next_ping,
                 self._segments.trim_at if self._segments else None,
             )
@@ -305,7 +324,14 @@ class Master:
             else:
                 logger.warning("worker %s left: %s", peer.hello.worker, message.reason)
                 self._lose(peer, 0)
-        elif peer.state:
+        elif isinstance(message, protocol.Stack):
+            self._stops.on_stack(peer, message.text, time.monotonic())
+        elif not peer.state:
+            raise ProtocolError("a worker that is not ready has nothing to give back")
+        elif isinstance(message, protocol.Worn):
+            logger.info("worker %d is replaced: %s", peer.hello.pid, message.reason)
+            self._scheduler.wear_out(peer.state)
+        else:
             self._scheduler.recalled(peer.state, message.seqs)
 
     def _on_hello(self, identity: bytes, hello: protocol.Hello) -> None:
@@ -388,13 +414,18 @@ class Master:
             if task is not None:
                 if task.lease is not None:
                     task.lease.returned(result.kept)
-                task.finish(result, frames)
+                if (error := task.finish(result, frames)) is not None:
+                    self._fail(task, error)
+        if results:
+            peer.finished = max(peer.finished, results[-1].seq)
         self._scheduler.settle(peer.state)
 
     def _read_journal(self, peer: Peer) -> None:
         """Take results that the worker has written down but that have not come."""
         if peer.journal and peer.state:
             results = [protocol.decode_result(entry) for entry in peer.journal.read()]
+            if results:
+                peer.finished = results[-1].seq
             # Those with buffers come as a message, or not at all.
             self._on_results(peer, [r for r in results if not r.buffers], [])
 
@@ -427,8 +458,9 @@ class Master:
             return
         if running is None:
             self._read_journal(peer)
-            running = peer.journal.running if peer.journal else None
+            running = peer.last_run()
         del self._peers[peer.identity]
+        peer.look_at = None
         self._unconfirmed.discard(peer)
         pid = peer.hello.pid
         if self._by_pid.get(pid) is peer:
@@ -442,11 +474,39 @@ class Master:
         if peer.state:
             lost = self._scheduler.worker_lost(peer.state, running, time.monotonic())
             if lost is not None:
-                self._fleet.bury(lost, pid)
+                self._bury(peer, lost)
             self._publish_workers()
         if self._segments:
             self._segments.sweep(pid)
         peer.close()
+
+    def _bury(self, peer: Peer, task: Task) -> None:
+        """A worker died while it ran this task."""
+        if (error := self._stops.why_ended(peer, task)) is not None:
+            self._fail(task, error)
+        else:
+            began = peer.journal.started if peer.journal else peer.sent_at
+            self._fleet.bury(task, peer.hello.pid, time.monotonic() - began)
+
+    def _fail(self, task: Task, error: BaseException) -> None:
+        """A task has failed: the end of it, unless it is to be tried again."""
+        delay = None if self._ended or self.broken else task.retry_after(error)
+        if delay is None:
+            task.fail(error)
+        else:
+            self._retries.add(task, time.monotonic() + delay)
+
+    def _kill(self, reference: weakref.ref[Task]) -> None:
+        task = reference()
+        if task is None or task.future.done():
+            return
+        peer = self._peers.get(task.worker.key) if task.worker else None
+        if peer is None:
+            self._retries.drop(task)
+            task.kill()  # and if it is queued, it will not be sent
+        else:
+            task.doomed = True
+            self._stops.end(peer, time.monotonic())
 
     def _ping(self, now: float) -> None:
         """Find out which of the workers that no `DeathWatch` tells of are gone.
@@ -508,6 +568,9 @@ class Master:
         message = protocol.Jobs(peer.confirmed, jobs, shared, forget)
         if not self._channels.send_work(peer.identity, message, frames):
             self._lose(peer, None)
+        else:
+            peer.sent_at = time.monotonic()
+            self._stops.sent(peer, (task for _, task in decision.jobs), peer.sent_at)
         self._unconfirmed.discard(peer)
 
     def _confirm(self) -> None:
@@ -550,11 +613,13 @@ class Master:
                     task.fail(reason)
                 peer.state.held.clear()
         self._fleet.fail_lost(reason)
+        for task in self._retries.take_all():
+            task.fail(reason)
 
     def _done(self) -> bool:
         if self._ended:
             return True
-        if not self._closing or self._inbox or self._fleet.waiting:
+        if not self._closing or self._inbox or self._fleet.waiting or self._retries:
             return False
         return (len(self._scheduler) == 0 and self._scheduler.busy == 0) or self.broken is not None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from .scheduler import WorkerState
 from .tasks import Shared as SharedData
 from .tasks import Task
 
-__all__ = ["DeathWatch", "Peer", "WorkerInfo"]
+__all__ = ["DeathWatch", "Peer", "Stop", "WorkerInfo"]
 
 SHARED_KEPT: Final = 512
 """Shared objects (functions) that a worker keeps; more than fit in one message."""
@@ -38,6 +39,19 @@ class WorkerInfo:
     since: float
 
 
+class Stop:
+    """A task that is being ended, by killing its worker; see `stops`."""
+
+    __slots__ = ("killed", "look_at", "ran", "stack", "task")
+
+    def __init__(self, task: Task, ran: float, look_at: float) -> None:
+        self.task = task
+        self.ran = ran
+        self.look_at = look_at
+        self.stack = ""
+        self.killed = False
+
+
 class Peer:
     """A worker that has registered."""
 
@@ -49,6 +63,14 @@ class Peer:
         self.state: WorkerState[Task] | None = None
         """The scheduler's record of it, once it is ready."""
         self.since = time.time()
+        self.sent_at = 0.0
+        """When it was sent jobs last."""
+        self.finished = 0
+        """The last job that it is known to have finished."""
+        self.look_at: float | None = None
+        """When `stops` looks at it next."""
+        self.stop: Stop | None = None
+        """The task for which it is about to be killed."""
         self._known: OrderedDict[bytes, None] = OrderedDict()
 
     def info(self) -> WorkerInfo:
@@ -65,6 +87,30 @@ class Peer:
         new.append(Shared(key, needed.data))
         if len(self._known) > SHARED_KEPT:
             forget.append(self._known.popitem(last=False)[0])
+
+    def running(self) -> tuple[int, float]:
+        """The number of the job that it started last, or 0, and when that was.
+
+        Without a journal it is sent one job at a time, which it starts at once.
+        """
+        if self.journal:
+            return self.journal.running, self.journal.started
+        held = self.state.held if self.state else {}
+        return next(iter(held), 0), self.sent_at
+
+    def condemn(self, seq: int) -> None:
+        """Have it start nothing after this job; 0 lets it go on."""
+        if self.journal:
+            self.journal.condemn(seq)
+
+    def last_run(self) -> int | None:
+        """After its death: the job that it was in, or 0; None if nobody knows."""
+        if not self.journal:
+            return None
+        running = self.journal.running
+        if self.journal.condemned and self.journal.condemned != running:
+            return 0  # noted, but not begun
+        return running
 
     @property
     def confirmed(self) -> int:
@@ -108,6 +154,19 @@ class DeathWatch:
         self._descriptors[pid] = descriptor
         self._epoll.register(descriptor, select.EPOLLIN)
         return True
+
+    def kill(self, pid: int) -> None:
+        """SIGKILL for a watched process, and for what it started in its session."""
+        descriptor = self._descriptors.get(pid)
+        try:
+            if os.getpgid(pid) == pid:  # not yet reaped, so the id is still its own
+                os.killpg(pid, signal.SIGKILL)
+            if descriptor is not None:
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            else:
+                os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # it is dead already
 
     def remove(self, pid: int) -> None:
         """Watch it no longer."""

@@ -9,8 +9,8 @@ Two channels carry messages between the master and each of its workers (the
 endpoint for control, the workpoint for jobs), and a third, a plain socket pair
 and not ZeroMQ, connects a `Workers` group with its supervisor process:
 
-    control, worker to master     Hello, Recalled, Unready
-    control, master to worker     Welcome, Refused, Recall, Drain, Ping
+    control, worker to master     Hello, Recalled, Unready, Worn, Stack
+    control, master to worker     Welcome, Refused, Recall, Drain, Ping, ShowStack
     work, worker to master        Ready, Results, Goodbye
     work, master to worker        Jobs
     group to supervisor           Configure, Scale, Quit
@@ -54,11 +54,14 @@ __all__ = [
     "Scale",
     "Segment",
     "Shared",
+    "ShowStack",
     "Spawned",
+    "Stack",
     "ToSupervisor",
     "Unready",
     "Welcome",
     "WorkFromWorker",
+    "Worn",
     "decode_control_from_master",
     "decode_control_from_worker",
     "decode_jobs",
@@ -206,6 +209,22 @@ class Unready(Message, frozen=True):
     reason: str
 
 
+class Worn(Message, frozen=True):
+    """The worker should be replaced, and goes on until the master says `Drain`."""
+
+    reason: str
+
+
+class ShowStack(Message, frozen=True):
+    """Where is the main thread?"""
+
+
+class Stack(Message, frozen=True):
+    """The answer to `ShowStack`, as a traceback shows it."""
+
+    text: str
+
+
 class Ping(Message, frozen=True):
     """Is the way to this worker open? Needs no answer."""
 
@@ -299,8 +318,8 @@ class Goodbye(Message, frozen=True):
 
 # ------------------------------------------------------------ encode and decode
 
-ControlFromWorker: TypeAlias = Hello | Recalled | Unready
-ControlFromMaster: TypeAlias = Welcome | Refused | Recall | Drain | Ping
+ControlFromWorker: TypeAlias = Hello | Recalled | Unready | Worn | Stack
+ControlFromMaster: TypeAlias = Welcome | Refused | Recall | Drain | Ping | ShowStack
 WorkFromWorker: TypeAlias = Ready | Results | Goodbye
 
 _encoder = msgspec.msgpack.Encoder()

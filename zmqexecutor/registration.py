@@ -6,6 +6,7 @@ import os
 import platform
 import socket
 import struct
+import sys
 import threading
 import time
 import uuid
@@ -112,6 +113,7 @@ class Control(threading.Thread):
         self._welcomed = False
         self._worker = ""
         self._journal: JournalWriter | None = None
+        self._main_thread = threading.get_ident()
         self._deadline: float | None = time.monotonic() + (patience or 30.0)
         self.events: deque[Event] = deque()
         """What the main thread should know, in this order."""
@@ -258,6 +260,8 @@ class Control(threading.Thread):
             self._send(protocol.Recalled(self._claims.recall(message.seqs)))
         elif isinstance(message, protocol.Drain):
             self._tell("drain")
+        elif isinstance(message, protocol.ShowStack):
+            self._send(protocol.Stack(_stack_of(self._main_thread)))
 
     def _on_welcome(self, message: protocol.Welcome) -> None:
         if message.version != protocol.VERSION:
@@ -270,3 +274,20 @@ class Control(threading.Thread):
         self._welcomed = True
         self._deadline = None
         self._tell(Session(self._worker, message.work, message.setup, journal))
+
+
+def _stack_of(thread: int) -> str:
+    """Where a thread is, without the frames of ours that called what it runs."""
+    import traceback  # of no use until somebody asks
+
+    frame = sys._current_frames().get(thread)
+    if frame is None:
+        return ""
+    stack = traceback.extract_stack(frame)
+    ours = os.path.dirname(os.path.abspath(__file__))
+    while stack and os.path.dirname(os.path.abspath(stack[0].filename)) in (ours, _NOWHERE):
+        del stack[0]
+    return "".join(traceback.format_list(stack))
+
+
+_NOWHERE = os.getcwd()  # where files are taken to be that are none, such as "<string>"

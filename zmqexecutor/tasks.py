@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from .buffers import Lease
+from .errors import BrokenPoolError, TaskKilledError
 from .protocol import Frame, Result, Segment
 from .scheduler import Job
 
-__all__ = ["Decode", "Shared", "Task"]
+__all__ = [
+    "PLAIN",
+    "Decode",
+    "Shared",
+    "Task",
+    "TaskOptions",
+    "make_options",
+]
 
 Decode: TypeAlias = Callable[[Result, Sequence[Frame]], Any]
 """Makes a future's value of a result and its buffers, or raises."""
+
+LONGEST_RETRY_DELAY: Final = 60.0
+"""Seconds; no wait before another try is longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,20 +38,89 @@ class Shared:
     data: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class TaskOptions:
+    """What `ZmqExecutor.options` sets, whose docstring tells more.
+
+    Attributes:
+        timeout: seconds that the task may run, or None.
+        retries: how often it may be tried again.
+        retry_on: the failures after which it is.
+        retry_delay: seconds before the first other try; doubled for each further one.
+        priority: higher ones leave the queue first.
+        name: for messages to people, in the place of the function's name.
+        kill_on_cancel: whether `Future.cancel` ends a task that runs.
+    """
+
+    timeout: float | None = None
+    retries: int = 0
+    retry_on: tuple[type[BaseException], ...] = (Exception,)
+    retry_delay: float = 0.1
+    priority: int = 0
+    name: str | None = None
+    kill_on_cancel: bool = False
+
+
+PLAIN: Final = TaskOptions()
+
+
+def make_options(
+    timeout: float | None,
+    retries: int,
+    retry_on: type[BaseException] | tuple[type[BaseException], ...],
+    retry_delay: float,
+    priority: int,
+    name: str | None,
+    kill_on_cancel: bool,
+) -> TaskOptions:
+    """Check options as `ZmqExecutor.options` takes them.
+
+    Raises:
+        TypeError: one has the wrong type.
+        ValueError: one is out of range.
+    """
+    if timeout is not None and not _number(timeout) > 0:
+        raise ValueError(f"timeout must be more than 0 seconds, or None, not {timeout}")
+    for what, number in (("retries", retries), ("priority", priority)):
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"{what} must be an integer, not {number!r}")
+    if retries < 0:
+        raise ValueError(f"retries must be 0 or more, not {retries}")
+    classes: tuple[Any, ...] = retry_on if isinstance(retry_on, tuple) else (retry_on,)
+    for kind in classes:
+        if not (inspect.isclass(kind) and issubclass(kind, BaseException)):
+            raise TypeError(f"retry_on must be exception classes, not {kind!r}")
+    if not _number(retry_delay) >= 0:
+        raise ValueError(f"retry_delay must be 0 seconds or more, not {retry_delay}")
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"name must be text, not {name!r}")
+    return TaskOptions(timeout, retries, classes, retry_delay, priority, name, bool(kill_on_cancel))
+
+
+def _number(seconds: float) -> float:
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+        raise TypeError(f"seconds must be a number, not {seconds!r}")
+    return seconds
+
+
 class Task(Job):
     """A job with its payload and its future."""
 
     __slots__ = (
+        "__weakref__",
         "buffers",
         "codec",
         "data",
         "decode",
+        "doomed",
         "future",
         "id",
         "lease",
         "name",
+        "options",
         "sent",
         "shared",
+        "tries",
     )
 
     def __init__(
@@ -54,8 +135,9 @@ class Task(Job):
         shared: Shared | None = None,
         buffers: Sequence[Frame] = (),
         lease: Lease | None = None,
+        options: TaskOptions = PLAIN,
     ) -> None:
-        super().__init__(shared.key if shared else codec)
+        super().__init__(shared.key if shared else codec, options.priority)
         self.future = future
         self.data = data
         self.decode = decode
@@ -67,11 +149,19 @@ class Task(Job):
         self.buffers = buffers
         self.lease = lease
         """On the segment that has the buffers in the place of `buffers`."""
+        self.options = options
         self.sent = False
         """Whether the future has been told that it runs."""
+        self.tries = 0
+        """How often it has failed and been tried again."""
+        self.doomed = False
+        """Whether its caller wants it ended, whatever it does."""
 
     def start(self) -> bool:
-        """Mark the future as running; False if it was cancelled before."""
+        """Mark the future as running; False if the task is not wanted any more."""
+        if self.doomed:
+            self.kill()
+            return False
         if not self.sent:
             self.sent = self.future.set_running_or_notify_cancel()
             if not self.sent:
@@ -86,22 +176,40 @@ class Task(Job):
             return self.lease.lend(), ()
         return None, self.lease.views()
 
-    def finish(self, result: Result, buffers: Sequence[Frame]) -> None:
-        """Complete the future with what the worker sent."""
+    def finish(self, result: Result, buffers: Sequence[Frame]) -> BaseException | None:
+        """Complete the future with what the worker sent, or return the task's exception."""
         try:
             value = self.decode(result, buffers)
         except BaseException as error:
             # Its traceback would keep this task and its arguments alive.
-            self.fail(error.with_traceback(None))
-        else:
-            self._end_lease()
+            return error.with_traceback(None)
+        self._end_lease()
+        if not self.future.done():
             _complete(self.future.set_result, value)
+        return None
+
+    def retry_after(self, error: BaseException) -> float | None:
+        """Seconds to wait before the next try, or None if there is none after this failure."""
+        options = self.options
+        if self.tries >= options.retries or self.doomed or not isinstance(error, options.retry_on):
+            return None
+        if isinstance(error, (BrokenPoolError, TaskKilledError)):
+            return None
+        self.tries += 1
+        return min(LONGEST_RETRY_DELAY, options.retry_delay * 2.0 ** min(self.tries - 1, 64))
 
     def fail(self, error: BaseException) -> None:
-        """Complete the future with an exception, unless it was cancelled."""
+        """Complete the future with an exception, unless it is done or was cancelled."""
         self._end_lease()
-        if self.start():
+        if not self.sent:
+            self.sent = self.future.set_running_or_notify_cancel()
+        if self.sent and not self.future.done():
             _complete(self.future.set_exception, error)
+
+    def kill(self) -> None:
+        """End it with `TaskKilledError`; the caller sees to it that it does not run."""
+        self.doomed = True
+        self.fail(TaskKilledError(f"{self.name} was ended by the kill() of its future"))
 
     def _end_lease(self) -> None:
         if self.lease is not None:

@@ -61,6 +61,8 @@ class Outcome(NamedTuple):
     """Where its buffers are, if not there."""
     kept: bool = False
     """Whether something still uses the job's segment."""
+    worn: str = ""
+    """Why the worker should be replaced now, if so."""
 
 
 class Handler(Protocol):
@@ -373,9 +375,9 @@ class Worker:
             return
         if self._needed > self._confirmed:
             self._await_confirmation()
-        if self._journal:
-            self._journal.start(job.seq)
-        started = time.perf_counter()
+        started = time.monotonic()
+        if self._journal and not self._journal.start(job.seq, started):
+            started = self._hold_still(job.seq)
         try:
             outcome = self._handler.run(job, buffers)
         except BaseException:
@@ -384,14 +386,30 @@ class Worker:
             raise
         if os.getpid() != self._pid:
             os._exit(0)  # the child of a job that forked; the sockets are not its own
-        now = time.perf_counter()
+        now = time.monotonic()
         self._answer(job.seq, outcome, started, now)
         if now - self._unsent_since > COALESCE:
             self._flush()
+        if outcome.worn:
+            self._control.send(protocol.Worn(outcome.worn))
+
+    def _hold_still(self, seq: int) -> float:
+        """Start nothing while the master is about to kill this process, or thinks better of it.
+
+        It does one of the two within milliseconds; if it dies, the control thread
+        ends the process.
+        """
+        assert self._journal is not None
+        self._flush()
+        while self._journal.condemned:
+            time.sleep(0.001)
+        now = time.monotonic()
+        self._journal.start(seq, now)
+        return now
 
     def _answer(self, seq: int, outcome: Outcome, started: float, ended: float) -> None:
         """Make a result safe, and part of the next message."""
-        ok, data, codec, buffers, segment, kept = outcome
+        ok, data, codec, buffers, segment, kept, _ = outcome
         if not self._unsent:
             self._unsent_since = started
         seconds = ended - started

@@ -1,0 +1,54 @@
+"""The future of a task, which can end the task even when it runs."""
+
+from __future__ import annotations
+
+import weakref
+from concurrent.futures import Future
+from typing import TypeVar
+
+from .master import Master
+from .tasks import Task
+
+__all__ = ["TaskFuture"]
+
+T = TypeVar("T")
+
+
+class TaskFuture(Future[T]):
+    """A `concurrent.futures.Future` with a `kill`."""
+
+    _master: Master | None = None
+    _task: weakref.ref[Task] | None = None
+    _kill_on_cancel = False
+
+    def belongs_to(self, master: Master, task: Task) -> None:
+        """Called once, before anybody else knows the future."""
+        # Weakly: a future that is kept must not keep the arguments.
+        self._master, self._task = master, weakref.ref(task)
+        if task.options.kill_on_cancel:
+            self._kill_on_cancel = True
+
+    def kill(self) -> bool:
+        """End the task, even if it is running, and return at once.
+
+        A task that has not been sent to a worker is cancelled. If it runs, its worker
+        is killed and replaced; then `result` raises TaskKilledError, which is a
+        CancelledError. What the task started itself (processes in its process group)
+        is killed with it. A task that ends by itself before that has its own result.
+
+        Returns:
+            False if the task was done already, or the pool is gone, else True.
+        """
+        if super().cancel():
+            return True
+        if self.done() or self._master is None or self._task is None:
+            return False
+        self._master.kill(self._task)
+        return True
+
+    def cancel(self) -> bool:
+        """Cancel the task if no worker has it yet; see `Future.cancel`.
+
+        With the option `kill_on_cancel` a task that runs is ended, as by `kill`.
+        """
+        return self.kill() if self._kill_on_cancel else super().cancel()

@@ -1,0 +1,144 @@
+"""`map` over any executor's `submit`: in order or not, in chunks, with a bounded look-ahead."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
+
+__all__ = ["MappingExecutor"]
+
+T = TypeVar("T")
+
+
+class MappingExecutor(Executor):
+    """An executor whose `map` goes through its `submit`, and has what 3.14's has."""
+
+    def map(
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+        unordered: bool = False,
+    ) -> Iterator[T]:
+        """Return an iterator over `map(fn, *iterables)`, computed in the workers.
+
+        Args:
+            fn: called with as many arguments as there are iterables.
+            iterables: where the arguments come from; the shortest one ends it.
+            timeout: seconds from this call after which waiting for a result raises.
+            chunksize: how many calls travel and run together as one task.
+            buffersize: how many tasks may be submitted ahead of the result that is
+                being waited for; the iterables are then consumed as results are.
+                None consumes them at once.
+            unordered: yield results as they come, not in the order of the arguments.
+
+        Raises:
+            ValueError: `chunksize` or `buffersize` is less than 1.
+            TypeError: `buffersize` is not an integer.
+            TimeoutError: raised by the iterator when the timeout is over.
+        """
+        if chunksize < 1:
+            raise ValueError("chunksize must be >= 1.")
+        if buffersize is not None:
+            if not isinstance(buffersize, int):
+                raise TypeError("buffersize must be an integer or None")
+            if buffersize < 1:
+                raise ValueError("buffersize must be None or > 0")
+        deadline = None if timeout is None else time.monotonic() + timeout
+        arguments = zip(*iterables)  # noqa: B905  (the shortest one ends it)
+        results = _results_as_they_come if unordered else _results
+        if chunksize == 1:
+            submits = (partial(self.submit, fn, *args) for args in arguments)
+            return results(submits, deadline, buffersize)
+        run = partial(_run_chunk, fn)
+        chunks = iter(lambda: tuple(itertools.islice(arguments, chunksize)), ())
+        chunked = (partial(self.submit, run, chunk) for chunk in chunks)
+        lists: Iterator[list[T]] = results(chunked, deadline, buffersize)
+        return _flattened(lists)
+
+
+def _run_chunk(fn: Callable[..., T], chunk: Sequence[tuple[Any, ...]]) -> list[T]:
+    return [fn(*args) for args in chunk]
+
+
+def _flattened(lists: Iterator[list[T]]) -> Iterator[T]:
+    for part in lists:
+        part.reverse()
+        while part:
+            yield part.pop()  # and keep nothing of it
+
+
+def _results(
+    submits: Iterator[Callable[[], Future[T]]], deadline: float | None, buffersize: int | None
+) -> Iterator[T]:
+    """Submit now, as far as the buffer allows; yield results in order, later."""
+    futures = deque(submit() for submit in itertools.islice(submits, buffersize))
+
+    def generate() -> Iterator[T]:
+        try:
+            while futures:
+                if buffersize is not None and (submit := next(submits, None)) is not None:
+                    futures.append(submit())
+                yield _result_or_cancel(futures.popleft(), deadline)
+        finally:
+            for future in futures:
+                future.cancel()
+
+    return generate()
+
+
+def _results_as_they_come(
+    submits: Iterator[Callable[[], Future[T]]], deadline: float | None, buffersize: int | None
+) -> Iterator[T]:
+    """The same, but yield each result when it is there."""
+    done: SimpleQueue[Future[T]] = SimpleQueue()
+    pending: set[Future[T]] = set()
+
+    def submit_some(number: int | None) -> None:
+        for submit in itertools.islice(submits, number):
+            future = submit()
+            pending.add(future)
+            future.add_done_callback(done.put)
+
+    submit_some(buffersize)
+
+    def next_done() -> Future[T]:
+        try:
+            future = done.get(
+                timeout=None if deadline is None else max(0.0, deadline - time.monotonic())
+            )
+        except Empty:
+            raise concurrent.futures.TimeoutError from None
+        pending.discard(future)
+        return future
+
+    def generate() -> Iterator[T]:
+        try:
+            while pending:
+                future = [next_done()]  # a list, to be emptied before the yield
+                if buffersize is not None:
+                    submit_some(1)
+                yield _result_or_cancel(future.pop(), deadline)
+        finally:
+            for unwanted in pending:
+                unwanted.cancel()
+
+    return generate()
+
+
+def _result_or_cancel(future: Future[T], deadline: float | None) -> T:
+    # In a function of its own, so that the iterator keeps nothing of what it yields.
+    try:
+        return future.result(None if deadline is None else max(0.0, deadline - time.monotonic()))
+    finally:
+        future.cancel()
+        del future
