@@ -112,13 +112,17 @@ IDS = [type(message).__name__ for _, message, _ in WIRE]
 SUPERVISION: list[tuple[object, object, bytes]] = [
     (
         ToSupervisor,
-        Configure(["python"], 2, "/d", {"A": "b"}, "/w", 1.0, False),
-        b'["Configure",["python"],2,"/d",{"A":"b"},"/w",1.0,false]',
+        Configure(["python"], 2, "/d", {"A": "b"}, "/w", 1.0, False, {"cpu": 9}),
+        b'["Configure",["python"],2,"/d",{"A":"b"},"/w",1.0,false,{"cpu":9}]',
     ),
     (ToSupervisor, Scale(3, True), b'["Scale",3,true]'),
-    (ToSupervisor, Quit(None), b'["Quit",null]'),
+    (ToSupervisor, Quit(None), b'["Quit",null,false]'),
     (FromSupervisor, Spawned(7), b'["Spawned",7]'),
-    (FromSupervisor, Reaped(7, -9, "last\nwords"), b'["Reaped",7,-9,"last\\nwords"]'),
+    (
+        FromSupervisor,
+        Reaped(7, -9, "last\nwords", 5, True, "a\nstack", "cpu=9"),
+        b'["Reaped",7,-9,"last\\nwords",5,true,"a\\nstack","cpu=9"]',
+    ),
     (FromSupervisor, GroupFailed("why"), b'["GroupFailed","why"]'),
 ]
 

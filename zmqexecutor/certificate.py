@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 from typing import Final
 
+import msgspec
+
 from .errors import WorkerLostError
 from .protocol import Reaped
 
@@ -56,6 +58,8 @@ def lost_error(
 
 def ending(end: Reaped) -> str:
     """How a process ended, and its last words, to follow its name in a sentence."""
+    if end.exitcode != -signal.SIGKILL:
+        end = msgspec.structs.replace(end, peak_rss=0)  # it says nothing here
     # An exit code has its reason in the last words: nothing of the user's ran yet.
     cause = "" if end.exitcode and end.exitcode > 0 and not end.fault else _cause(end)
     return f"{_how(end, None)}{_because(cause)}{_last_words(end)}"

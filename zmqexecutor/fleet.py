@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import select
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -178,8 +179,12 @@ class Fleet:
         while deaths[0] < now - SUPERVISOR_PERIOD:
             deaths.popleft()
         if len(deaths) > SUPERVISORS_BEFORE_BROKEN:
-            self._stopped = True
-            self.failure = f"the supervisor died {len(deaths)} times within a minute"
+            self.stop()
+            self.failure = (
+                f"the supervisor died {len(deaths)} times within a minute. If it could not start, "
+                f"standard error says why; check that {sys.executable!r} runs, PYTHONHOME suits "
+                "it, and it can import zmqexecutor"
+            )
             return
         try:
             self.group.restart()

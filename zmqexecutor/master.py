@@ -259,6 +259,8 @@ class Master:
             if source != -1:
                 self._poller.register(source, zmq.POLLIN)
         self._fleet.start()
+        if self._fleet.failure:  # of which no descriptor will tell
+            self._break(self._fleet.failure)
 
     def _wait(self) -> dict[object, int]:
         """Wait for the next event or deadline; what is ready."""

@@ -131,7 +131,8 @@ class Reaped(Message, frozen=True):
     stderr: str
     """The last lines it wrote to its standard error."""
     peak_rss: int = 0
-    """The most memory, in bytes, that it had at once, or 0 if that is not known."""
+    """The most memory, in bytes, that it had at once, or 0 if that is not known. The
+    kernel counts from the fork on: it is at least what the supervisor had, some 25 MB."""
     oom_killed: bool = False
     """Whether it was killed while the kernel was killing for want of memory."""
     fault: str = ""

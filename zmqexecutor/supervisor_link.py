@@ -7,6 +7,7 @@ import select
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -66,10 +67,15 @@ class SupervisorLink:
         self._drop = weakref.finalize(owner, _hang_up, self.socket, os.getpid())
         try:
             self._send(message, SEND_TIMEOUT)
-        except BaseException:
+        except BaseException as error:
             self.kill()
-            self.wait(TERM_GRACE)
+            code = self.wait(TERM_GRACE)
             self.close()
+            if isinstance(error, RuntimeError) and code is not None and code >= 0:
+                raise RuntimeError(
+                    f"the supervisor process ended at once, with exit code {code}; is "
+                    f"{sys.executable!r} a Python interpreter that can import zmqexecutor?"
+                ) from None
             raise
 
     def send(self, message: ToSupervisor, timeout: float = SEND_TIMEOUT) -> None:

@@ -1,0 +1,100 @@
+"""Workers that never get ready break the pool soon, with the reason, and are not tried for ever."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from zmqexecutor import BrokenPoolError, ZmqExecutor
+from zmqexecutor.fleet import STARTS_BEFORE_BROKEN
+
+
+def broken(**options: object) -> str:
+    """How the pool says that it is broken: for each task, and for those that come later."""
+    with ZmqExecutor(2, **options) as executor:  # type: ignore[arg-type]
+        futures = []
+        with contextlib.suppress(BrokenPoolError):  # so soon
+            futures += [executor.submit(pow, 2, 2) for _ in range(3)]
+        errors = [future.exception(60) for future in futures]
+        with pytest.raises(BrokenPoolError) as later:
+            executor.submit(pow, 2, 2)
+    assert {(type(e), str(e)) for e in errors} <= {(BrokenPoolError, str(later.value))}
+    return str(later.value)
+
+
+def note_and(end: Callable[[], object], notes: str) -> None:
+    Path(notes, str(os.getpid())).touch()
+    print("last words", file=sys.stderr, flush=True)
+    end()
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "killed by SIGKILL"),
+        (lambda: os._exit(3), "exit code 3"),
+        (lambda: ctypes.string_at(0), "Fatal Python error: Segmentation fault"),
+    ],
+    ids=["SIGKILL", "_exit", "SIGSEGV"],
+)
+def test_an_initializer_that_ends_its_process(
+    tmp_path: Path, end: Callable[[], object], reason: str
+) -> None:
+    told = broken(initializer=note_and, initargs=(end, str(tmp_path)))
+    assert "3 workers in a row ended before they were ready" in told
+    assert reason in told
+    assert "last words" in told
+    # One more may have been on its way.
+    assert STARTS_BEFORE_BROKEN <= len(os.listdir(tmp_path)) <= STARTS_BEFORE_BROKEN + 2
+
+
+def test_an_initializer_that_raises(tmp_path: Path) -> None:
+    def fail() -> None:
+        import no_such_module  # type: ignore[import-not-found]  # noqa: F401
+
+    told = broken(initializer=note_and, initargs=(fail, str(tmp_path)))
+    assert "the initializer raised ModuleNotFoundError: No module named 'no_such_module'" in told
+    assert len(os.listdir(tmp_path)) <= 2
+
+
+def test_an_initializer_whose_module_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tmp_path / "soon_gone.py"
+    module.write_text("def prepare():\n    pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import soon_gone  # type: ignore[import-not-found]
+
+    module.unlink()
+    assert "No module named 'soon_gone'" in broken(initializer=soon_gone.prepare)
+
+
+def test_limits_that_leave_no_room_to_start() -> None:
+    told = broken(worker_rlimits={"data": 2**20})
+    assert "ended before they were ready" in told
+    assert "standard error" in told
+
+
+def test_an_environment_that_no_interpreter_starts_in(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYTHONHOME", "/no/such/home")
+    told = broken()
+    assert "the supervisor" in told
+    assert sys.executable in told
+    capfd.readouterr()
+
+
+@pytest.mark.parametrize("program", ["/bin/false", "/no/such/python"])
+def test_an_interpreter_that_is_none(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+    monkeypatch.setattr(sys, "executable", program)
+    told = broken()
+    assert "the supervisor" in told
+    assert program in told
