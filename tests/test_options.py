@@ -195,7 +195,7 @@ def test_killing_what_is_done_or_was_never_sent_does_nothing(executor: ZmqExecut
     done = executor.submit(abs, -1)
     assert done.result(30) == 1
     assert not done.kill()
-    unsendable = executor.submit(abs, threading.Lock())
+    unsendable: TaskFuture[str] = executor.submit(repr, threading.Lock())
     assert isinstance(unsendable.exception(0), SerializationError)
     assert not unsendable.kill()
 

@@ -342,7 +342,8 @@ class Scheduler(Generic[J]):
             ]
             self._retiring.clear()
         if self._queue:
-            self._want_workers()
+            if self._want_workers():
+                self._assign(now, decisions)
             if not self._workers:
                 self._expire(now, decisions)
         if self._kept != self.wanted + self._successors:
@@ -418,11 +419,15 @@ class Scheduler(Generic[J]):
             if len(worker.held) > 1:
                 decisions.append(Recall(worker, list(worker.held)[1:]))
 
-    def _want_workers(self) -> None:
+    def _want_workers(self) -> bool:
+        """Want as many as there is work for, and say if some stood by."""
         wanted = min(self._max_workers, self._busy + len(self._queue))
-        if wanted > self.wanted:
-            self.wanted = wanted
-            self._fill_up()
+        if wanted <= self.wanted:
+            return False
+        self.wanted = wanted
+        active = self._active
+        self._fill_up()
+        return self._active > active
 
     def _expire(self, now: float, decisions: list[Decision[J]]) -> None:
         if self._patience is None or self._alone_since + self._patience > now:
