@@ -34,10 +34,13 @@ from zmqexecutor.protocol import (
     Scale,
     Segment,
     Shared,
+    ShowStack,
     Spawned,
+    Stack,
     ToSupervisor,
     Unready,
     Welcome,
+    Worn,
     encode,
 )
 
@@ -85,6 +88,9 @@ WIRE: list[tuple[str, object, bytes]] = [
     (CONTROL_TO_WORKER, Recall([2, 3]), b"\x92\xa6Recall\x92\x02\x03"),
     (CONTROL_TO_WORKER, Drain(), b"\x91\xa5Drain"),
     (CONTROL_TO_WORKER, Ping(), b"\x91\xa4Ping"),
+    (CONTROL_TO_WORKER, ShowStack(), b"\x91\xa9ShowStack"),
+    (CONTROL_TO_MASTER, Stack("text"), b"\x92\xa5Stack\xa4text"),
+    (CONTROL_TO_MASTER, Worn("why"), b"\x92\xa4Worn\xa3why"),
     (WORK_TO_MASTER, Ready("w1"), b"\x92\xa5Ready\xa2w1"),
     (
         WORK_TO_MASTER,
