@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import itertools
 import os
 import pickle
 import signal
@@ -221,8 +222,7 @@ def test_cancelling_in_asyncio_can_kill(executor: ZmqExecutor, tmp_path: Path) -
         loop = asyncio.get_running_loop()
         killing = executor.options(kill_on_cancel=True)
         awaited = asyncio.ensure_future(loop.run_in_executor(killing, run_long, started))
-        while not runs(started):
-            await asyncio.sleep(0.005)
+        assert await asyncio.to_thread(eventually, lambda: runs(started) == 1)
         awaited.cancel()
         with pytest.raises(asyncio.CancelledError):
             await awaited
@@ -305,7 +305,7 @@ def test_retries_wait_longer_each_time(executor: ZmqExecutor, tmp_path: Path) ->
     with pytest.raises(OSError, match="not now"):
         executor.options(retries=3, retry_delay=0.1).submit(note).result(30)
     noted = [float(line) for line in times.read_text().split()]
-    waits = [after - before for before, after in zip(noted, noted[1:], strict=False)]
+    waits = [after - before for before, after in itertools.pairwise(noted)]
     assert len(waits) == 3
     for delay, waited in zip((0.1, 0.2, 0.4), waits, strict=True):
         assert waited >= delay

@@ -152,8 +152,9 @@ class ZmqExecutor(MappingExecutor):
 
         Args:
             timeout: seconds that a task may run, counted from when a worker begins with
-                it (to load its function and arguments is a part of it); then its worker is killed and replaced, and the task fails with
-                TaskTimeoutError, which shows where it was. None for no limit.
+                it (to load its function and arguments is a part of it). Then its worker
+                is killed and replaced, and the task fails with TaskTimeoutError, which
+                shows where it was. None for no limit.
             retries: how often a task is tried again after a failure, 0 for never.
             retry_on: the failures that are worth another try: classes of exceptions
                 that tasks raise, TaskTimeoutError, WorkerLostError.

@@ -24,10 +24,10 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
+from time import monotonic, sleep  # as they are now, whatever tasks make of them
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
 import msgspec
@@ -375,7 +375,7 @@ class Worker:
             return
         if self._needed > self._confirmed:
             self._await_confirmation()
-        started = time.monotonic()
+        started = monotonic()
         if self._journal and not self._journal.start(job.seq, started):
             started = self._hold_still(job.seq)
         try:
@@ -386,7 +386,7 @@ class Worker:
             raise
         if os.getpid() != self._pid:
             os._exit(0)  # the child of a job that forked; the sockets are not its own
-        now = time.monotonic()
+        now = monotonic()
         self._answer(job.seq, outcome, started, now)
         if now - self._unsent_since > COALESCE:
             self._flush()
@@ -402,8 +402,8 @@ class Worker:
         assert self._journal is not None
         self._flush()
         while self._journal.condemned:
-            time.sleep(0.001)
-        now = time.monotonic()
+            sleep(0.001)
+        now = monotonic()
         self._journal.start(seq, now)
         return now
 
