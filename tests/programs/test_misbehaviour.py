@@ -207,7 +207,7 @@ def test_what_a_killed_worker_costs(ours: Program) -> None:
         def die(i):
             if i == 5: os.kill(os.getpid(), signal.SIGKILL)
             if i == 9: os._exit(4)
-            if i == 13: os.abort()
+            if i == 13: os.kill(os.getpid(), signal.SIGTERM)
             return i
         with Pool(2) as pool:
             futures = [pool.submit(die, i) for i in range(20)]
@@ -217,5 +217,5 @@ def test_what_a_killed_worker_costs(ours: Program) -> None:
                 else: assert future.result() == i
     """)
     assert out == (
-        "5 WorkerLostError SIGKILL -9\n9 WorkerLostError None 4\n13 WorkerLostError SIGABRT -6\n"
+        "5 WorkerLostError SIGKILL -9\n9 WorkerLostError None 4\n13 WorkerLostError SIGTERM -15\n"
     )
