@@ -350,7 +350,7 @@ class Master:
                 raise ProtocolError(str(error)) from None
         local = hello.machine == machine_id()
         self._make_way(identity, hello.pid if local else None)
-        if not local or self._deaths.fileno() == -1:
+        if not self._is_watched(hello):
             self._next_ping = self._next_ping or time.monotonic() + PING_INTERVAL
         peer = Peer(hello, identity, _map_journal(hello) if local else None)
         self._peers[identity] = peer
@@ -539,14 +539,19 @@ class Master:
             task.doomed = True
             self._stops.end(peer, time.monotonic())
 
+    def _is_watched(self, hello: protocol.Hello) -> bool:
+        """Whether the death of its process is told, and is how its connection would end."""
+        local = hello.machine == machine_id()
+        return self._fleet.group is not None and local and self._deaths.fileno() != -1
+
     def _ping(self, now: float) -> None:
-        """Find out which of the workers that no `DeathWatch` tells of are gone.
+        """Find out which workers have left without a word that would be told.
 
         A message to a worker whose connection has been lost cannot be sent.
         """
         self._next_ping = None
         for peer in list(self._peers.values()):
-            if peer.hello.machine == machine_id() and self._deaths.fileno() != -1:
+            if self._is_watched(peer.hello):
                 continue
             self._next_ping = now + PING_INTERVAL
             if not self._channels.tell(peer.identity, protocol.Ping()):
