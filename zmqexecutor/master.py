@@ -379,8 +379,8 @@ class Master:
         """
         if (known := self._peers.get(identity)) is not None:
             self._lose(known, None)
-        if self._fleet.group and pid is None:
-            raise ProtocolError("a worker of this group cannot be on another machine")
+        if self._fleet.group and (pid is None or not self._fleet.has(pid)):
+            raise ProtocolError(f"process {pid} is none of this pool's workers")
         for other in list(self._by_pid.get(pid or 0, ())):
             if not self._channels.tell(other.identity, protocol.Ping()):
                 self._lose(other, None)  # it has lost its connection, and takes a new name

@@ -250,6 +250,21 @@ def test_impossible_hellos(target: Target, rogue: Rogue) -> None:
     assert len(target.master.workers) == 1
 
 
+def test_a_stranger_is_no_worker_of_an_executor(target: Target, rogue: Rogue) -> None:
+    """It cannot break the pool, get a task, or have the segments of a process removed."""
+    if isinstance(target, Runner):
+        pytest.skip("a job runner takes any worker of this user")
+    control, work = rogue(target.endpoint), rogue(target.work)
+    for pid in (os.getpid(), 1, os.getppid()):
+        control.send(hello("rogue", pid))
+        work.send(protocol.encode(protocol.Ready("rogue")))
+        until_sent(control, target)
+    control.send(protocol.encode(protocol.Unready("the initializer failed")))
+    until_sent(control, target)
+    assert not work.poll(0), "it was sent something"
+    assert len(target.master.workers) == 1
+
+
 def test_the_name_of_a_living_worker(target: Target, rogue: Rogue, tmp_path: Path) -> None:
     (worker,) = target.master.workers
     running = target.submit(7, tmp_path / "gate")
