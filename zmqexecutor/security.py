@@ -62,7 +62,7 @@ class PrivateDirectory:
             try:
                 root = _root(base)
                 _sweep(root)
-                self.path = tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=root)
+                self._make(root)
                 break
             except OSError as error:
                 tried.append(str(error))
@@ -71,11 +71,20 @@ class PrivateDirectory:
                 "no place for a private directory; set TMPDIR to a short, writable one. "
                 "Tried: " + "; ".join(tried)
             )
+
+    def _make(self, root: str) -> None:
+        self.path = tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=root)
         _own.add(self.path)
-        # Locked before it gets the name that others look for. A POSIX lock belongs
-        # to the process, so a forked child does not keep it alive.
-        fresh = os.path.join(self.path, "lock.new")
-        self._lock = os.open(fresh, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            os.chmod(self.path, 0o700)  # whatever the umask
+            # Locked before it gets the name that others look for. A POSIX lock belongs
+            # to the process, so a forked child does not keep it alive.
+            fresh = os.path.join(self.path, "lock.new")
+            self._lock = os.open(fresh, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except BaseException:
+            os.rmdir(self.path)
+            _own.discard(self.path)
+            raise
         # Also at exit, for when an interrupt has kept its owner from the call of `close`.
         self._remove = weakref.finalize(self, _remove, self.path, self._lock, os.getpid())
         fcntl.lockf(self._lock, fcntl.LOCK_EX)
