@@ -592,35 +592,6 @@ def test_a_module_that_makes_an_executor_when_imported(
     assert "nested more than" in result.stderr
 
 
-@pytest.mark.parametrize("end", ["SIGKILL", "SIGTERM", "os._exit", "exception"])
-def test_nothing_is_left_when_the_program_ends(
-    end: str, tmp_path: Path, run_script: Callable[..., Any]
-) -> None:
-    """Whatever ends the program: no process, directory or file of ours stays."""
-    ending = {
-        "SIGKILL": "os.kill(os.getpid(), signal.SIGKILL)",
-        "SIGTERM": "os.kill(os.getpid(), signal.SIGTERM)",
-        "os._exit": "os._exit(3)",
-        "exception": "raise ZeroDivisionError",
-    }[end]
-    result = run_script(
-        f"""
-        import os, signal, time
-        from zmqexecutor import ZmqExecutor
-        executor = ZmqExecutor(2)
-        pids = {{executor.submit(os.getpid).result(), executor.submit(os.getppid).result()}}
-        executor.submit(time.sleep, {"0.1" if end == "exception" else "1000"})
-        print(os.getpid(), *pids, flush=True)
-        {ending}
-        """
-    )
-    assert result.returncode != 0
-    parent, *pids = map(int, result.stdout.split())
-    assert eventually(lambda: not any(map(psutil.pid_exists, pids)), 5)
-    root = Path(f"/dev/shm/zmqexecutor-{os.geteuid()}")
-    assert eventually(lambda: not list(root.glob(f"{parent}-*")), 5)
-
-
 def test_modules_of_the_user_do_not_stand_for_the_standard_librarys(
     tmp_path: Path, run_script: Callable[..., Any]
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -14,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import zmq
 
 from zmqexecutor import (
     JobFailedError,
@@ -24,7 +22,6 @@ from zmqexecutor import (
     TaskTimeoutError,
     Worker,
     WorkerLostError,
-    protocol,
 )
 
 from .conftest import eventually
@@ -286,33 +283,3 @@ def test_arguments_are_checked(endpoint: str) -> None:
             runner.submit("1", 5)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="surrogates"):
             runner.submit("\ud800", "x")
-
-
-def test_garbage_from_a_rogue_peer_is_dropped(tmp_path: Path, start_worker: StartWorker) -> None:
-    endpoint = f"ipc://{tmp_path}/m"
-    start_worker(endpoint)
-    hello = protocol.Hello(99, "rogue", os.getpid(), "h", "m", None, None)
-    messages = [
-        b"",
-        b"\xff" * 10,
-        os.urandom(100_000),
-        protocol.encode(hello),
-        protocol.encode(protocol.Recalled([1, 2])),
-        protocol.encode(protocol.Ready("rogue")),
-        protocol.encode(protocol.Results(5, [])),
-        protocol.encode(protocol.Goodbye()),
-    ]
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    with running(endpoint) as runner:
-        for address in (endpoint, endpoint + ".work"):
-            rogue = context.socket(zmq.DEALER)
-            rogue.routing_id = b"rogue"
-            rogue.connect(address)
-            for message in messages * 20:
-                rogue.send(message)
-            rogue.send_multipart([b"a", b"b", b""])
-            assert runner.execute("1", "text", 20) == "text"
-            rogue.close(linger=1000)
-        context.term()
-        assert runner.execute("2", "text", 20) == "text"
-        assert len(runner.workers) == 1

@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 MESSAGES_PER_STEP: Final = 256
 """Messages read from one socket before the others have their turn."""
+LARGEST_CONTROL_MESSAGE: Final = 1024 * 1024
+"""Bytes; who sends more is disconnected."""
 
 Handle: TypeAlias = Callable[[bytes, Frame, list[Frame]], None]
 
@@ -37,9 +39,11 @@ class Channels:
         Raises:
             OSError: an address is in use, or cannot be used.
         """
+        security.check_descriptors()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.control = security.socket(self._context, zmq.ROUTER)
-        self.work = security.socket(self._context, zmq.ROUTER)
+        self.control = security.socket(self._context, zmq.ROUTER, endpoint)
+        self.control.setsockopt(zmq.MAXMSGSIZE, LARGEST_CONTROL_MESSAGE)
+        self.work = security.socket(self._context, zmq.ROUTER, work)
         self._bound: dict[zmq.Socket[bytes], str] = {}
         self._garbage = 0
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import sys
 import time
@@ -34,6 +35,10 @@ class Group(Protocol):
 
     def restart(self) -> None:
         """Start the group anew after its supervisor has died."""
+
+    @property
+    def supervisor_pid(self) -> int | None:
+        """The process id of the supervisor."""
 
     def fileno(self) -> int:
         """A descriptor that is readable when `receive` has news."""
@@ -95,6 +100,19 @@ class Fleet:
     def fileno(self) -> int:
         """The descriptor to poll for reading, or -1."""
         return self.group.fileno() if self.group and self._started and not self._stopped else -1
+
+    def has(self, pid: int) -> bool:
+        """Whether this process is one of the group's, as far as that can be told."""
+        if self.group is None or pid in self._alive:
+            return True
+        try:  # before the supervisor's word has come
+            with open(f"/proc/{pid}/stat", "rb") as file:
+                parent = int(file.read().rpartition(b")")[2].split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            return not os.path.exists("/proc/self/stat")
+        except OSError:
+            return True
+        return parent == self.group.supervisor_pid
 
     def receive(self) -> list[Spawned | Reaped | GroupFailed]:
         """News of the group. Pass each `Reaped` on to `reaped`."""

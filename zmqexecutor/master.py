@@ -115,7 +115,7 @@ class Master:
         self._thread = threading.Thread(target=self._run, name="zmqexecutor-master", daemon=True)
         self._opened: Future[None] = Future()
         self._peers: dict[bytes, Peer] = {}
-        self._by_pid: dict[int, Peer] = {}
+        self._by_pid: dict[int, set[Peer]] = {}  # threads of one process may be workers
         self._unconfirmed: set[Peer] = set()  # workers that wait for a confirmation
         self._cleanup = cleanup
         self._pid = os.getpid()
@@ -343,22 +343,49 @@ class Master:
             reason = f"the master speaks protocol {protocol.VERSION}, not {hello.version}"
             self._channels.tell(identity, protocol.Refused(reason))
             return
-        if (known := self._peers.get(identity)) is not None:
-            self._lose(known, None)
+        if hello.workpoint is not None:
+            try:
+                security.check_address(hello.workpoint, "workpoint")
+            except ValueError as error:
+                raise ProtocolError(str(error)) from None
         local = hello.machine == machine_id()
-        if not local or self._deaths.fileno() == -1:
+        self._make_way(identity, hello.pid if local else None)
+        if not self._is_watched(hello):
             self._next_ping = self._next_ping or time.monotonic() + PING_INTERVAL
         peer = Peer(hello, identity, _map_journal(hello) if local else None)
         self._peers[identity] = peer
         if hello.workpoint is not None:
-            security.check_address(hello.workpoint, "workpoint")
-            self._channels.work.connect(hello.workpoint)
+            try:
+                self._channels.work.connect(hello.workpoint)
+            except zmq.ZMQError as error:
+                self._lose(peer, None)
+                raise ProtocolError(f"workpoint {hello.workpoint!r}: {error}") from None
         if local:
-            self._by_pid[hello.pid] = peer
+            self._by_pid.setdefault(hello.pid, set()).add(peer)
             if not self._deaths.add(hello.pid):
                 self._lose(peer, None)
                 return
         self._welcome(peer)
+
+    def _make_way(self, identity: bytes, pid: int | None) -> None:
+        """Forget a worker that registers again; refuse what cannot be one of the group's.
+
+        Args:
+            identity: the new worker's.
+            pid: its process, if that is on this machine.
+
+        Raises:
+            ProtocolError: it is no worker of the group.
+        """
+        if (known := self._peers.get(identity)) is not None:
+            self._lose(known, None)
+        if self._fleet.group and (pid is None or not self._fleet.has(pid)):
+            raise ProtocolError(f"process {pid} is none of this pool's workers")
+        for other in list(self._by_pid.get(pid or 0, ())):
+            if not self._channels.tell(other.identity, protocol.Ping()):
+                self._lose(other, None)  # it has lost its connection, and takes a new name
+            elif self._fleet.group:
+                raise ProtocolError(f"process {pid} is registered as {other.hello.worker}")
 
     def _welcome(self, peer: Peer) -> None:
         if self._setup is None:
@@ -380,8 +407,7 @@ class Master:
         if isinstance(message, protocol.Results):
             if peer.state is None:
                 raise ProtocolError("results from a worker that is not ready")
-            if peer.journal:
-                peer.journal.position = max(peer.journal.position, message.position)
+            peer.received(message.position)
             if message.confirm:
                 self._unconfirmed.add(peer)
             self._on_results(peer, message.results, buffers)
@@ -436,14 +462,12 @@ class Master:
     def _read_deaths(self) -> None:
         for pid in self._deaths.dead():
             self._deaths.remove(pid)
-            if peer := self._by_pid.get(pid):
-                self._lose(peer, None)
+            self._lose_process(pid)
 
     def _read_fleet(self) -> None:
         for event in self._fleet.receive():
             if isinstance(event, protocol.Reaped):
-                if peer := self._by_pid.get(event.pid):
-                    self._lose(peer, None)
+                self._lose_process(event.pid)
                 self._fleet.reaped(event)
         if self._fleet.supervisor_died():
             # Its workers cannot be handed to another: they are killed, and replaced.
@@ -453,6 +477,10 @@ class Master:
                     self._lose(peer, None)
         if self._fleet.failure and not self.broken:
             self._break(self._fleet.failure)
+
+    def _lose_process(self, pid: int) -> None:
+        for peer in list(self._by_pid.get(pid, ())):
+            self._lose(peer, None)
 
     def _lose(self, peer: Peer, running: int | None) -> None:
         """A worker is gone; `running` is 0 if it is known to have run nothing."""
@@ -465,8 +493,9 @@ class Master:
         peer.look_at = None
         self._unconfirmed.discard(peer)
         pid = peer.hello.pid
-        if self._by_pid.get(pid) is peer:
-            del self._by_pid[pid]
+        namesakes = self._by_pid.get(pid, set())
+        namesakes.discard(peer)
+        if not namesakes and self._by_pid.pop(pid, None) is not None:
             self._deaths.remove(pid)
         if peer.hello.workpoint is not None:
             try:
@@ -510,14 +539,19 @@ class Master:
             task.doomed = True
             self._stops.end(peer, time.monotonic())
 
+    def _is_watched(self, hello: protocol.Hello) -> bool:
+        """Whether the death of its process is told, and is how its connection would end."""
+        local = hello.machine == machine_id()
+        return self._fleet.group is not None and local and self._deaths.fileno() != -1
+
     def _ping(self, now: float) -> None:
-        """Find out which of the workers that no `DeathWatch` tells of are gone.
+        """Find out which workers have left without a word that would be told.
 
         A message to a worker whose connection has been lost cannot be sent.
         """
         self._next_ping = None
         for peer in list(self._peers.values()):
-            if peer.hello.machine == machine_id() and self._deaths.fileno() != -1:
+            if self._is_watched(peer.hello):
                 continue
             self._next_ping = now + PING_INTERVAL
             if not self._channels.tell(peer.identity, protocol.Ping()):

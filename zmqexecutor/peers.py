@@ -71,6 +71,8 @@ class Peer:
         """When `stops` looks at it next."""
         self.stop: Stop | None = None
         """The task for which it is about to be killed."""
+
+        self._position = 0
         self._known: OrderedDict[bytes, None] = OrderedDict()
 
     def info(self) -> WorkerInfo:
@@ -112,10 +114,19 @@ class Peer:
             return 0  # noted, but not begun
         return running
 
+    def received(self, position: int) -> None:
+        """Results up to this position of the worker's journal have come."""
+        self._position = max(self._position, position)
+        if self.journal:
+            self.journal.position = max(self.journal.position, position)
+
     @property
     def confirmed(self) -> int:
-        """How far the results in the worker's journal are known here."""
-        return self.journal.position if self.journal else 0
+        """How far the results in the worker's journal are known here.
+
+        Even if it could not be mapped here: the worker may wait for it.
+        """
+        return self.journal.position if self.journal else self._position
 
     def close(self) -> None:
         """Give back what it holds."""
@@ -148,8 +159,8 @@ class DeathWatch:
             descriptor = os.pidfd_open(pid)
         except ProcessLookupError:
             return False
-        except OSError:
-            return True  # an old kernel, or no descriptors left: others will tell
+        except (OSError, OverflowError):
+            return True  # no such number, an old kernel, or no descriptors left: others will tell
         self._pids[descriptor] = pid
         self._descriptors[pid] = descriptor
         self._epoll.register(descriptor, select.EPOLLIN)

@@ -158,7 +158,7 @@ class Control(threading.Thread):
         at the same addresses another one has taken, then means nothing to that one.
         """
         self._worker = uuid.uuid4().hex
-        self._socket = security.socket(self._context, zmq.DEALER)
+        self._socket = security.socket(self._context, zmq.DEALER, self._endpoint)
         # Nothing is kept for a master that is not there: it would come too late.
         self._socket.immediate = True
         self._socket.routing_id = self._worker.encode()

@@ -21,12 +21,16 @@ from collections.abc import Iterator
 
 import zmq
 
-__all__ = ["PrivateDirectory", "bind", "check_address", "close", "socket"]
+__all__ = ["PrivateDirectory", "bind", "check_address", "check_descriptors", "close", "socket"]
 
 IPC_PATH_LIMIT = 107
 """Bytes in the path of a local socket (Linux: 108 with the final zero byte)."""
 BACKLOG = 1024
 """Connections that may wait to be accepted: many workers may start at once."""
+INCOMING = 1000
+"""Messages of one peer that wait to be read by a master."""
+DESCRIPTORS = 32
+"""File descriptors that a master and its supervisor need, and some more."""
 UNLOCKED_FOR = 60.0
 """Seconds after which a private directory without a lock has been left behind."""
 
@@ -52,12 +56,13 @@ class PrivateDirectory:
         Raises:
             OSError: none of these places can be used; the message names them.
         """
+        check_descriptors()
         tried = []
         for base in _bases():
             try:
                 root = _root(base)
                 _sweep(root)
-                self.path = tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=root)
+                self._make(root)
                 break
             except OSError as error:
                 tried.append(str(error))
@@ -66,11 +71,20 @@ class PrivateDirectory:
                 "no place for a private directory; set TMPDIR to a short, writable one. "
                 "Tried: " + "; ".join(tried)
             )
+
+    def _make(self, root: str) -> None:
+        self.path = tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=root)
         _own.add(self.path)
-        # Locked before it gets the name that others look for. A POSIX lock belongs
-        # to the process, so a forked child does not keep it alive.
-        fresh = os.path.join(self.path, "lock.new")
-        self._lock = os.open(fresh, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            os.chmod(self.path, 0o700)  # whatever the umask
+            # Locked before it gets the name that others look for. A POSIX lock belongs
+            # to the process, so a forked child does not keep it alive.
+            fresh = os.path.join(self.path, "lock.new")
+            self._lock = os.open(fresh, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except BaseException:
+            os.rmdir(self.path)
+            _own.discard(self.path)
+            raise
         # Also at exit, for when an interrupt has kept its owner from the call of `close`.
         self._remove = weakref.finalize(self, _remove, self.path, self._lock, os.getpid())
         fcntl.lockf(self._lock, fcntl.LOCK_EX)
@@ -142,6 +156,28 @@ def _sweep_unlocked(path: str) -> None:
         status = os.lstat(path)
         if stat.S_ISDIR(status.st_mode) and time.time() - status.st_mtime > UNLOCKED_FOR:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def check_descriptors() -> None:
+    """Make sure that a master can be started: ZeroMQ ends the process if it cannot.
+
+    Raises:
+        OSError: this process may open too few files.
+    """
+    spare: list[int] = []
+    try:
+        spare.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+        while len(spare) < DESCRIPTORS:
+            spare.append(os.dup(spare[0]))
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{error.strerror}: fewer than {DESCRIPTORS} more can be opened by this process; "
+            "raise its limit (ulimit -n), or close some",
+        ) from None
+    finally:
+        for descriptor in spare:
+            os.close(descriptor)
 
 
 def check_address(address: str, what: str) -> str:
@@ -256,12 +292,13 @@ def _has_listener(path: str) -> bool:
         return True
 
 
-def socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
+def socket(context: zmq.Context[zmq.Socket[bytes]], kind: int, address: str) -> zmq.Socket[bytes]:
     """Make a socket with the options that all our sockets share.
 
     Args:
         context: a context of our own, never the process-wide one.
         kind: `zmq.ROUTER` or `zmq.DEALER`.
+        address: what it will be bound or connected to.
     """
     made = context.socket(kind)
     made.linger = 0
@@ -269,13 +306,21 @@ def socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[byt
     made.sndhwm = 0
     made.rcvhwm = 0
     made.setsockopt(zmq.IPV6, 1)
-    # A dead connection of a remote peer shows within about ten seconds, even
-    # while its interpreter is busy: the I/O thread answers.
-    made.setsockopt(zmq.HEARTBEAT_IVL, 3000)
-    made.setsockopt(zmq.HEARTBEAT_TIMEOUT, 10000)
+    remote = not address.startswith("ipc://")
+    if remote:
+        # A dead connection of a remote peer shows within about ten seconds, even
+        # while its interpreter is busy: the I/O thread answers. On this machine the
+        # kernel tells, and a process that is stopped for a while (Ctrl-Z, a debugger)
+        # is not dead.
+        made.setsockopt(zmq.HEARTBEAT_IVL, 3000)
+        made.setsockopt(zmq.HEARTBEAT_TIMEOUT, 10000)
     if kind == zmq.ROUTER:
+        # What a peer sends without end must wait with the peer; nothing is dropped.
+        made.rcvhwm = INCOMING
         made.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an error, not silence, if a peer is gone
-        made.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a reconnecting peer takes its place back
+        # A peer takes its place back before its lost connection is known to be so;
+        # where the kernel tells at once, nobody may take the place of another.
+        made.setsockopt(zmq.ROUTER_HANDOVER, remote)
     else:
         made.setsockopt(zmq.RECONNECT_IVL, 50)
         made.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)

@@ -44,6 +44,8 @@ __all__ = ["Handler", "Outcome", "Worker"]
 
 COALESCE: Final = 0.0003
 """Seconds for which results may be held back to travel together."""
+LONGEST_REASON: Final = 10_000
+"""Characters of what the master is told when it is no use to go on."""
 PATIENCE: Final = 60.0
 """Default of how long a worker looks for a master, in seconds."""
 
@@ -276,7 +278,7 @@ class Worker:
         self._journal = session.journal
         self._confirmed = self._needed = self._abandoned = 0
         self._claims.reset()
-        self._work = security.socket(context, zmq.DEALER)
+        self._work = security.socket(context, zmq.DEALER, self._workpoint or session.work)
         self._work.routing_id = session.worker.encode()
         try:
             if self._workpoint is not None:
@@ -286,7 +288,8 @@ class Worker:
             try:
                 self._handler.setup(session.setup)
             except BaseException as error:
-                reason = f"{type(error).__name__}: {error}".encode(errors="replace").decode()
+                reason = f"{type(error).__name__}: {error}"[:LONGEST_REASON]
+                reason = reason.encode(errors="replace").decode()
                 self._control.send(protocol.Unready(reason))
                 raise
             try:

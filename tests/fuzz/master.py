@@ -1,0 +1,90 @@
+"""A master without threads and sockets, to be fed with anything that can arrive."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any, cast
+
+from zmqexecutor.channels import Channels
+from zmqexecutor.errors import ProtocolError
+from zmqexecutor.master import Master, MasterOptions
+from zmqexecutor.peers import DeathWatch
+from zmqexecutor.protocol import Frame, Jobs
+from zmqexecutor.tasks import Task
+
+__all__ = ["BareMaster"]
+
+
+class FakeSocket:
+    def connect(self, address: str) -> None:
+        pass
+
+    def disconnect(self, address: str) -> None:
+        pass
+
+
+class FakeChannels:
+    """Takes what the master sends. Workers in `gone` cannot be reached."""
+
+    work_address = "ipc:///nowhere"
+
+    def __init__(self) -> None:
+        self.work = FakeSocket()
+        self.gone: set[bytes] = set()
+        self.sent: list[tuple[bytes, Jobs]] = []
+
+    def tell(self, identity: bytes, message: object) -> bool:
+        return identity not in self.gone
+
+    def send_work(self, identity: bytes, message: Jobs, buffers: Sequence[Frame] = ()) -> bool:
+        self.sent.append((identity, message))
+        return identity not in self.gone
+
+
+class BareMaster:
+    """Its steps are taken by the test."""
+
+    def __init__(self) -> None:
+        self.master = Master(MasterOptions(endpoint="ipc:///nowhere", work="ipc:///nowhere"))
+        self.channels = FakeChannels()
+        self.master._channels = cast(Channels, self.channels)
+        self.master._deaths = DeathWatch()
+        self.futures: list[Future[Any]] = []
+
+    def submit(self) -> None:
+        future: Future[Any] = Future()
+        self.futures.append(future)
+        self.master._inbox.append(Task(future, b"", lambda result, _: result.data, name="task"))
+
+    def receive(self, channel: str, identity: bytes, frame: bytes, buffers: list[Frame]) -> None:
+        """A message comes. What is raised is a defect."""
+        handle = self.master._on_control if channel == "control" else self.master._on_work
+        try:
+            handle(identity, frame, buffers)
+        except ProtocolError:
+            pass
+
+    def step(self, now: float) -> None:
+        self.master._read_inbox()
+        self.master._decide(now)
+        self.master._confirm()
+
+    def check(self) -> None:
+        """Each task is done, or has one place: the queue, or one worker."""
+        scheduler = self.master._scheduler
+        held = [
+            job
+            for peer in self.master._peers.values()
+            if peer.state
+            for job, *_ in peer.state.held.values()
+        ]
+        assert len({id(job) for job in held}) == len(held), "a task is with two workers"
+        done = sum(future.done() for future in self.futures)
+        waiting = len(scheduler) + len(self.master._inbox)
+        assert done + waiting + len(held) == len(self.futures), "a task is nowhere, or twice"
+
+    def close(self) -> None:
+        for peer in self.master._peers.values():
+            peer.close()
+        self.master._deaths.close()
