@@ -116,7 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         about[f"left out, {peer}"] = reason
     if options.scale == "quick" and any(PEERS[name].heavy for name in set(PEERS) - set(peers)):
         heavy = [name for name in PEERS if PEERS[name].heavy and name not in options.peers]
-        about["left out by --quick"] = f"{', '.join(heavy)} (they start servers; name them in --only)"
+        about["left out by --quick"] = (
+            f"{', '.join(heavy)} (they start servers; name them in --only)"
+        )
     samples = measure.run(peers, options.workloads, options.scale, options.workers, show_progress)
     found = report.tables(samples, peers, options.workloads)
     about["took"] = f"{time.perf_counter() - start:.0f} s"

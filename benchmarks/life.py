@@ -70,7 +70,7 @@ def _recycling(bench: Bench) -> Figures:
     """How many times longer tasks of 10 ms take if a worker is replaced after each 25."""
     if not bench.peer.recycles:
         raise NotOfferedError("no option")
-    count = bench.sized(400, 4)
+    count = bench.sized(400, 120)  # some replacements, at any scale
 
     def seconds(options: dict[str, Any]) -> float:
         pool = bench.peer.make(bench.workers, **options)
@@ -239,6 +239,7 @@ for _few, _title in ((True, "2 workers"), (False, "1000 or, in quick runs, 200 w
             _simulated(_few),
             (OURS,),
             own_pool=True,
+            rounds=3,
             cell=60,
         )
     )

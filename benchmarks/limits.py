@@ -38,7 +38,7 @@ class MemoryCopy:
 
 
 def _copy(data: Any) -> Any:
-    return data.copy() if hasattr(data, "copy") else bytes(bytearray(data))
+    return data.copy() if hasattr(data, "copy") else bytearray(data)
 
 
 class ZmqEcho:

@@ -6,10 +6,25 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-PACKAGES = (
-    "zmqexecutor pyzmq msgspec cloudpickle circus numpy scipy pillow loky joblib pebble mpire "
-    "executorlib distributed ipyparallel parsl ray"
-).split()
+PACKAGES = [
+    "zmqexecutor",
+    "pyzmq",
+    "msgspec",
+    "cloudpickle",
+    "circus",
+    "numpy",
+    "scipy",
+    "pillow",
+    "loky",
+    "joblib",
+    "pebble",
+    "mpire",
+    "executorlib",
+    "distributed",
+    "ipyparallel",
+    "parsl",
+    "ray",
+]
 
 
 def describe() -> dict[str, str]:

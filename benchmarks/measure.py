@@ -144,7 +144,9 @@ def run(
             start = time.perf_counter()
             if todo:
                 label = f"round {number + 1} of {scale.rounds}, {peer}: "
-                _one_round(peer, todo, scale_name, workers, samples, lambda t, h=label: progress(h + t))
+                _one_round(
+                    peer, todo, scale_name, workers, samples, lambda t, h=label: progress(h + t)
+                )
             samples.seconds[peer] = samples.seconds.get(peer, 0.0) + time.perf_counter() - start
     progress("")
     return samples

@@ -73,7 +73,11 @@ class _MultiprocessingPool(_Adapted):
 
 class _MpirePool(_MultiprocessingPool):
     def map(self, fn: Callable[[Any], Any], items: Iterable[Any], chunksize: int) -> Iterable[Any]:
-        results: Iterable[Any] = self.executor.map(fn, list(items), chunk_size=chunksize)
+        results: Iterable[Any] = self.executor.map(
+            fn,
+            [(item,) for item in items],  # it would unpack those that are tuples
+            chunk_size=chunksize,
+        )
         return results
 
     def shutdown(self) -> None:

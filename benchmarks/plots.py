@@ -58,7 +58,9 @@ def _throughput(axes: Any, values: Values, style: dict[str, Any], place: tuple[i
     ]
     if present:
         at = [k + 0.8 * (number / count - 0.5) for k, _ in present]
-        axes.bar(at, [v for _, v in present], 0.8 / count, label=style["label"], color=style["color"])
+        axes.bar(
+            at, [v for _, v in present], 0.8 / count, label=style["label"], color=style["color"]
+        )
     axes.set_yscale("log")
     axes.set_ylabel("tasks per second")
     axes.set_xticks(range(len(rates)), [w.figures[0].title for w in rates], rotation=30)
@@ -95,7 +97,9 @@ def _growth(kind: str, figure: str, numbers: Sequence[int], xlabel: str) -> Call
 def _line(
     axes: Any, values: Values, style: dict[str, Any], keys: dict[Any, str], scale: float = 1
 ) -> None:
-    points = [(x, statistics.median(values[key]) * scale) for x, key in keys.items() if key in values]
+    points = [
+        (x, statistics.median(values[key]) * scale) for x, key in keys.items() if key in values
+    ]
     if points:
         axes.plot([x for x, _ in points], [y for _, y in points], marker="o", **style)
     axes.set_xscale("log")

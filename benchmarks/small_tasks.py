@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import __main__
 import asyncio
 import random
 import statistics
@@ -11,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import __main__
 from benchmarks import tasks
 from benchmarks.base import Bench, Figure, Figures, Workload, clock, try_once
 
