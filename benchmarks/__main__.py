@@ -66,7 +66,8 @@ def choose(only: str, quick: bool) -> tuple[list[str], list[Workload]]:
         some = [
             workload
             for workload in WORKLOADS
-            if fnmatch.fnmatch(workload.name, name) or fnmatch.fnmatch(workload.group.lower(), name)
+            if fnmatch.fnmatch(workload.name.lower(), name)
+            or fnmatch.fnmatch(workload.group.lower(), name)
         ]
         if not some_peers and not some:
             raise ValueError(f"there is no peer, workload or group {name!r}; see --help")

@@ -21,6 +21,7 @@ class Scale:
 
     Attributes:
         rounds: how often all is repeated.
+        life_rounds: the same, for workloads that make pools of their own.
         seconds: for how long a rate is taken, roughly; slow pools are given fewer tasks.
         submits: the most tasks of one rate.
         cell: the time limit of one peer in one workload, in seconds.
@@ -32,6 +33,7 @@ class Scale:
     """
 
     rounds: int
+    life_rounds: int
     seconds: float
     submits: int
     cell: float
@@ -43,9 +45,9 @@ class Scale:
 
 
 SCALES = {
-    "tiny": Scale(1, 0.02, 50, 30, 0.01, 100, 2, 4, 1),
-    "quick": Scale(2, 0.06, 5_000, 3, 0.05, 10_000, 4, 200, 10),
-    "full": Scale(3, 0.6, 10_000, 20, 0.5, 1_000_000, 64, 1000, 100),
+    "tiny": Scale(1, 1, 0.02, 50, 30, 0.01, 100, 2, 4, 1),
+    "quick": Scale(2, 1, 0.06, 5_000, 3, 0.05, 10_000, 4, 200, 10),
+    "full": Scale(3, 3, 0.6, 10_000, 20, 0.5, 1_000_000, 64, 1000, 100),
 }
 
 

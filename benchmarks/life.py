@@ -188,6 +188,7 @@ WORKLOADS = [
         (Figure("seconds", "killed to next result", "ms"),),
         _recovery,
         own_pool=True,
+        cell=8,
     ),
     Workload(
         "recycling",
@@ -195,51 +196,54 @@ WORKLOADS = [
         (Figure("ratio", "25 tasks a worker, time to none", "x"),),
         _recycling,
         own_pool=True,
+        cell=8,
     ),
 ]
-for _count in (10, 100, 1000, 10_000, 100_000, 1_000_000):
-    WORKLOADS.append(
-        Workload(
-            f"pending-{_count}",
-            f"{_count:,} pending tasks",
-            (
-                Figure("submit", "submit, each", "µs"),
-                Figure("complete", "complete, each", "µs"),
-                Figure("bytes", "memory, each", "B"),
-            ),
-            _pending(_count),
-            TWO,
-            rounds=1 if _count > 100_000 else 99,
-            cell=180 if _count > 100_000 else 0,
-        )
+WORKLOADS += [
+    Workload(
+        f"pending-{count}",
+        f"{count:,} pending tasks",
+        (
+            Figure("submit", "submit, each", "µs"),
+            Figure("complete", "complete, each", "µs"),
+            Figure("bytes", "memory, each", "B"),
+        ),
+        _pending(count),
+        TWO,
+        rounds=1 if count > 100_000 else 99,
+        cell=180 if count > 100_000 else 0,
     )
-for _workers in (1, 2, 4, 8, 16, 32, 64):
-    WORKLOADS.append(
-        Workload(
-            f"workers-{_workers}",
-            f"{_workers} workers",
-            (Figure("task", "a no-op", "µs"), Figure("start", "start of a worker", "ms")),
-            _many_workers(_workers),
-            TWO,
-            own_pool=True,
-            rounds=1,
-            cell=60,
-        )
+    for count in (10, 100, 1000, 10_000, 100_000, 1_000_000)
+]
+WORKLOADS += [
+    Workload(
+        f"workers-{workers}",
+        f"{workers} workers",
+        (Figure("task", "a no-op", "µs"), Figure("start", "start of a worker", "ms")),
+        _many_workers(workers),
+        TWO,
+        own_pool=True,
+        rounds=1,
+        cell=60,
     )
-for _few, _title in ((True, "2 workers"), (False, "1000 or, in quick runs, 200 workers")):
-    WORKLOADS.append(
-        Workload(
-            "simulated-2" if _few else "simulated-many",
-            "Simulated workers",
-            (
-                Figure("rate", f"{_title}: jobs", "/s"),
-                Figure("cpu", "master's processor time, a job", "µs"),
-                Figure("registration", "registration, a worker", "ms"),
-            ),
-            _simulated(_few),
-            (OURS,),
-            own_pool=True,
-            rounds=3,
-            cell=60,
-        )
+    for workers in (1, 2, 4, 8, 16, 32, 64)
+]
+WORKLOADS += [
+    Workload(
+        name,
+        "Simulated workers",
+        (
+            Figure("rate", f"{title}: jobs", "/s"),
+            Figure("cpu", "master's processor time, a job", "µs"),
+            Figure("registration", "registration, a worker", "ms"),
+        ),
+        _simulated(few),
+        (OURS,),
+        own_pool=True,
+        cell=60,
     )
+    for name, title, few in (
+        ("simulated-2", "2", True),
+        ("simulated-many", "1000 (quick: 200)", False),
+    )
+]

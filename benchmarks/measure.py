@@ -67,9 +67,11 @@ class Host:
     def __init__(self, peer: str, workers: int, scale: str) -> None:
         self._mark = uuid.uuid4().hex
         self._connection, theirs = socket.socketpair()
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `end`)
         # One thread for each worker: numpy's own would make it a benchmark of BLAS.
         threads = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        # Where parsl and ipyparallel look for their programs.
+        path = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", os.defpath)
         arguments = [peer, str(workers), scale, str(theirs.fileno())]
         with theirs:
             self._process = subprocess.Popen(
@@ -78,7 +80,7 @@ class Host:
                 stdin=subprocess.DEVNULL,
                 stdout=self._errors,
                 stderr=self._errors,
-                env={**os.environ, **threads, _MARK: self._mark},
+                env={**os.environ, **threads, "PATH": path, _MARK: self._mark},
                 cwd=Path(__file__).parent.parent,
                 start_new_session=True,
             )
@@ -138,7 +140,7 @@ def run(
                 workload
                 for workload in workloads
                 if workload.concerns(peer)
-                and number < workload.rounds
+                and number < min(workload.rounds, scale.life_rounds if workload.own_pool else 99)
                 and workload.name not in samples.notes.get(peer, {})
             ]
             start = time.perf_counter()

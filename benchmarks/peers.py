@@ -77,6 +77,7 @@ class _MpirePool(_MultiprocessingPool):
             fn,
             [(item,) for item in items],  # it would unpack those that are tuples
             chunk_size=chunksize,
+            concatenate_numpy_output=False,
         )
         return results
 
@@ -212,7 +213,7 @@ def _make_dask(workers: int) -> Pool:
         client.close()
         cluster.close()
 
-    return _Unchunked(client.get_executor(), close)
+    return _Unchunked(client.get_executor(pure=False), close)
 
 
 def _make_ipyparallel(workers: int) -> Pool:

@@ -83,7 +83,10 @@ def text(table: Table) -> str:
     lines = [table.head, *table.rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(table.head))]
     shown = [
-        "  ".join(c.rjust(w) if k else c.ljust(w) for k, (c, w) in enumerate(zip(line, widths)))
+        "  ".join(
+            text.rjust(width) if column else text.ljust(width)
+            for column, (text, width) in enumerate(zip(line, widths, strict=True))
+        )
         for line in lines
     ]
     return "\n".join([table.title, "-" * len(table.title), *shown, ""])
@@ -97,11 +100,11 @@ def markdown(table: Table) -> str:
 
 def troubles(samples: Samples) -> list[str]:
     """Why cells say "error" or "too long"."""
-    return [
-        f"{peer}, {workload}: {reason}"
-        for peer, reasons in samples.reasons.items()
-        for workload, reason in reasons.items()
-    ]
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for peer, reasons in samples.reasons.items():
+        for workload, reason in reasons.items():
+            grouped.setdefault((peer, reason), []).append(workload)
+    return [f"{peer}: {', '.join(names)}: {reason}" for (peer, reason), names in grouped.items()]
 
 
 def write(

@@ -9,6 +9,7 @@ taken by wrappers around methods of the master and of the worker, a microsecond 
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import tempfile
 import time
@@ -172,7 +173,7 @@ def on_the_way(count: int) -> dict[str, list[float]]:
                 times = _one(executor)
                 names = sorted(ORDER, key=lambda name: times[name])
                 # The threads run at once: one may be ahead of what is listed before it.
-                for earlier, later in zip(names, names[1:], strict=False):
+                for earlier, later in itertools.pairwise(names):
                     found[ORDER[later] or "all"].append(times[later] - times[earlier])
                 found["all"].append(times["end"] - times["start"])
     finally:
