@@ -68,7 +68,7 @@ def alone(count: int) -> dict[str, float]:
         journal = JournalWriter(directory)
 
         def write_down() -> None:
-            journal.start(1)
+            journal.start(1, clock())
             journal.append(encoded)
             journal.confirm(journal.position)
 
