@@ -23,7 +23,7 @@ help:
 	@echo "make lint   check style and formatting"
 	@echo "make types  check types"
 	@echo "make docs   build the documentation into docs/_build/html and run its examples"
-	@echo "make bench  compare with concurrent.futures (ARGS=--quick)"
+	@echo "make bench  compare with other process pools (ARGS=--quick)"
 	@echo "make clean  remove the virtual environment, caches and built files"
 	@echo "PYTHON=$(PYTHON) VENV=$(VENV)"
 
@@ -46,7 +46,7 @@ docs: $(VENV)/installed-docs
 	@echo "docs/_build/html/index.html"
 
 bench: $(VENV)/installed-bench
-	@$(RUN) -m benchmarks.compare $(ARGS)
+	@$(RUN) -m benchmarks $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist docs/_build

@@ -1,1 +1,1 @@
-"""Comparisons with other process pools, side by side in one run."""
+"""Process pools side by side in one run: `python -m benchmarks --help`."""

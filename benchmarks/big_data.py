@@ -1,0 +1,62 @@
+"""Workloads of arrays and bytes, of which the time is in the moving."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks import tasks
+from benchmarks.base import Bench, Figure, Figures, Workload, median_time
+from benchmarks.peers import PEERS, NotOfferedError
+
+SIZES = {"64k": 1 / 16, "1M": 1.0, "10M": 10.0, "100M": 100.0}
+"""In MiB."""
+DIRECTIONS: dict[str, tuple[Callable[..., Any], str, int]] = {
+    "argument": (tasks.length, "as argument", 1),
+    "result": (tasks.give, "as result", 1),
+    "both": (tasks.give_back, "there and back", 2),
+}
+
+
+def _bandwidth(direction: str, mebibytes: float, as_bytes: bool = False) -> Callable[..., Figures]:
+    task, _, ways = DIRECTIONS[direction]
+
+    def run(bench: Bench) -> Figures:
+        import numpy as np
+
+        if mebibytes > bench.scale.array:
+            raise NotOfferedError("-")
+        size = int(mebibytes * tasks.MIB)
+        data: Any = bytes(size) if as_bytes else np.ones(size, dtype=np.uint8)
+        argument = size if task is tasks.give else data
+        result = bench.pool.call(task, argument)
+        if task is not tasks.length and len(result) != size:
+            raise ValueError(f"{len(result)} bytes came back, not {size}")
+        seconds = median_time(bench, lambda: bench.pool.call(task, argument))
+        return {"bandwidth": mebibytes * ways / seconds}
+
+    return run
+
+
+_ALL = tuple(name for name in PEERS if name != "serial loop")
+
+WORKLOADS = [
+    Workload(
+        f"{direction}-{size}",
+        f"Arrays {title}",
+        (Figure("bandwidth", f"{size}iB" if size[-1] == "M" else "64 KiB", "MiB/s"),),
+        _bandwidth(direction, mebibytes),
+        _ALL,
+    )
+    for direction, (_, title, _) in DIRECTIONS.items()
+    for size, mebibytes in SIZES.items()
+]
+WORKLOADS.append(
+    Workload(
+        "bytes-10M",
+        "Bytes as argument",
+        (Figure("bandwidth", "10MiB", "MiB/s"),),
+        _bandwidth("argument", 10, as_bytes=True),
+        _ALL,
+    )
+)

@@ -1,0 +1,249 @@
+"""Workloads that make pools: start, loss and renewal of workers, and what grows."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import BrokenExecutor
+from typing import Any
+
+from benchmarks import fakes, tasks
+from benchmarks.base import TWO, Bench, Figure, Figures, Workload, clock
+from benchmarks.peers import OURS, NotOfferedError, warm
+
+
+def _start(bench: Bench) -> Figures:
+    start = clock()
+    pool = bench.peer.make(bench.workers)
+    constructor = clock() - start
+    try:
+        pool.call(tasks.nothing)
+        first = clock() - start
+        warm(pool, bench.workers)
+        resident, proportional = pool.call(tasks.memory)
+    finally:
+        start = clock()
+        pool.shutdown()
+    return {
+        "constructor": constructor,
+        "first": first,
+        "shutdown": clock() - start,
+        "rss": resident / tasks.MIB,
+        "pss": proportional / tasks.MIB,
+    }
+
+
+def _import_time(bench: Bench) -> Figures:
+    def seconds(statement: str) -> float:
+        start = clock()
+        subprocess.run([sys.executable, "-c", statement], check=True)
+        return clock() - start
+
+    seconds(bench.peer.statement)  # reads the files from disk, and compiles them
+    return {"seconds": max(0.0, seconds(bench.peer.statement) - seconds("pass"))}
+
+
+def _recovery(bench: Bench) -> Figures:
+    pool = bench.peer.make(1)
+    try:
+        pool.submit(tasks.nothing).result()
+        start = clock()
+        pool.submit(tasks.die)
+        try:
+            pool.submit(tasks.nothing).result()
+        except Exception as error:
+            # mpire has no exception of its own for it.
+            if isinstance(error, BrokenExecutor) or "died" in str(error):
+                raise NotOfferedError("pool broken") from error
+            raise
+        return {"seconds": clock() - start}
+    finally:
+        pool.shutdown()
+
+
+def _recycling(bench: Bench) -> Figures:
+    """How many times longer tasks of 10 ms take if a worker is replaced after each 25."""
+    if not bench.peer.recycles:
+        raise NotOfferedError("no option")
+    count = bench.sized(400, 120)  # some replacements, at any scale
+
+    def seconds(options: dict[str, Any]) -> float:
+        pool = bench.peer.make(bench.workers, **options)
+        try:
+            warm(pool, bench.workers)
+            start = clock()
+            for future in [pool.submit(tasks.sleep, 0.01) for _ in range(count)]:
+                future.result()
+            return clock() - start
+        finally:
+            pool.shutdown()
+
+    return {"ratio": seconds({"max_tasks_per_child": 25}) / seconds({})}
+
+
+# ---------------------------------------------------------------- what grows
+
+
+def _pending(count: int) -> Callable[[Bench], Figures]:
+    def run(bench: Bench) -> Figures:
+        if count > bench.scale.pending:
+            raise NotOfferedError("-")
+        pool = bench.pool
+        with tempfile.NamedTemporaryFile(prefix="benchmarks-") as gate:
+            blocked = [pool.submit(tasks.wait_until_gone, gate.name) for _ in range(bench.workers)]
+            time.sleep(0.05)
+            memory = _resident()
+            start = clock()
+            futures = [pool.submit(tasks.nothing) for _ in range(count)]
+            submitted = clock() - start
+            time.sleep(0.1)  # what else the pool does with them
+            memory = _resident() - memory
+            os.rename(gate.name, gate.name + "~")
+            start = clock()
+            for future in blocked + futures:
+                future.result()
+            completed = clock() - start
+            os.rename(gate.name + "~", gate.name)
+        found = {"submit": submitted / count, "complete": completed / count}
+        if count >= 10_000:  # else it drowns in what the allocator had in reserve
+            found["bytes"] = memory / count
+        return found
+
+    return run
+
+
+def _resident() -> int:
+    import psutil
+
+    size: int = psutil.Process().memory_info().rss
+    return size
+
+
+def _many_workers(workers: int) -> Callable[[Bench], Figures]:
+    def run(bench: Bench) -> Figures:
+        if workers > bench.scale.workers:
+            raise NotOfferedError("-")
+        pool = bench.peer.make(workers)
+        try:
+            start = clock()
+            warm(pool, workers, 60)
+            started = clock() - start
+            count = min(bench.scale.submits, 5000)
+            start = clock()
+            for future in [pool.submit(tasks.nothing) for _ in range(count)]:
+                future.result()
+            return {"task": (clock() - start) / count, "start": started / workers}
+        finally:
+            pool.shutdown()
+
+    return run
+
+
+def _simulated(few: bool) -> Callable[[Bench], Figures]:
+    def run(bench: Bench) -> Figures:
+        workers = 2 if few else bench.scale.fakes
+        raise_descriptor_limit(workers * 4 + 500)
+        return fakes.dispatch(workers, bench.sized(20_000, 200))
+
+    return run
+
+
+def raise_descriptor_limit(needed: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < needed:
+        wanted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+WORKLOADS = [
+    Workload(
+        "import",
+        "Start",
+        (Figure("seconds", "import", "ms"),),
+        _import_time,
+        own_pool=True,
+    ),
+    Workload(
+        "start",
+        "Start",
+        (
+            Figure("constructor", "constructor", "ms"),
+            Figure("first", "to first result", "ms"),
+            Figure("shutdown", "shutdown", "ms"),
+            Figure("rss", "RSS of a worker", "MiB"),
+            Figure("pss", "its share of it", "MiB"),
+        ),
+        _start,
+        own_pool=True,
+        cell=30,
+    ),
+    Workload(
+        "recovery",
+        "Loss and renewal",
+        (Figure("seconds", "killed to next result", "ms"),),
+        _recovery,
+        own_pool=True,
+        cell=8,
+    ),
+    Workload(
+        "recycling",
+        "Loss and renewal",
+        (Figure("ratio", "25 tasks a worker, time to none", "x"),),
+        _recycling,
+        own_pool=True,
+        cell=8,
+    ),
+]
+WORKLOADS += [
+    Workload(
+        f"pending-{count}",
+        f"{count:,} pending tasks",
+        (
+            Figure("submit", "submit, each", "µs"),
+            Figure("complete", "complete, each", "µs"),
+            Figure("bytes", "memory, each", "B"),
+        ),
+        _pending(count),
+        TWO,
+        rounds=1 if count > 100_000 else 99,
+        cell=180 if count > 100_000 else 0,
+    )
+    for count in (10, 100, 1000, 10_000, 100_000, 1_000_000)
+]
+WORKLOADS += [
+    Workload(
+        f"workers-{workers}",
+        f"{workers} workers",
+        (Figure("task", "a no-op", "µs"), Figure("start", "start of a worker", "ms")),
+        _many_workers(workers),
+        TWO,
+        own_pool=True,
+        rounds=1,
+        cell=60,
+    )
+    for workers in (1, 2, 4, 8, 16, 32, 64)
+]
+WORKLOADS += [
+    Workload(
+        name,
+        "Simulated workers",
+        (
+            Figure("rate", f"{title}: jobs", "/s"),
+            Figure("cpu", "master's processor time, a job", "µs"),
+            Figure("registration", "registration, a worker", "ms"),
+        ),
+        _simulated(few),
+        (OURS,),
+        own_pool=True,
+        cell=60,
+    )
+    for name, title, few in (
+        ("simulated-2", "2", True),
+        ("simulated-many", "1000 (quick: 200)", False),
+    )
+]
