@@ -25,7 +25,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog=f"Peers: {', '.join(PEERS)}. Workloads: {', '.join(w.name for w in WORKLOADS)}. "
         "Groups are named by the heads of their tables.",
     )
-    parser.add_argument("--quick", action="store_true", help="under two minutes")
+    parser.add_argument("--quick", action="store_true", help="about two minutes")
     parser.add_argument("--scale", choices=SCALES, help="how much is done (default: full)")
     parser.add_argument(
         "--only",
