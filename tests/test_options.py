@@ -144,6 +144,16 @@ def test_tasks_about_to_end_at_their_limit_end_one_way_or_the_other(
             assert future.exception(60) is None or isinstance(future.exception(), TaskTimeoutError)
 
 
+@pytest.mark.parametrize("forever", [3e6, 1e300, 10**400, float("inf")])
+def test_a_limit_may_be_as_large_as_one_likes(executor: ZmqExecutor, forever: float) -> None:
+    patient = executor.options(timeout=forever, retries=1, retry_delay=0)
+    assert patient.submit(time.sleep, 0.05).result(30) is None
+    waiting = executor.options(retries=1, retry_delay=forever).submit(int, "x")
+    assert eventually(lambda: executor._master._retries)
+    assert waiting.kill()
+    assert executor.submit(abs, -1).result(30) == 1
+
+
 def test_what_a_task_started_ends_with_it(executor: ZmqExecutor, tmp_path: Path) -> None:
     def start_another() -> None:
         child = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({LONG})"])

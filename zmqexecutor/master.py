@@ -48,6 +48,8 @@ __all__ = ["Master", "MasterOptions"]
 
 logger = logging.getLogger(__name__)
 
+LONGEST_WAIT: Final = 3600.0
+"""Seconds after which the loop looks again at a deadline that is still further away."""
 PING_INTERVAL: Final = 5.0
 """Seconds between two looks for connections that have been lost."""
 
@@ -281,7 +283,8 @@ class Master:
             due = min((d for d in deadlines if d is not None), default=None)
             if due is not None:
                 # Rounded up to whole milliseconds: not to wake just before the time.
-                timeout = max(0, math.ceil((due - time.monotonic()) * 1000))
+                seconds = min(LONGEST_WAIT, due - time.monotonic())
+                timeout = max(0, math.ceil(seconds * 1000))
         ready: dict[object, int] = dict(self._poller.poll(timeout))
         self._asleep = False
         assert self._wakeup is not None
