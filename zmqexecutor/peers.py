@@ -42,10 +42,12 @@ class WorkerInfo:
 class Stop:
     """A task that is being ended, by killing its worker; see `stops`."""
 
-    __slots__ = ("killed", "look_at", "ran", "stack", "task")
+    __slots__ = ("killed", "look_at", "ran", "seq", "stack", "task")
 
     def __init__(self, task: Task, ran: float, look_at: float) -> None:
         self.task = task
+        self.seq = task.seq
+        """Its number at this worker; if it fails and is tried again, it gets another."""
         self.ran = ran
         self.look_at = look_at
         self.stack = ""
@@ -108,8 +110,8 @@ class Peer:
         if not self.journal:
             return None
         running = self.journal.running
-        if self.journal.condemned and self.journal.condemned != running:
-            return 0  # noted, but not begun
+        if self.stop and self.stop.killed and self.stop.seq != running:
+            return 0  # noted, but not begun: when it was killed, the other still ran
         return running
 
     @property
