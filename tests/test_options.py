@@ -202,6 +202,27 @@ def test_a_queued_task_is_cancelled(tmp_path: Path) -> None:
     assert runs(tmp_path / "ran") == 0
 
 
+def test_a_task_sent_ahead_is_killed_without_waiting_for_the_one_before(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+
+    def work(wait: bool) -> None:
+        while wait and not gate.exists():
+            time.sleep(0.005)
+
+    with ZmqExecutor(1) as executor:
+        for _ in executor.map(work, [False] * 200):
+            pass  # known to be short now: two are sent together
+        first, second = executor.submit(work, True), executor.submit(work, False)
+        while not second.running():
+            pass
+        assert second.kill()
+        try:
+            assert isinstance(second.exception(10), TaskKilledError)
+            assert not first.done()
+        finally:
+            gate.touch()
+
+
 def test_killing_what_is_done_or_was_never_sent_does_nothing(executor: ZmqExecutor) -> None:
     done = executor.submit(abs, -1)
     assert done.result(30) == 1

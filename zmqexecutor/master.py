@@ -22,7 +22,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import Final
@@ -337,7 +337,9 @@ class Master:
             logger.info("worker %d is replaced: %s", peer.hello.pid, message.reason)
             self._scheduler.wear_out(peer.state)
         else:
+            doomed = peer.doomed()
             self._scheduler.recalled(peer.state, message.seqs)
+            _kill_queued(doomed)
 
     def _on_hello(self, identity: bytes, hello: protocol.Hello) -> None:
         if hello.worker.encode() != identity:
@@ -477,9 +479,11 @@ class Master:
             except zmq.ZMQError:
                 pass  # it was not connected
         if peer.state:
+            doomed = peer.doomed()
             lost = self._scheduler.worker_lost(peer.state, running, time.monotonic())
             if lost is not None:
                 self._bury(peer, lost)
+            _kill_queued(task for task in doomed if task is not lost)
             self._publish_workers()
         if self._segments:
             self._segments.sweep(pid)
@@ -648,6 +652,13 @@ class Master:
             self._inbox.clear()
             self._wakeup = None  # closed when no other thread is in the middle of using it
             self._cleanup()
+
+
+def _kill_queued(tasks: Iterable[Task]) -> None:
+    """Complete those that no worker holds now; when their turn comes they are not sent."""
+    for task in tasks:
+        if task.worker is None:
+            task.kill()
 
 
 def _cancel(task: Task) -> None:

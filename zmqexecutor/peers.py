@@ -100,6 +100,11 @@ class Peer:
         held = self.state.held if self.state else {}
         return next(iter(held), 0), self.sent_at
 
+    def doomed(self) -> list[Task]:
+        """The tasks it holds that nobody wants any more."""
+        held = self.state.held if self.state else {}
+        return [task for task, _ in held.values() if task.doomed]
+
     def condemn(self, seq: int) -> None:
         """Have it start nothing after this job; 0 lets it go on."""
         if self.journal:
