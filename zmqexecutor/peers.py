@@ -172,8 +172,10 @@ class DeathWatch:
                 signal.pidfd_send_signal(descriptor, signal.SIGKILL)
             else:
                 os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # it is dead already
+        except (ProcessLookupError, PermissionError):
+            # It is dead already (macOS: EPERM for a group of zombies), or has become
+            # another user's; `Stops` gives it up if it does not end.
+            pass
 
     def remove(self, pid: int) -> None:
         """Watch it no longer."""
