@@ -47,6 +47,11 @@ def run_long(started: Path) -> None:
     time.sleep(LONG)
 
 
+def own_pid() -> int:
+    """Run first where times are short: it takes a worker a while to import this file."""
+    return os.getpid()
+
+
 def is_alive(pid: int) -> bool:
     try:
         with open(f"/proc/{pid}/stat") as file:
@@ -62,7 +67,7 @@ def test_a_task_over_its_time_is_ended_and_tells_where_it_was(executor: ZmqExecu
     def linger() -> None:
         time.sleep(LONG)
 
-    before = executor.submit(os.getpid).result()
+    before = executor.submit(own_pid).result(30)
     future = executor.options(timeout=0.3).submit(linger)
     with pytest.raises(TaskTimeoutError) as caught:
         future.result(30)
@@ -86,6 +91,18 @@ def test_a_timeout_error_travels() -> None:
     assert (str(copy), copy.job, copy.seconds, copy.stack) == ("too long", "f", 1.5, "here")
 
 
+def test_a_stack_may_have_names_that_are_not_utf8(executor: ZmqExecutor) -> None:
+    executor.submit(own_pid).result(30)
+
+    def linger() -> None:
+        code = compile(f"import time\ntime.sleep({LONG})", "/odd-\udcff.py", "exec")
+        exec(code)
+
+    with pytest.raises(TaskTimeoutError) as caught:
+        executor.options(timeout=0.3).submit(linger).result(30)
+    assert "odd-?.py" in caught.value.stack
+
+
 def test_the_time_counts_from_the_start_of_a_task() -> None:
     with ZmqExecutor(1) as executor:
         first = executor.submit(time.sleep, 1.0)
@@ -95,6 +112,8 @@ def test_the_time_counts_from_the_start_of_a_task() -> None:
 
 
 def test_a_task_that_holds_the_interpreter_is_ended_too(executor: ZmqExecutor) -> None:
+    executor.submit(own_pid).result(30)
+
     def hold() -> None:
         ctypes.PyDLL(None).sleep(int(LONG))  # with the GIL
 

@@ -27,18 +27,14 @@ class World:
         self.peer = Peer(hello, b"w", JournalReader(self.writer.path))
         self.scheduler: Scheduler[Task] = Scheduler()
         self.peer.state = self.scheduler.worker_ready(b"w", 0.0)
-        self.killed = False
+        self.killed: list[Peer] = []
         self.stops = Stops(
             read_journal=lambda _: None,
             ask_stack=lambda _: None,
             recall=lambda _, __: None,
-            kill=self.kill,
+            kill=self.killed.append,
             give_up=lambda _: None,
         )
-
-    def kill(self, peer: Peer) -> None:
-        assert peer is self.peer
-        self.killed = True
 
     def send(self, *tasks: Task) -> None:
         for task in tasks:
@@ -75,9 +71,9 @@ def test_a_task_over_its_time_is_killed_and_what_waits_behind_it_is_not_lost(
     world.send(slow, next_one)
     assert world.writer.start(slow.seq, 0.0)
     world.stops.check(1.0)
-    assert not world.killed
+    assert world.killed == []
     world.stops.check(1.0 + STACK_WAIT)
-    assert world.killed
+    assert world.killed == [world.peer]
     assert world.peer.last_run() == slow.seq
     # It ends at this very moment; the next one is noted, and not begun.
     assert not world.writer.start(next_one.seq, 1.2)
@@ -108,7 +104,7 @@ def test_the_number_that_a_task_gets_for_its_next_try_means_nothing_here(world: 
     world.writer.start(innocent.seq, 1.0)
     slow.seq = innocent.seq
     world.stops.check(1.0 + STACK_WAIT)
-    assert not world.killed
+    assert world.killed == []
     assert not world.writer.condemned
 
 
@@ -124,7 +120,7 @@ def test_the_time_that_a_worker_stood_still_before_a_task_does_not_count(world: 
     world.writer.start(second.seq, now)
     world.stops.on_stack(world.peer, "here", now)
     world.stops.check(now + 0.01)
-    assert not world.killed
+    assert world.killed == []
     world.stops.check(now + 0.2)
     world.stops.check(now + 0.2 + STACK_WAIT)
-    assert world.killed
+    assert world.killed == [world.peer]

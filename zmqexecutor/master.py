@@ -153,6 +153,8 @@ class Master:
         if self._asleep:
             self._asleep = False
             self._wake()
+        if self._wakeup is None:
+            self._drop_inbox()  # the caller's check and the thread's end have crossed
 
     def equip(self, setup: bytes) -> None:
         """Say, once, what workers must prepare, if the options have left it open."""
@@ -649,9 +651,19 @@ class Master:
             self._publish_workers()
             self._deaths.close()
             self._channels.close()
-            self._inbox.clear()
             self._wakeup = None  # closed when no other thread is in the middle of using it
+            self._drop_inbox()
             self._cleanup()
+
+    def _drop_inbox(self) -> None:
+        """After the end of the loop: complete what came too late. Any thread may do it."""
+        while True:
+            try:
+                item = self._inbox.popleft()
+            except IndexError:
+                return
+            if isinstance(item, Task):
+                item.fail(self.broken or CancelledError("the pool has been shut down"))
 
 
 def _kill_queued(tasks: Iterable[Task]) -> None:
