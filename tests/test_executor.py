@@ -12,7 +12,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, as_completed, wait
+from concurrent.futures import CancelledError, Future, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -466,6 +466,13 @@ class TestEnd:
             executor.map(abs, [1])
         executor.shutdown()
         executor.shutdown(wait=False, cancel_futures=True)
+
+    def test_a_task_that_crosses_the_end_of_the_pool_is_completed(self) -> None:
+        executor = ZmqExecutor(1)
+        executor.shutdown()
+        executor._closed = False  # as it was when the check before the submit was made
+        future = executor.submit(abs, -1)
+        assert isinstance(future.exception(10), CancelledError)
 
     def test_shutdown_finishes_pending_tasks(self) -> None:
         executor = ZmqExecutor(2)

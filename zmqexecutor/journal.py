@@ -168,8 +168,6 @@ class JournalReader:
             raise ValueError(f"{path} is not a journal of this version")
         self.position = 0
         """Up to here the results are known, from messages or from `read`."""
-        self.condemned = 0
-        """The job for which the worker is about to be killed, or 0."""
 
     @property
     def running(self) -> int:
@@ -183,7 +181,6 @@ class JournalReader:
 
     def condemn(self, seq: int) -> None:
         """Have the worker start nothing after this job; 0 lets it go on."""
-        self.condemned = seq
         _running.pack_into(self._map, _CONDEMNED_AT, seq)
 
     def read(self) -> list[bytes]:

@@ -22,7 +22,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import Final
@@ -48,6 +48,8 @@ __all__ = ["Master", "MasterOptions"]
 
 logger = logging.getLogger(__name__)
 
+LONGEST_WAIT: Final = 3600.0
+"""Seconds after which the loop looks again at a deadline that is still further away."""
 PING_INTERVAL: Final = 5.0
 """Seconds between two looks for connections that have been lost."""
 
@@ -151,6 +153,8 @@ class Master:
         if self._asleep:
             self._asleep = False
             self._wake()
+        if self._wakeup is None:
+            self._drop_inbox()  # the caller's check and the thread's end have crossed
 
     def equip(self, setup: bytes) -> None:
         """Say, once, what workers must prepare, if the options have left it open."""
@@ -281,7 +285,8 @@ class Master:
             due = min((d for d in deadlines if d is not None), default=None)
             if due is not None:
                 # Rounded up to whole milliseconds: not to wake just before the time.
-                timeout = max(0, math.ceil((due - time.monotonic()) * 1000))
+                seconds = min(LONGEST_WAIT, due - time.monotonic())
+                timeout = max(0, math.ceil(seconds * 1000))
         ready: dict[object, int] = dict(self._poller.poll(timeout))
         self._asleep = False
         assert self._wakeup is not None
@@ -334,7 +339,9 @@ class Master:
             logger.info("worker %d is replaced: %s", peer.hello.pid, message.reason)
             self._scheduler.wear_out(peer.state)
         else:
+            doomed = peer.doomed()
             self._scheduler.recalled(peer.state, message.seqs)
+            _kill_queued(doomed)
 
     def _on_hello(self, identity: bytes, hello: protocol.Hello) -> None:
         if hello.worker.encode() != identity:
@@ -503,9 +510,11 @@ class Master:
             except zmq.ZMQError:
                 pass  # it was not connected
         if peer.state:
+            doomed = peer.doomed()
             lost = self._scheduler.worker_lost(peer.state, running, time.monotonic())
             if lost is not None:
                 self._bury(peer, lost)
+            _kill_queued(task for task in doomed if task is not lost)
             self._publish_workers()
         if self._segments:
             self._segments.sweep(pid)
@@ -676,9 +685,26 @@ class Master:
             self._publish_workers()
             self._deaths.close()
             self._channels.close()
-            self._inbox.clear()
             self._wakeup = None  # closed when no other thread is in the middle of using it
+            self._drop_inbox()
             self._cleanup()
+
+    def _drop_inbox(self) -> None:
+        """After the end of the loop: complete what came too late. Any thread may do it."""
+        while True:
+            try:
+                item = self._inbox.popleft()
+            except IndexError:
+                return
+            if isinstance(item, Task):
+                item.fail(self.broken or CancelledError("the pool has been shut down"))
+
+
+def _kill_queued(tasks: Iterable[Task]) -> None:
+    """Complete those that no worker holds now; when their turn comes they are not sent."""
+    for task in tasks:
+        if task.worker is None:
+            task.kill()
 
 
 def _cancel(task: Task) -> None:

@@ -42,10 +42,12 @@ class WorkerInfo:
 class Stop:
     """A task that is being ended, by killing its worker; see `stops`."""
 
-    __slots__ = ("killed", "look_at", "ran", "stack", "task")
+    __slots__ = ("killed", "look_at", "ran", "seq", "stack", "task")
 
     def __init__(self, task: Task, ran: float, look_at: float) -> None:
         self.task = task
+        self.seq = task.seq
+        """Its number at this worker; if it fails and is tried again, it gets another."""
         self.ran = ran
         self.look_at = look_at
         self.stack = ""
@@ -100,6 +102,11 @@ class Peer:
         held = self.state.held if self.state else {}
         return next(iter(held), 0), self.sent_at
 
+    def doomed(self) -> list[Task]:
+        """The tasks it holds that nobody wants any more."""
+        held = self.state.held if self.state else {}
+        return [task for task, _ in held.values() if task.doomed]
+
     def condemn(self, seq: int) -> None:
         """Have it start nothing after this job; 0 lets it go on."""
         if self.journal:
@@ -110,8 +117,8 @@ class Peer:
         if not self.journal:
             return None
         running = self.journal.running
-        if self.journal.condemned and self.journal.condemned != running:
-            return 0  # noted, but not begun
+        if self.stop and self.stop.killed and self.stop.seq != running:
+            return 0  # noted, but not begun: when it was killed, the other still ran
         return running
 
     def received(self, position: int) -> None:
@@ -176,8 +183,10 @@ class DeathWatch:
                 signal.pidfd_send_signal(descriptor, signal.SIGKILL)
             else:
                 os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # it is dead already
+        except (ProcessLookupError, PermissionError):
+            # It is dead already (macOS: EPERM for a group of zombies), or has become
+            # another user's; `Stops` gives it up if it does not end.
+            pass
 
     def remove(self, pid: int) -> None:
         """Watch it no longer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
@@ -22,21 +23,23 @@ class JobQueue(Generic[J]):
     """The highest priority comes first, and within one the job that came first.
 
     A step costs the same however many jobs wait; the first and the last job of a
-    priority cost as much as there are priorities in use.
+    priority cost little more, even if each job has a priority of its own.
     """
 
     def __init__(self) -> None:
         self._levels: dict[int, deque[J]] = {}
+        self._priorities: list[int] = []  # of the levels, lowest first
         self._first: deque[J] = deque()  # the highest level, empty only if all is
+        self._length = 0
 
     def __bool__(self) -> bool:
         return bool(self._first)
 
     def __len__(self) -> int:
-        return sum(map(len, self._levels.values()))
+        return self._length
 
     def __iter__(self) -> Iterator[J]:
-        return (job for level in self._in_order() for job in level)
+        return (job for priority in reversed(self._priorities) for job in self._levels[priority])
 
     def append(self, job: J) -> None:
         """A job arrives."""
@@ -44,6 +47,7 @@ class JobQueue(Generic[J]):
         if level is None:
             level = self._new_level(job.priority)
         level.append(job)
+        self._length += 1
 
     def put_back(self, jobs: Sequence[J]) -> None:
         """Jobs that have been taken come back, before all others of their priority."""
@@ -52,6 +56,7 @@ class JobQueue(Generic[J]):
             if level is None:
                 level = self._new_level(job.priority)
             level.appendleft(job)
+        self._length += len(jobs)
 
     def first(self) -> J:
         """The job to be taken next, which stays."""
@@ -60,32 +65,30 @@ class JobQueue(Generic[J]):
     def take_first(self) -> J:
         """Take the job that comes first."""
         job = self._first.popleft()
-        if not self._first and len(self._levels) > 1:
-            self._drop_level(max(self._levels))
+        self._length -= 1
+        if not self._first and self._length:
+            del self._levels[self._priorities.pop()]
+            self._first = self._levels[self._priorities[-1]]
         return job
 
     def take_last(self) -> J:
         """Take the job that comes last."""
-        lowest = min(self._levels)
-        job = self._levels[lowest].pop()
-        if not self._levels[lowest] and len(self._levels) > 1:
-            self._drop_level(lowest)
+        lowest = self._levels[self._priorities[0]]
+        job = lowest.pop()
+        self._length -= 1
+        if not lowest and self._length:
+            del self._levels[self._priorities.pop(0)]
         return job
 
     def oldest(self) -> Iterator[J]:
         """The job of each priority that came first."""
         return (level[0] for level in self._levels.values() if level)
 
-    def _in_order(self) -> list[deque[J]]:
-        return [self._levels[priority] for priority in sorted(self._levels, reverse=True)]
-
     def _new_level(self, priority: int) -> deque[J]:
         if not self._first:
             self._levels.clear()  # the last level is kept when it has become empty
+            self._priorities.clear()
         level = self._levels[priority] = deque()
-        self._first = self._levels[max(self._levels)]
+        insort(self._priorities, priority)
+        self._first = self._levels[self._priorities[-1]]
         return level
-
-    def _drop_level(self, priority: int) -> None:
-        del self._levels[priority]
-        self._first = self._levels[max(self._levels)]

@@ -287,7 +287,8 @@ def _stack_of(thread: int) -> str:
     ours = os.path.dirname(os.path.abspath(__file__))
     while stack and os.path.dirname(os.path.abspath(stack[0].filename)) in (ours, _NOWHERE):
         del stack[0]
-    return "".join(traceback.format_list(stack))
+    text = "".join(traceback.format_list(stack))
+    return text.encode(errors="replace").decode()  # names of files may not be UTF-8
 
 
 _NOWHERE = os.getcwd()  # where files are taken to be that are none, such as "<string>"

@@ -148,7 +148,7 @@ class Stops:
             self._ask_stack(peer)
             wait = STACK_WAIT
         peer.stop = Stop(task, ran, now + wait)
-        peer.condemn(task.seq)
+        peer.condemn(peer.stop.seq)
         self._look_at(peer, now + wait)
 
     def _go_on(self, peer: Peer, stop: Stop, now: float) -> None:
@@ -156,7 +156,7 @@ class Stops:
             self._look_at(peer, stop.look_at)
         elif stop.killed:
             self._give_up(peer)
-        elif self._is_in(peer, stop):
+        elif self._is_in(peer, stop, now):
             self._kill(peer)
             stop.killed = True
             stop.look_at = now + UNKILLABLE
@@ -166,13 +166,14 @@ class Stops:
             peer.condemn(0)
             self._look(peer, now)
 
-    def _is_in(self, peer: Peer, stop: Stop) -> bool:
-        """Whether the worker still runs the task."""
-        seq = stop.task.seq
+    def _is_in(self, peer: Peer, stop: Stop, now: float) -> bool:
+        """Whether the worker still runs the task, for too long or unwanted."""
         self._read_journal(peer)
-        return (
-            peer.state is not None
-            and seq in peer.state.held
-            and seq > peer.finished
-            and peer.running()[0] == seq
-        )
+        if peer.state is None or stop.seq not in peer.state.held or stop.seq <= peer.finished:
+            return False
+        running, started = peer.running()
+        if running != stop.seq:
+            return False
+        # Its start is looked at again: at first the worker may have stood still before it.
+        limit = stop.task.options.timeout
+        return stop.task.doomed or (limit is not None and started + limit <= now)

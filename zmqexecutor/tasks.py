@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -79,8 +80,11 @@ def make_options(
         TypeError: one has the wrong type.
         ValueError: one is out of range.
     """
-    if timeout is not None and not _number(timeout) > 0:
-        raise ValueError(f"timeout must be more than 0 seconds, or None, not {timeout}")
+    if timeout is not None:
+        seconds = _number(timeout)
+        if not seconds > 0:
+            raise ValueError(f"timeout must be more than 0 seconds, or None, not {timeout}")
+        timeout = None if seconds == math.inf else seconds
     for what, number in (("retries", retries), ("priority", priority)):
         if isinstance(number, bool) or not isinstance(number, int):
             raise TypeError(f"{what} must be an integer, not {number!r}")
@@ -90,17 +94,21 @@ def make_options(
     for kind in classes:
         if not (inspect.isclass(kind) and issubclass(kind, BaseException)):
             raise TypeError(f"retry_on must be exception classes, not {kind!r}")
-    if not _number(retry_delay) >= 0:
+    delay = _number(retry_delay)
+    if not delay >= 0:
         raise ValueError(f"retry_delay must be 0 seconds or more, not {retry_delay}")
     if name is not None and not isinstance(name, str):
         raise TypeError(f"name must be text, not {name!r}")
-    return TaskOptions(timeout, retries, classes, retry_delay, priority, name, bool(kill_on_cancel))
+    return TaskOptions(timeout, retries, classes, delay, priority, name, bool(kill_on_cancel))
 
 
 def _number(seconds: float) -> float:
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
         raise TypeError(f"seconds must be a number, not {seconds!r}")
-    return seconds
+    try:
+        return float(seconds)
+    except OverflowError:
+        return math.inf if seconds > 0 else -math.inf
 
 
 class Task(Job):

@@ -1,0 +1,126 @@
+"""A kill may hit one task only: the races that `Stops` decides, one interleaving at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zmqexecutor.journal import JournalReader, JournalWriter
+from zmqexecutor.peers import Peer
+from zmqexecutor.protocol import Hello
+from zmqexecutor.scheduler import Scheduler, Send
+from zmqexecutor.stops import STACK_WAIT, Stops
+from zmqexecutor.tasks import Task, TaskOptions
+
+
+class World:
+    """A worker that is sent tasks, and what is done to it; its journal is a real one."""
+
+    def __init__(self, directory: Path) -> None:
+        self.writer = JournalWriter(str(directory))
+        hello = Hello(1, "w", os.getpid(), "", "", None, self.writer.path)
+        self.peer = Peer(hello, b"w", JournalReader(self.writer.path))
+        self.scheduler: Scheduler[Task] = Scheduler()
+        self.peer.state = self.scheduler.worker_ready(b"w", 0.0)
+        self.killed: list[Peer] = []
+        self.stops = Stops(
+            read_journal=lambda _: None,
+            ask_stack=lambda _: None,
+            recall=lambda _, __: None,
+            kill=self.killed.append,
+            give_up=lambda _: None,
+        )
+
+    def send(self, *tasks: Task) -> None:
+        for task in tasks:
+            self.scheduler._durations[task.kind] = 1e-6  # short enough to be sent ahead
+            self.scheduler.submit(task, 0.0)
+        (decision,) = self.scheduler.decide(0.0)
+        assert isinstance(decision, Send)
+        self.stops.sent(self.peer, tasks, 0.0)
+
+    def finish(self, task: Task) -> None:
+        assert self.peer.state is not None
+        self.peer.finished = task.seq
+        self.scheduler.result(self.peer.state, task.seq, 0.1, 0.0)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    made = World(tmp_path)
+    yield made
+    made.peer.close()
+    made.writer.close()
+    made.writer.unlink()
+
+
+def make_task(timeout: float | None = None) -> Task:
+    future: Future[Any] = Future()
+    return Task(future, b"", lambda _, __: None, name="f", options=TaskOptions(timeout))
+
+
+def test_a_task_over_its_time_is_killed_and_what_waits_behind_it_is_not_lost(
+    world: World,
+) -> None:
+    slow, next_one = make_task(1.0), make_task()
+    world.send(slow, next_one)
+    assert world.writer.start(slow.seq, 0.0)
+    world.stops.check(1.0)
+    assert world.killed == []
+    world.stops.check(1.0 + STACK_WAIT)
+    assert world.killed == [world.peer]
+    assert world.peer.last_run() == slow.seq
+    # It ends at this very moment; the next one is noted, and not begun.
+    assert not world.writer.start(next_one.seq, 1.2)
+    assert world.peer.last_run() == 0
+
+
+def test_a_task_that_began_before_the_other_was_condemned_and_crashed_does_not_run_again(
+    world: World,
+) -> None:
+    slow, crashing = make_task(1.0), make_task()
+    world.send(slow, crashing)
+    assert world.writer.start(slow.seq, 0.0)
+    running = world.peer.running()
+    # The master has seen that the first one runs; now it ends, and the next one begins.
+    assert world.writer.start(crashing.seq, 1.0)
+    world.peer.running = lambda: running  # type: ignore[method-assign]
+    world.stops.check(1.0)
+    assert world.writer.condemned
+    assert world.peer.last_run() == crashing.seq
+
+
+def test_the_number_that_a_task_gets_for_its_next_try_means_nothing_here(world: World) -> None:
+    slow, innocent = make_task(1.0), make_task()
+    world.send(slow, innocent)
+    assert world.writer.start(slow.seq, 0.0)
+    world.stops.check(1.0)
+    world.finish(slow)  # with an exception, to be tried again elsewhere
+    world.writer.start(innocent.seq, 1.0)
+    slow.seq = innocent.seq
+    world.stops.check(1.0 + STACK_WAIT)
+    assert world.killed == []
+    assert not world.writer.condemned
+
+
+def test_the_time_that_a_worker_stood_still_before_a_task_does_not_count(world: World) -> None:
+    first, second = make_task(1.0), make_task(0.15)
+    world.send(first, second)
+    assert world.writer.start(first.seq, 0.0)
+    world.stops.check(1.0)
+    world.finish(first)
+    assert not world.writer.start(second.seq, 1.0)  # it has to wait
+    now = 1.0 + STACK_WAIT
+    world.stops.check(now)  # it is let go on, and condemned at once: so far it has not begun
+    world.writer.start(second.seq, now)
+    world.stops.on_stack(world.peer, "here", now)
+    world.stops.check(now + 0.01)
+    assert world.killed == []
+    world.stops.check(now + 0.2)
+    world.stops.check(now + 0.2 + STACK_WAIT)
+    assert world.killed == [world.peer]
