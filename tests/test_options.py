@@ -397,6 +397,27 @@ def test_shutdown_waits_for_the_tries_that_are_due(tmp_path: Path) -> None:
     assert future.result(0) == 2
 
 
+def test_shutdown_that_cancels_tries_nothing_again(tmp_path: Path) -> None:
+    executor = ZmqExecutor(1)
+    patient = executor.options(retries=9, retry_delay=LONG)
+    waiting = patient.submit(fail_until, tmp_path / "waiting", 99, raise_error)
+    assert eventually(lambda: executor._master._retries)
+    gate = tmp_path / "gate"
+
+    def fail_later() -> None:
+        while not gate.exists():
+            time.sleep(0.005)
+        raise_error()
+
+    running = patient.submit(fail_later)
+    assert eventually(running.running)
+    executor.shutdown(wait=False, cancel_futures=True)
+    assert isinstance(waiting.exception(10), CancelledError)
+    gate.touch()
+    assert isinstance(running.exception(10), OSError)
+    executor.shutdown()
+
+
 def test_termination_does_not(tmp_path: Path) -> None:
     executor = ZmqExecutor(1)
     tries = tmp_path / "tries"

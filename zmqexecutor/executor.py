@@ -221,7 +221,8 @@ class ZmqExecutor(MappingExecutor):
         Args:
             wait: return when all is done and the workers have ended; otherwise at
                 once, and they end in the background.
-            cancel_futures: cancel the tasks that have not been sent to a worker.
+            cancel_futures: cancel the tasks that have not been sent to a worker, and
+                try none again that fails or has failed.
         """
         if self._pid != os.getpid():
             return

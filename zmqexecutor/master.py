@@ -127,6 +127,7 @@ class Master:
         if self._segments:
             self._segments.on_idle = self._wake
         self._closing = False
+        self._cancelling = False  # nothing is tried again
         self._ended = False
         self.broken: BrokenPoolError | None = None
         """Why no task can run any more, once that is so."""
@@ -530,7 +531,8 @@ class Master:
 
     def _fail(self, task: Task, error: BaseException) -> None:
         """A task has failed: the end of it, unless it is to be tried again."""
-        delay = None if self._ended or self.broken else task.retry_after(error)
+        last = self._ended or self._cancelling or self.broken
+        delay = None if last else task.retry_after(error)
         if delay is None:
             task.fail(error)
         else:
@@ -630,6 +632,9 @@ class Master:
     def _close_when_done(self, cancel: bool) -> None:
         self._closing = True
         if cancel:
+            self._cancelling = True
+            for task in self._retries.take_all():
+                _cancel(task)
             self._decide(time.monotonic())
             # Those for which a worker is being started count as sent already.
             for task in self._scheduler.cancel_queued(keep=self._scheduler.starting):

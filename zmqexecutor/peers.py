@@ -137,6 +137,7 @@ class Peer:
 
     def close(self) -> None:
         """Give back what it holds."""
+        self.stop = None  # and with it the task's arguments
         if self.journal:
             self.journal.close()
 
