@@ -42,6 +42,11 @@ from .worker_errors import RegistrationError
 
 __all__ = ["Handler", "Outcome", "Worker"]
 
+# As plain numbers: those of pyzmq are enums, whose `|` and `&` are slow.
+_DONTWAIT: Final = int(zmq.DONTWAIT)
+_POLLIN: Final = int(zmq.POLLIN)
+_RCVMORE: Final = int(zmq.RCVMORE)
+
 COALESCE: Final = 0.0003
 """Seconds for which results may be held back to travel together."""
 LONGEST_REASON: Final = 10_000
@@ -265,10 +270,13 @@ class Worker:
 
     def _wait(self, work: zmq.Socket[bytes] | None) -> None:
         """Sleep until a message, or an event of the control thread, or `stop`."""
-        sources: list[tuple[Any, int]] = [(self._wakeup.fileno(), zmq.POLLIN)]
+        wakeup = self._wakeup.fileno()
+        sources: list[tuple[Any, int]] = [(wakeup, _POLLIN)]
         if work is not None:
-            sources.append((work, zmq.POLLIN))
-        zmq.zmq_poll(sources, -1)
+            sources.append((work, _POLLIN))
+        for source, _ in zmq.zmq_poll(sources, -1):
+            if source == wakeup:
+                self._wakeup.clear()
 
     def _serve(self, context: zmq.Context[zmq.Socket[bytes]], session: Session) -> None:
         """Run the jobs of one master until it is lost, or lets this worker go."""
@@ -325,7 +333,6 @@ class Worker:
             else:
                 self._flush()
                 self._wait(self._work)
-                self._wakeup.clear()
                 self._receive()
 
     def _session_ends(self) -> bool:
@@ -348,11 +355,11 @@ class Worker:
         """Queue the jobs of the next message, if one has come."""
         work = self._work
         try:
-            frame = work.recv(zmq.DONTWAIT)
+            frame = work.recv(_DONTWAIT)
         except zmq.Again:
             return
         buffers: list[Frame] = []
-        while work.getsockopt(zmq.RCVMORE):
+        while work.getsockopt(_RCVMORE):
             buffers.append(work.recv(copy=False).buffer)
         message = protocol.decode_jobs(frame)
         if message.confirmed > self._confirmed:
@@ -444,7 +451,10 @@ class Worker:
         """Send to the master; False if it is not there and something else is to be done."""
         while True:
             try:
-                self._work.send_multipart(parts, zmq.DONTWAIT)
+                if len(parts) == 1:
+                    self._work.send(parts[0], _DONTWAIT)
+                else:
+                    self._work.send_multipart(parts, _DONTWAIT)
                 return True
             except zmq.Again:  # it has not connected yet, or is gone
                 if self._stopping or self._control.events:
@@ -460,5 +470,4 @@ class Worker:
         """Wait until the master has what only a message holds, or is lost."""
         while self._needed > self._confirmed and "lost" not in self._control.events:
             self._wait(self._work)
-            self._wakeup.clear()
             self._receive()
