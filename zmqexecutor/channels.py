@@ -119,7 +119,7 @@ class Channels:
 
 def _has_message(socket: zmq.Socket[bytes]) -> bool:
     """Whether a message can be received at once."""
-    return bool(socket.getsockopt(_EVENTS) & _POLLIN)
+    return bool(socket.getsockopt(_EVENTS) & _POLLIN)  # type: ignore[operator]
 
 
 def _send(socket: zmq.Socket[bytes], parts: Sequence[Frame]) -> bool:
