@@ -65,8 +65,8 @@ def make() -> Iterator[Make]:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     made = []
 
-    def make_socket(kind: int = zmq.ROUTER) -> zmq.Socket[bytes]:
-        made.append(security.socket(context, kind, "ipc://x"))
+    def make_socket(kind: int = zmq.ROUTER, address: str = "ipc://x") -> zmq.Socket[bytes]:
+        made.append(security.socket(context, kind, address))
         return made[-1]
 
     yield make_socket
@@ -586,6 +586,25 @@ def test_sockets_drop_nothing_and_delay_no_exit(make: Make) -> None:
         # A full receiving side makes the sender wait; a full sending one would drop.
         incoming = security.INCOMING if kind == zmq.ROUTER else 0
         assert (made.sndhwm, made.rcvhwm, made.linger) == (0, incoming, 0)
+
+
+@pytest.mark.parametrize("kind", [zmq.ROUTER, zmq.DEALER])
+def test_only_a_remote_peer_is_gone_when_it_is_silent(make: Make, kind: int) -> None:
+    """On this machine it may be stopped, by Ctrl-Z or a debugger; the kernel tells its end."""
+    assert make(kind, "ipc://x").getsockopt(zmq.HEARTBEAT_IVL) == 0
+    assert make(kind, "tcp://127.0.0.1:*").getsockopt(zmq.HEARTBEAT_IVL) == 3000
+
+
+def test_few_descriptors_are_told_before_zeromq_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    security.check_descriptors()
+
+    def refuse(descriptor: int) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "dup", refuse)
+    with pytest.raises(OSError, match="raise its limit") as caught:
+        security.check_descriptors()
+    assert caught.value.errno == errno.EMFILE
 
 
 def test_a_router_says_when_a_peer_is_gone(make: Make, short: Path) -> None:

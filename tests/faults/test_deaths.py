@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -98,3 +101,27 @@ def test_many_deaths_by_chance(tmp_path: Path) -> None:
         i * i for i in range(tasks) if i not in chosen
     ]
     assert diary.runs() == Counter(range(tasks))
+
+
+@pytest.mark.skipif(not LONG, reason="takes half a minute; see test_security for the cause")
+@pytest.mark.timeout(200)
+def test_a_program_that_is_stopped_for_a_while(tmp_path: Path) -> None:
+    """As by Ctrl-Z and `fg`: its tasks go on meanwhile, and are not lost."""
+    script = tmp_path / "program.py"
+    script.write_text(
+        "import time\n"
+        "from zmqexecutor import ZmqExecutor\n"
+        "if __name__ == '__main__':\n"
+        "    with ZmqExecutor(1) as executor:\n"
+        "        executor.submit(pow, 2, 2).result()\n"
+        "        future = executor.submit(time.sleep, 25)\n"
+        "        print('running', flush=True)\n"
+        "        print(future.result())\n"
+    )
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as one:
+        assert one.stdout is not None
+        assert one.stdout.readline() == "running\n"
+        one.send_signal(signal.SIGSTOP)
+        time.sleep(18)  # longer than any heartbeat that there once was
+        one.send_signal(signal.SIGCONT)
+        assert one.communicate(timeout=60)[0] == "None\n"
