@@ -6,6 +6,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
@@ -275,7 +276,8 @@ class ZmqExecutor(MappingExecutor):
                 "make a new one in the child"
             )
         if self._master.broken:
-            raise self._master.broken
+            # Without the tracebacks of those who were told before.
+            raise self._master.broken.with_traceback(None)
         if self._closed:
             raise RuntimeError("cannot schedule new futures after shutdown")
         if self._master.exiting:
@@ -296,6 +298,10 @@ class ExecutorView(MappingExecutor):
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> TaskFuture[T]:
         """As `ZmqExecutor.submit`, with the options of this view."""
         return self._executor._submit(self._options, fn, args, kwargs)
+
+    def options(self, **changes: Any) -> ExecutorView:
+        """Return a view that has these options (see `ZmqExecutor.options`) and its own others."""
+        return ExecutorView(self._executor, make_options(**{**asdict(self._options), **changes}))
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Shut down the pool that this is a view of."""

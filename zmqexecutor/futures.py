@@ -37,7 +37,7 @@ class TaskFuture(Future[T]):
         is killed with it. A task that ends by itself before that has its own result.
 
         Returns:
-            False if the task was done already, or the pool is gone, else True.
+            False if the task had ended already, else True.
         """
         if super().cancel():
             return True

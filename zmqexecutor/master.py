@@ -646,18 +646,18 @@ class Master:
         if cancel:
             self._cancelling = True
             for task in self._retries.take_all():
-                _cancel(task)
+                task.cancel()
             self._decide(time.monotonic())
             # Those for which a worker is being started count as sent already.
             for task in self._scheduler.cancel_queued(keep=self._scheduler.starting):
-                _cancel(task)
+                task.cancel()
 
     def _end(self, reason: BaseException, kill: bool) -> None:
         self._closing = self._ended = True
         if kill:
             self._fleet.kill()
         for task in self._scheduler.cancel_queued():
-            _cancel(task)
+            task.cancel()
         self._fail_held(reason)
 
     def _break(self, reason: str) -> None:
@@ -722,14 +722,6 @@ def _kill_queued(tasks: Iterable[Task]) -> None:
     for task in tasks:
         if task.worker is None:
             task.kill()
-
-
-def _cancel(task: Task) -> None:
-    """Cancel a task that is queued; one given back by a worker counts as running."""
-    if task.future.cancel():
-        task.future.set_running_or_notify_cancel()
-    else:
-        task.fail(CancelledError())
 
 
 def _map_journal(hello: protocol.Hello) -> JournalReader | None:

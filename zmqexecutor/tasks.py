@@ -6,7 +6,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -214,6 +214,20 @@ class Task(Job):
         if self.sent and not self.future.done():
             _complete(self.future.set_exception, error)
 
+    def cancel(self) -> None:
+        """Cancel it while it is queued; one given back by a worker counts as running."""
+        if self.sent:
+            self.fail(CancelledError())
+        else:
+            self._end_lease()
+            _complete(self._cancel_future)
+
+    def _cancel_future(self) -> None:
+        try:
+            self.future.cancel()
+        finally:
+            self.future.set_running_or_notify_cancel()
+
     def kill(self) -> None:
         """End it with `TaskKilledError`; the caller sees to it that it does not run."""
         self.doomed = True
@@ -224,9 +238,9 @@ class Task(Job):
             self.lease.end()
 
 
-def _complete(setter: Callable[[Any], None], value: Any) -> None:
+def _complete(setter: Callable[..., None], *value: Any) -> None:
     try:
-        setter(value)
+        setter(*value)
     except BaseException:
         # A done-callback raised something, like SystemExit, that Future lets through.
         logging.getLogger("concurrent.futures").exception("a future's callback raised")
