@@ -21,12 +21,7 @@ MESSAGES_PER_STEP: Final = 256
 LARGEST_CONTROL_MESSAGE: Final = 1024 * 1024
 """Bytes; who sends more is disconnected."""
 
-# As plain numbers: those of pyzmq are enums, whose `|` and `&` are slow.
-_DONTWAIT: Final = int(zmq.DONTWAIT)
-_MORE: Final = int(zmq.DONTWAIT | zmq.SNDMORE)
-_EVENTS: Final = int(zmq.EVENTS)
-_RCVMORE: Final = int(zmq.RCVMORE)
-_POLLIN: Final = int(zmq.POLLIN)
+_POLLIN: Final = int(zmq.POLLIN)  # `&` of pyzmq's enum takes longer than the call
 
 Handle: TypeAlias = Callable[[bytes, Frame, list[Frame]], None]
 
@@ -73,13 +68,13 @@ class Channels:
                 raise ProtocolError to have it counted as garbage.
         """
         for _ in range(MESSAGES_PER_STEP):
-            # Not until `recv` raises Again, which takes five times as long.
+            # Not until `recv` raises Again: 1.4 us against 6.
             if not _has_message(socket):
                 return
-            identity = socket.recv(_DONTWAIT)
-            message = socket.recv(_DONTWAIT)  # a ROUTER puts the id before one frame or more
+            identity = socket.recv(zmq.DONTWAIT)
+            message = socket.recv(zmq.DONTWAIT)  # a ROUTER puts the id before one frame or more
             buffers: list[Frame] = []
-            while socket.getsockopt(_RCVMORE):
+            while socket.getsockopt(zmq.RCVMORE):
                 # The message itself is small; what follows it is large, and not copied.
                 buffers.append(socket.recv(copy=False).buffer)
             try:
@@ -119,14 +114,12 @@ class Channels:
 
 def _has_message(socket: zmq.Socket[bytes]) -> bool:
     """Whether a message can be received at once."""
-    return bool(socket.getsockopt(_EVENTS) & _POLLIN)  # type: ignore[operator]
+    return bool(socket.getsockopt(zmq.EVENTS) & _POLLIN)
 
 
 def _send(socket: zmq.Socket[bytes], parts: Sequence[Frame]) -> bool:
     try:
-        for part in parts[:-1]:
-            socket.send(part, _MORE)
-        socket.send(parts[-1], _DONTWAIT)
+        socket.send_multipart(parts, zmq.DONTWAIT)
     except zmq.ZMQError as error:
         if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
             raise

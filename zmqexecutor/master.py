@@ -260,7 +260,7 @@ class Master:
     def _open(self) -> None:
         self._channels = Channels(self._options.endpoint, self._options.work)
         self._deaths = DeathWatch()
-        # Not zmq.Poller, which takes five times as long; hence `Channels.unread`.
+        # Not zmq.Poller: 0.6 us against 3 to 6; the price of it is `Channels.unread`.
         self._poller = select.poll()
         assert self._wakeup is not None
         sources = (

@@ -42,11 +42,6 @@ from .worker_errors import RegistrationError
 
 __all__ = ["Handler", "Outcome", "Worker"]
 
-# As plain numbers: those of pyzmq are enums, whose `|` and `&` are slow.
-_DONTWAIT: Final = int(zmq.DONTWAIT)
-_POLLIN: Final = int(zmq.POLLIN)
-_RCVMORE: Final = int(zmq.RCVMORE)
-
 COALESCE: Final = 0.0003
 """Seconds for which results may be held back to travel together."""
 LONGEST_REASON: Final = 10_000
@@ -271,9 +266,9 @@ class Worker:
     def _wait(self, work: zmq.Socket[bytes] | None) -> None:
         """Sleep until a message, or an event of the control thread, or `stop`."""
         wakeup = self._wakeup.fileno()
-        sources: list[tuple[Any, int]] = [(wakeup, _POLLIN)]
+        sources: list[tuple[Any, int]] = [(wakeup, zmq.POLLIN)]
         if work is not None:
-            sources.append((work, _POLLIN))
+            sources.append((work, zmq.POLLIN))
         for source, _ in zmq.zmq_poll(sources, -1):
             if source == wakeup:
                 self._wakeup.clear()
@@ -355,11 +350,11 @@ class Worker:
         """Queue the jobs of the next message, if one has come."""
         work = self._work
         try:
-            frame = work.recv(_DONTWAIT)
+            frame = work.recv(zmq.DONTWAIT)
         except zmq.Again:
             return
         buffers: list[Frame] = []
-        while work.getsockopt(_RCVMORE):
+        while work.getsockopt(zmq.RCVMORE):
             buffers.append(work.recv(copy=False).buffer)
         message = protocol.decode_jobs(frame)
         if message.confirmed > self._confirmed:
@@ -451,10 +446,7 @@ class Worker:
         """Send to the master; False if it is not there and something else is to be done."""
         while True:
             try:
-                if len(parts) == 1:
-                    self._work.send(parts[0], _DONTWAIT)
-                else:
-                    self._work.send_multipart(parts, _DONTWAIT)
+                self._work.send_multipart(parts, zmq.DONTWAIT)
                 return True
             except zmq.Again:  # it has not connected yet, or is gone
                 if self._stopping or self._control.events:
