@@ -114,7 +114,7 @@ class Channels:
 
 def _has_message(socket: zmq.Socket[bytes]) -> bool:
     """Whether a message can be received at once."""
-    return bool(socket.getsockopt(zmq.EVENTS) & _POLLIN)
+    return bool(int(socket.getsockopt(zmq.EVENTS)) & _POLLIN)
 
 
 def _send(socket: zmq.Socket[bytes], parts: Sequence[Frame]) -> bool:
