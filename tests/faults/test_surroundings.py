@@ -97,6 +97,10 @@ def test_shared_memory_that_is_short(in_namespace: Run, commands: str) -> None:
 
 @mounts
 def test_everything_is_full(in_namespace: Run, tmp_path: Path) -> None:
+    if any(
+        path.startswith(("/tmp/", "/var/tmp/")) for path in (sys.executable, zmqexecutor.__file__)
+    ):
+        pytest.skip("Python or this package lies in a directory that has to be full")
     empty = [f"mount -t tmpfs -o nr_inodes=1 none {d};" for d in ("/dev/shm", "/var/tmp", "/tmp")]
     done = in_namespace(
         f"exec 3< {tmp_path}/program.py; cd /proc; {' '.join(empty)} "
