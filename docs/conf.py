@@ -36,6 +36,7 @@ napoleon_use_ivar = True
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"zmqexecutor\.\w+\.[PT]"),  # type variables
+    (r"py:class", r"zmqexecutor\.tasks\.TaskOptions"),  # made by `options` only
     (r"py:.*", r"(_pickle|builtins|collections|concurrent|multiprocessing|types|typing)\..*"),
     (
         r"py:(class|exc)",

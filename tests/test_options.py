@@ -91,6 +91,18 @@ def test_a_timeout_error_travels() -> None:
     assert (str(copy), copy.job, copy.seconds, copy.stack) == ("too long", "f", 1.5, "here")
 
 
+@pytest.mark.parametrize("name", ["<string>", "script.py", "./script.py"])
+def test_the_stack_shows_a_script_in_the_working_directory(
+    executor: ZmqExecutor, name: str
+) -> None:
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(f"def linger():\n  import time\n  time.sleep({LONG})", name, "exec"), namespace)
+    executor.submit(own_pid).result(30)
+    with pytest.raises(TaskTimeoutError) as caught:
+        executor.options(timeout=0.5).submit(namespace["linger"]).result(30)
+    assert f'File "{name}", line 3, in linger' in caught.value.stack
+
+
 def test_a_stack_may_have_names_that_are_not_utf8(executor: ZmqExecutor) -> None:
     executor.submit(own_pid).result(30)
 

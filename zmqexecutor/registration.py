@@ -284,11 +284,10 @@ def _stack_of(thread: int) -> str:
     if frame is None:
         return ""
     stack = traceback.extract_stack(frame)
-    ours = os.path.dirname(os.path.abspath(__file__))
-    while stack and os.path.dirname(os.path.abspath(stack[0].filename)) in (ours, _NOWHERE):
+    if stack and stack[0].filename == "<string>":
+        del stack[0]  # the code that `python -c` was started with
+    ours = os.path.dirname(__file__)
+    while stack and os.path.dirname(stack[0].filename) == ours:
         del stack[0]
     text = "".join(traceback.format_list(stack))
     return text.encode(errors="replace").decode()  # names of files may not be UTF-8
-
-
-_NOWHERE = os.getcwd()  # where files are taken to be that are none, such as "<string>"
