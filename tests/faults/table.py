@@ -8,7 +8,7 @@ on processes of the pool; some can do both.
                       first task   tasks               ahead   shutdown
     SIGKILL               o           o        i o      i o      o
     SIGSEGV               o           o        i o      i o      o
-    SIGABRT               o           o        i o      i o      o
+    SIGABRT                                    i        i
     exit code 3                                i        i
     memory runs out                            i        i
     unpickling kills                           i        i
@@ -111,7 +111,7 @@ def kill_supervisor(pool: Pool, pid: int) -> int:
 FAULTS = {
     "SIGKILL": Fault(die, kills(signal.SIGKILL), -signal.SIGKILL),
     "SIGSEGV": Fault(segfault, kills(signal.SIGSEGV), -signal.SIGSEGV),
-    "SIGABRT": Fault(os.abort, kills(signal.SIGABRT), -signal.SIGABRT),
+    "SIGABRT": Fault(os.abort, exitcode=-signal.SIGABRT),
     "exit code 3": Fault(exit_3, exitcode=3),
     "memory runs out": Fault(run_out_of_memory, raises=MemoryError),
     "unpickling kills": Fault(die, exitcode=-signal.SIGKILL, where="argument"),

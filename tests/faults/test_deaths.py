@@ -23,6 +23,10 @@ LONG = bool(os.environ.get("ZMQEXECUTOR_TEST_LONG"))
 """Whether to take minutes for what is proved in seconds otherwise."""
 
 
+DELAYS = [0.0, 0.02, 0.05, 0.1, 0.2] if LONG else [0.0, 0.03, 0.1]
+"""Seconds from a task's start to the death of its worker."""
+
+
 def die_once(flag: str) -> None:
     try:
         os.close(os.open(flag, os.O_CREAT | os.O_EXCL))
@@ -68,7 +72,7 @@ def test_killed_while_it_sends_a_big_result(
     diary = Diary(tmp_path / "diary")
     outcomes = Counter[str]()
     with ZmqExecutor(1) as executor:
-        for number, delay in enumerate([0.0, 0.02, 0.05, 0.1, 0.2]):
+        for number, delay in enumerate(DELAYS):
             future = executor.submit(big_result_and_death, diary, number, delay, size)
             error = future.exception(PATIENCE)
             assert error is None or isinstance(error, WorkerLostError)
@@ -76,7 +80,7 @@ def test_killed_while_it_sends_a_big_result(
             outcomes["lost" if error else "came"] += 1
             after = executor.submit(os.getpid)  # it may die of the same timer
             assert isinstance(after.exception(PATIENCE), (WorkerLostError, type(None)))
-    assert diary.runs() == Counter(range(5))
+    assert diary.runs() == Counter(range(len(DELAYS)))
     assert outcomes["lost"] >= 1
 
 
@@ -89,7 +93,7 @@ def by_chance(diary: Diary, number: int, dies: bool) -> int:
 
 @pytest.mark.timeout(600)
 def test_many_deaths_by_chance(tmp_path: Path) -> None:
-    tasks, deaths = (10_000, 500) if LONG else (1_500, 30)
+    tasks, deaths = (10_000, 500) if LONG else (1_000, 20)
     chosen = set(random.Random(27).sample(range(tasks), deaths))
     diary = Diary(tmp_path / "diary")
     with ZmqExecutor(2) as executor:

@@ -61,8 +61,17 @@ WAYS: dict[str, Callable[[ZmqExecutor], None]] = {
 }
 
 
-@pytest.mark.parametrize("task", [ignore_sigterm, hold_the_gil, be_stopped])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("way", "task"),
+    [
+        ("terminate_workers", ignore_sigterm),
+        ("terminate_workers", hold_the_gil),
+        ("terminate_workers", be_stopped),
+        ("kill_workers", hold_the_gil),
+        ("kill_workers", be_stopped),
+        ("Ctrl-C in with", hold_the_gil),
+    ],
+)
 def test_with_a_running_task_that(tmp_path: Path, way: str, task: Callable[[str], None]) -> None:
     executor = ZmqExecutor(2)
     pool = Pool(executor, tmp_path)

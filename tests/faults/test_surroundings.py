@@ -80,9 +80,7 @@ FULL = "dd if=/dev/zero of={0}/filler bs=64k 2>/dev/null || true"
 @pytest.mark.parametrize(
     "commands",
     {
-        "a tiny /dev/shm": "mount -t tmpfs -o size=64k none /dev/shm",
         "a full /dev/shm": f"mount -t tmpfs -o size=1m none /dev/shm; {FULL.format('/dev/shm')}",
-        "no files in /dev/shm": "mount -t tmpfs -o nr_inodes=1 none /dev/shm",
         "two files in /dev/shm": "mount -t tmpfs -o nr_inodes=3 none /dev/shm",
         "a read-only /dev/shm": "mount -t tmpfs -o ro none /dev/shm",
         "room for one journal": "mount -t tmpfs -o size=400k none /dev/shm",
@@ -130,12 +128,10 @@ def test_a_full_disk_for_the_temporary_directory(in_namespace: Run, tmp_path: Pa
 @pytest.mark.parametrize(
     "environment",
     [
-        {"HOME": "/nowhere/at/all"},
+        {"HOME": "/nowhere/at/all", "XDG_RUNTIME_DIR": "/nowhere"},
         {"HOME": "/proc"},
-        {"HOME": ""},
         {"TMPDIR": "/nowhere"},
         {"TMPDIR": "/tmp/" + "long/" * 60},
-        {"XDG_RUNTIME_DIR": "/nowhere"},
         {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0"},
     ],
     ids=lambda environment: " ".join(environment),
@@ -149,7 +145,7 @@ def test_odd_environments(
     assert (done.stdout, done.stderr) == ("done\n", "")
 
 
-@pytest.mark.parametrize("umask", [0o000, 0o077, 0o277])
+@pytest.mark.parametrize("umask", [0o000, 0o277])
 def test_whatever_the_umask(umask: int) -> None:
     before = os.umask(umask)
     try:
@@ -216,7 +212,7 @@ FEW = """
 """
 
 
-@pytest.mark.parametrize("spare", [2, 4, 5, 8, 12, 20, 31])
+@pytest.mark.parametrize("spare", [4, 12, 31])
 def test_few_descriptors_from_the_start(run_script: Run, spare: int) -> None:
     done = run_script(FEW, str(spare))
     assert done.returncode == 0, done.stderr
