@@ -618,3 +618,17 @@ def test_modules_of_the_user_do_not_stand_for_the_standard_librarys(
         """
     )
     assert result.stdout == "1024\n"
+
+
+def test_a_pool_that_has_ended_leaves_nothing_to_the_garbage_collector() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        executor = ZmqExecutor(1)
+        assert executor.submit(abs, -1).result(30) == 1
+        executor.shutdown()
+        master = weakref.ref(executor._master)
+        del executor
+        assert master() is None
+    finally:
+        gc.enable()

@@ -123,6 +123,7 @@ class ZmqExecutor(MappingExecutor):
         self._master = _start_master(
             directory, segments, self._max_workers, max_tasks_per_child, rlimits or {}
         )
+        self._master_reference = weakref.ref(self._master)
         # A forgotten executor's workers finish what is pending, and go away.
         weakref.finalize(self, self._master.close).atexit = False
 
@@ -200,7 +201,7 @@ class ZmqExecutor(MappingExecutor):
             lease=call.lease,
             options=options,
         )
-        future.belongs_to(self._master, task)
+        future.belongs_to(self._master_reference, task)
         with self._lock:
             self._check_open()
             if not self._equipped:

@@ -17,13 +17,13 @@ T = TypeVar("T")
 class TaskFuture(Future[T]):
     """A `concurrent.futures.Future` with a `kill`."""
 
-    _master: Master | None = None
+    _master: weakref.ref[Master] | None = None
     _task: weakref.ref[Task] | None = None
     _kill_on_cancel = False
 
-    def belongs_to(self, master: Master, task: Task) -> None:
+    def belongs_to(self, master: weakref.ref[Master], task: Task) -> None:
         """Called once, before anybody else knows the future."""
-        # Weakly: a future that is kept must not keep the arguments.
+        # Weakly: a future that is kept must not keep the arguments, or the pool.
         self._master, self._task = master, weakref.ref(task)
         if task.options.kill_on_cancel:
             self._kill_on_cancel = True
@@ -41,9 +41,10 @@ class TaskFuture(Future[T]):
         """
         if super().cancel():
             return True
-        if self.done() or self._master is None or self._task is None:
+        master = None if self._master is None else self._master()
+        if self.done() or master is None or self._task is None:
             return False
-        self._master.kill(self._task)
+        master.kill(self._task)
         return True
 
     def cancel(self) -> bool:

@@ -212,6 +212,7 @@ class Master:
         except BaseException as error:
             self._wakeup = None
             self._cleanup()
+            self._let_go()
             self._opened.set_exception(error)
             return
         self._opened.set_result(None)
@@ -705,6 +706,14 @@ class Master:
             self._wakeup = None  # closed when no other thread is in the middle of using it
             self._drop_inbox()
             self._cleanup()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Break the cycles of references: nothing should wait for a garbage collection."""
+        self._fleet = Fleet(None)
+        del self._stops
+        if self._segments:
+            self._segments.on_idle = int
 
     def _drop_inbox(self) -> None:
         """After the end of the loop: complete what came too late. Any thread may do it."""
