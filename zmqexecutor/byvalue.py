@@ -346,11 +346,25 @@ class _Reducers(dict[type, Callable[[Any], Reduced]]):
             return False
 
 
+_FILENAME = 10  # of the arguments of `types.CodeType`, since Python 3.10
+
+
+def _reduce_code(code: types.CodeType) -> Reduced:
+    """Code with the name of its file, by which tracebacks find its lines.
+
+    cloudpickle leaves that out from 3.1.3 on.
+    """
+    make, arguments, *_ = cp._code_reduce(code)
+    filename = "".join(code.co_filename)  # a text of its own, so that equal code pickles equally
+    return make, (*arguments[:_FILENAME], filename, *arguments[_FILENAME + 1 :])
+
+
 REDUCERS: Final = _Reducers(
     {
         **cp.Pickler._dispatch_table,
         io.TextIOWrapper: _reduce_text_file,
         types.CellType: _reduce_cell,
+        types.CodeType: _reduce_code,
         functools.cached_property: _reduce_cached_property,
         functools.singledispatchmethod: _reduce_singledispatchmethod,
         functools._lru_cache_wrapper: reduce_lru_cache,

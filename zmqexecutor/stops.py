@@ -27,7 +27,7 @@ from .tasks import Task
 
 __all__ = ["Stops"]
 
-STACK_WAIT: Final = 0.2
+STACK_WAIT: Final = 1.0
 """Seconds that a worker has to say where its task is, before it is killed."""
 SETTLE: Final = 0.001
 """Seconds after which what one process wrote into a journal is there for the other."""
