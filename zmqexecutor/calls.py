@@ -6,6 +6,7 @@ import contextlib
 import faulthandler
 import logging
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from multiprocessing import process
@@ -149,6 +150,8 @@ class CallHandler:
             logging.getLogger("concurrent.futures").critical(
                 "Exception in initializer:", exc_info=True
             )
+            # The pool ends now; exit handlers, which flush queues of logging, may finish.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             raise InitializerError(
                 f"the initializer raised {type(error).__name__}: {error}"
             ) from None
