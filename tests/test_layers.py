@@ -31,6 +31,7 @@ LAYERS = [
     # what is in a payload
     "namespaces",
     "byvalue",
+    "shares",
     "picklers",
     "bindings",
     "proofs",

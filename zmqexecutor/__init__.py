@@ -21,6 +21,7 @@ __all__ = [
     "ProtocolError",
     "RegistrationError",
     "SerializationError",
+    "SharedObject",
     "TaskFuture",
     "TaskKilledError",
     "TaskTimeoutError",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from .executor import ZmqExecutor
     from .futures import TaskFuture
     from .jobrunner import JobRunner
+    from .shares import SharedObject
     from .worker import Worker
     from .workers import Workers
 
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
 # imported when it is first asked for (PEP 562).
 _HOMES = {
     "JobRunner": "jobrunner",
+    "SharedObject": "shares",
     "TaskFuture": "futures",
     "Worker": "worker",
     "Workers": "workers",

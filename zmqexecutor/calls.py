@@ -21,6 +21,7 @@ from .limits import teller
 from .machine import resident_memory
 from .protocol import Frame, Job
 from .serialization import CallPickler, CallRunner
+from .shares import is_share
 from .worker import Outcome, Worker
 from .worker_errors import RegistrationError
 
@@ -157,12 +158,18 @@ class CallHandler:
             ) from None
 
     def define(self, key: bytes, data: bytes) -> None:
-        """Keep a function."""
-        self._runner.load_function(key, data)
+        """Keep a function, or a shared object."""
+        if is_share(key):
+            self._runner.load_share(key, data)
+        else:
+            self._runner.load_function(key, data)
 
     def forget(self, key: bytes) -> None:
-        """Let go of a function."""
-        self._runner.forget(key)
+        """Let go of it."""
+        if is_share(key):
+            self._runner.forget_share(key)
+        else:
+            self._runner.forget(key)
 
     def run(self, job: Job, frames: Sequence[Frame]) -> Outcome:
         """Call a function that was defined before."""

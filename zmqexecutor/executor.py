@@ -27,6 +27,7 @@ from .master import Master, MasterOptions
 from .protocol import Frame, Result
 from .security import PrivateDirectory
 from .serialization import CallPickler
+from .shares import SharedObject
 from .tasks import PLAIN, Shared, Task, TaskOptions, make_options
 from .workers import Workers
 
@@ -177,6 +178,26 @@ class ZmqExecutor(MappingExecutor):
         )
         return ExecutorView(self, options)
 
+    def share(self, obj: T) -> SharedObject[T]:
+        """Make an object known that many tasks use, and return a handle to pass to them.
+
+        It is pickled now, once: later changes of it do not count. Wherever the handle is
+        among the arguments of this executor's tasks, the task gets the object in its
+        place. Each worker unpickles it once, and its tasks get the same object, whose
+        arrays are read-only and lie in memory that all workers share.
+
+        It is freed when no handle is left and no pending task uses it. A handle cannot
+        be sent in a result or through a global, nor used with another executor.
+
+        Raises:
+            SerializationError: it cannot be pickled.
+            RuntimeError, BrokenPoolError, ForkedExecutorError: as `submit`.
+        """
+        self._check_open()
+        share = self._pickler.dump_share(obj)
+        weakref.finalize(share, _forget, self._master_reference, share.key).atexit = False
+        return SharedObject(share, obj)
+
     def _submit(
         self,
         options: TaskOptions,
@@ -199,6 +220,7 @@ class ZmqExecutor(MappingExecutor):
             shared=Shared(call.function_id, call.function),
             buffers=call.buffers,
             lease=call.lease,
+            shares=call.shares,
             options=options,
         )
         future.belongs_to(self._master_reference, task)
@@ -304,9 +326,18 @@ class ExecutorView(MappingExecutor):
         """Return a view that has these options (see `ZmqExecutor.options`) and its own others."""
         return ExecutorView(self._executor, make_options(**{**asdict(self._options), **changes}))
 
+    def share(self, obj: T) -> SharedObject[T]:
+        """As `ZmqExecutor.share`; the handle is good for the pool and all its views."""
+        return self._executor.share(obj)
+
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Shut down the pool that this is a view of."""
         self._executor.shutdown(wait, cancel_futures=cancel_futures)
+
+
+def _forget(master: weakref.ref[Master], key: bytes) -> None:
+    if (found := master()) is not None:
+        found.forget_share(key)
 
 
 def _decode(pickler: CallPickler, result: Result, buffers: Sequence[Frame]) -> Any:

@@ -120,6 +120,7 @@ class Master:
         self._peers: dict[bytes, Peer] = {}
         self._by_pid: dict[int, set[Peer]] = {}  # threads of one process may be workers
         self._unconfirmed: set[Peer] = set()  # workers that wait for a confirmation
+        self._forgetful: set[Peer] = set()  # workers that have shares nobody needs
         self._cleanup = cleanup
         self._pid = os.getpid()
         self._setup = options.setup
@@ -177,6 +178,12 @@ class Master:
     def kill(self, task: weakref.ref[Task]) -> None:
         """End a task, whether or not it is running."""
         self._call(lambda: self._kill(task))
+
+    def forget_share(self, key: bytes) -> None:
+        """Have workers drop a shared object. Any thread, even in garbage collection."""
+        if self._wakeup is not None and self._pid == os.getpid():
+            self._inbox.append(lambda: self._forget_share(key))
+            self._wake()
 
     def join(self, timeout: float | None = None) -> bool:
         """Wait for the end of the thread, at most `timeout` seconds; say if it came."""
@@ -513,6 +520,7 @@ class Master:
         del self._peers[peer.identity]
         peer.look_at = None
         self._unconfirmed.discard(peer)
+        self._forgetful.discard(peer)
         pid = peer.hello.pid
         namesakes = self._by_pid.get(pid, set())
         namesakes.discard(peer)
@@ -613,13 +621,15 @@ class Master:
             return  # lost while earlier decisions were carried out: its jobs are queued again
         jobs: list[protocol.Job] = []
         shared: list[protocol.Shared] = []
-        forget: list[bytes] = []
+        forget = peer.take_forgotten()
         frames: list[Frame] = []
         for seq, task in decision.jobs:
             key = b""
             if task.shared is not None:
                 key = task.shared.key
                 peer.introduce(task.shared, shared, forget)
+            for share in task.shares:
+                peer.introduce_share(share, shared)
             segment, buffers = task.ship(mapped=peer.journal is not None)
             jobs.append(
                 protocol.Job(seq, task.id, task.data, task.codec, key, len(buffers), segment)
@@ -632,12 +642,23 @@ class Master:
             peer.sent_at = time.monotonic()
             self._stops.sent(peer, (task for _, task in decision.jobs), peer.sent_at)
         self._unconfirmed.discard(peer)
+        self._forgetful.discard(peer)
+
+    def _forget_share(self, key: bytes) -> None:
+        self._forgetful.update([p for p in self._peers.values() if p.forget_share(key)])
 
     def _confirm(self) -> None:
-        """Tell workers that wait for it how far their results have come."""
+        """Tell workers how far their results have come, and the idle ones what to forget.
+
+        A busy one could not heed it yet; it is told with its next jobs, or when it is idle.
+        """
+        if self._forgetful:
+            self._unconfirmed |= {p for p in self._forgetful if p.state and not p.state.held}
         while self._unconfirmed:
             peer = self._unconfirmed.pop()
-            if not self._channels.send_work(peer.identity, protocol.Jobs(peer.confirmed, [])):
+            self._forgetful.discard(peer)
+            message = protocol.Jobs(peer.confirmed, [], [], peer.take_forgotten())
+            if not self._channels.send_work(peer.identity, message):
                 self._lose(peer, None)
 
     # ---------------------------------------------------------------- the end

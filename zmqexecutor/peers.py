@@ -13,6 +13,7 @@ from typing import Final
 from .journal import JournalReader
 from .protocol import Hello, Shared
 from .scheduler import WorkerState
+from .shares import Share
 from .tasks import Shared as SharedData
 from .tasks import Task
 
@@ -76,6 +77,8 @@ class Peer:
 
         self._position = 0
         self._known: OrderedDict[bytes, None] = OrderedDict()
+        self._shares: set[bytes] = set()
+        self._forgotten: list[bytes] = []
 
     def info(self) -> WorkerInfo:
         """The public view of this worker."""
@@ -91,6 +94,25 @@ class Peer:
         new.append(Shared(key, needed.data))
         if len(self._known) > SHARED_KEPT:
             forget.append(self._known.popitem(last=False)[0])
+
+    def introduce_share(self, share: Share, new: list[Shared]) -> None:
+        """Note that a job uses this; it stays until nobody in the parent has it."""
+        if share.key not in self._shares:
+            self._shares.add(share.key)
+            new.append(Shared(share.key, share.data))
+
+    def forget_share(self, key: bytes) -> bool:
+        """Nobody has it any more; whether the worker has to be told, by `take_forgotten`."""
+        if key not in self._shares:
+            return False
+        self._shares.remove(key)
+        self._forgotten.append(key)
+        return True
+
+    def take_forgotten(self) -> list[bytes]:
+        """What the worker is to forget with the next message."""
+        forgotten, self._forgotten = self._forgotten, []
+        return forgotten
 
     def running(self) -> tuple[int, float]:
         """The number of the job that it started last, or 0, and when that was.

@@ -42,6 +42,7 @@ from .namespaces import (
     namespace,
     travels_by_value,
 )
+from .shares import Share, SharedObject, take
 
 __all__ = [
     "ArgumentPickler",
@@ -97,6 +98,8 @@ class ValuePickler(pickle.Pickler):
             make = self._class_by_value
         elif kind is functools._lru_cache_wrapper and not importable(obj):
             make = byvalue.reduce_lru_cache
+        elif kind is SharedObject:
+            return self._share(obj)
         else:
             return NotImplemented
         self.by_value = True
@@ -106,6 +109,9 @@ class ValuePickler(pickle.Pickler):
     def reference(self, obj: Any) -> Reduced | None:
         """Return a reference to the entry this object is, or None if it is none."""
         raise NotImplementedError
+
+    def _share(self, _handle: SharedObject[Any]) -> Reduced:
+        return NotImplemented  # so that it tells itself where it may be
 
     def _function_by_value(self, func: types.FunctionType) -> Reduced:
         if func.__code__ is byvalue.SINGLEDISPATCH_CODE:
@@ -155,9 +161,34 @@ class ValuePickler(pickle.Pickler):
 
 
 class ArgumentPickler(ValuePickler):
-    """The parent's pickler of arguments: values, but functions and classes by reference."""
+    """The parent's pickler of arguments: values, but functions and classes by reference.
+
+    Attributes:
+        shares: what the handles in the pickle stand for, by key.
+    """
 
     _keys: dict[int, Key] | None = None
+
+    def __init__(
+        self, file: IO[bytes], buffer_callback: Callable[[pickle.PickleBuffer], Any] | None = None
+    ) -> None:
+        super().__init__(file, buffer_callback)
+        self.shares: dict[bytes, Share] = {}
+
+    def take_shares(self) -> tuple[Share, ...]:
+        """Return the shares that were met, and forget them."""
+        shares = tuple(self.shares.values())
+        self.shares.clear()
+        return shares
+
+    def _share(self, handle: SharedObject[Any]) -> Reduced:
+        share = handle._share
+        for needed in (*share.needs, share):
+            self.shares[needed.key] = needed
+        if share.keys:
+            self.by_value = True
+            self.refs |= share.keys
+        return take, (share.key,)
 
     def reset(self) -> None:
         """Forget all that was pickled, so that nothing of it is kept alive."""
@@ -254,6 +285,9 @@ class DefinitionPickler(ArgumentPickler):
         self.refs.discard(root)
         pickled = self._file.getvalue()
         return pickled[:size], pickled[size:]
+
+    def _share(self, _handle: SharedObject[Any]) -> Reduced:
+        return NotImplemented  # a definition outlives the call, and would keep it
 
     def _is_inside(self, key: Key) -> bool:
         return key in self._inline or (key == self._root and not self._inside_class)

@@ -275,7 +275,7 @@ class Shared(msgspec.Struct, frozen=True, array_like=True, gc=False):
 class Jobs(Message, frozen=True):
     """Jobs to run in this order, and how far the worker's journal is confirmed.
 
-    An empty list of jobs is a bare confirmation.
+    Without jobs it is a confirmation, and may say what to forget.
     """
 
     confirmed: int

@@ -39,11 +39,15 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeGuard, TypeVar
 
+import msgspec
+
+from . import shares
 from .bindings import Received
 from .buffers import Lease, Segments
 from .definitions import DefinitionError, Definitions
 from .namespaces import Entry, Key
 from .picklers import ArgumentPickler, ResultPickler, ValuePickler
+from .shares import Contents, Share
 
 if TYPE_CHECKING:
     from .protocol import Segment
@@ -56,6 +60,9 @@ OUT_OF_BAND = 64 * 1024
 
 IN_SEGMENT = 256 * 1024
 """From this many bytes in all, buffers go into a segment where there are any."""
+
+LARGEST_DATA = 2**32 - 1
+"""Bytes that msgpack takes for one value."""
 
 Buffer = bytes | bytearray | memoryview
 """What buffers may be when they arrive. Read-only ones are copied where an array
@@ -72,6 +79,8 @@ class Call(NamedTuple):
     data: bytes
     buffers: list[memoryview]
     lease: Lease | None = None
+    shares: tuple[Share, ...] = ()
+    """Shared objects that it uses, which `CallRunner.load_share` has to know."""
 
 
 class Outcome(NamedTuple):
@@ -136,6 +145,15 @@ def _take_buffer(into: list[memoryview], buffer: pickle.PickleBuffer) -> bool:
     view = buffer.raw()
     if view.nbytes < OUT_OF_BAND:
         return True  # keep it in the data
+    into.append(view)
+    return False
+
+
+def _take_any_buffer(into: list[memoryview], buffer: pickle.PickleBuffer) -> bool:
+    # Small ones too: what is beside the pickle is read-only for those who share it.
+    view = buffer.raw()
+    if not view.nbytes:
+        return True
     into.append(view)
     return False
 
@@ -284,6 +302,7 @@ class CallPickler:
             segments: where big buffers go to and come from; None leaves them in messages.
         """
         self.segments = segments
+        self._pool = object()  # by which it knows its shares
         self._definitions = Definitions()
         # Not one for each thread: pickling may submit, so one thread may need two.
         self._spare: list[_ReusedPickler[ArgumentPickler]] = []
@@ -315,6 +334,7 @@ class CallPickler:
             # From here on it ends with this lease, whatever happens.
             lease = self._lease(packed.segment)
             keys = pickler.take_keys()
+            used = pickler.pickler.take_shares() if pickler.pickler.shares else ()
             self._spare.append(pickler)
             definition = self._definitions.define(fn, keys)
         except KeyboardInterrupt:
@@ -322,10 +342,58 @@ class CallPickler:
         except BaseException as error:
             failure = _explain(*call, error)
         else:
-            return Call(
-                definition.function_id, definition.function, packed.data, packed.buffers, lease
-            )
+            self._check_pool(used)
+            name, function = definition.function_id, definition.function
+            return Call(name, function, packed.data, packed.buffers, lease, used)
         raise failure
+
+    def dump_share(self, obj: object) -> Share:
+        """Pickle an object for many calls. Later changes of it do not count.
+
+        Raises:
+            SerializationError: it cannot be pickled, or is too large to be sent.
+        """
+        views: list[memoryview] = []
+        try:
+            with io.BytesIO() as file:
+                pickler = ArgumentPickler(file, functools.partial(_take_any_buffer, views))
+                pickler.dump(_Bytes(obj) if _is_big(obj) else obj)
+                views.insert(0, memoryview(file.getvalue()))
+            keys = frozenset(pickler.refs | pickler.names)
+            needs = pickler.take_shares()
+            data, lease = self._pack_share(views)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            what = f"An object of type {type(obj).__qualname__} cannot be shared"
+            failure = _serialization_error(f"{what}: {_describe(error)}. {_HINT}", error)
+        else:
+            self._check_pool(needs)
+            return Share(data, lease, self._pool, keys, needs)
+        raise failure
+
+    def _pack_share(self, views: list[memoryview]) -> tuple[bytes, Lease | None]:
+        if self.segments is not None and sum(view.nbytes for view in views) >= IN_SEGMENT:
+            segment = self.segments.store(views, reused=False)
+            if segment is not None:
+                lease = self.segments.lease(segment)
+                return msgspec.msgpack.encode(Contents([], segment)), lease
+        data = msgspec.msgpack.encode(Contents([bytes(view) for view in views]))
+        if len(data) > LARGEST_DATA:
+            raise ValueError(
+                f"its {len(data) / 2**30:.1f} GiB would have to travel in messages of at most "
+                "4 GiB, for there is no room in shared memory (/dev/shm)"
+            )
+        return data, None
+
+    def _check_pool(self, used: Iterable[Share]) -> None:
+        if any(share.pool is not self._pool for share in used):
+            from .worker_errors import SerializationError
+
+            raise SerializationError(
+                "A shared object belongs to the executor that made it, and is used with "
+                "another one. Share the object with this executor too: executor.share(handle.value)"
+            )
 
     def _lease(self, segment: Segment | None) -> Lease | None:
         if self.segments is None or segment is None:
@@ -492,6 +560,22 @@ class CallRunner:
             entries = function.entries
             del function
             self._received.forget(entries)
+
+    def load_share(self, key: bytes, data: bytes) -> None:
+        """Take an object that calls will use; it is unpickled by the first of them."""
+        shares.define(key, functools.partial(self._unpack_share, data))
+
+    def forget_share(self, key: bytes) -> None:
+        """Let go of a shared object."""
+        shares.forget(key)
+
+    def _unpack_share(self, data: bytes) -> Any:
+        contents = msgspec.msgpack.decode(data, type=Contents)
+        parts: Sequence[Buffer] = contents.parts
+        if contents.segment is not None and self.segments is not None:
+            opened = self.segments.open(contents.segment, readonly=True)
+            parts = [view.toreadonly() for view in opened]
+        return pickle.loads(parts[0], buffers=parts[1:])
 
     def run(
         self,

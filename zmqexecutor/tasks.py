@@ -14,6 +14,7 @@ from .buffers import Lease
 from .errors import BrokenPoolError, TaskKilledError
 from .protocol import Frame, Result, Segment
 from .scheduler import Job
+from .shares import Share
 
 __all__ = [
     "PLAIN",
@@ -128,6 +129,7 @@ class Task(Job):
         "options",
         "sent",
         "shared",
+        "shares",
         "tries",
     )
 
@@ -143,6 +145,7 @@ class Task(Job):
         shared: Shared | None = None,
         buffers: Sequence[Frame] = (),
         lease: Lease | None = None,
+        shares: Sequence[Share] = (),
         options: TaskOptions = PLAIN,
     ) -> None:
         super().__init__(shared.key if shared else codec, options.priority)
@@ -157,6 +160,8 @@ class Task(Job):
         self.buffers = buffers
         self.lease = lease
         """On the segment that has the buffers in the place of `buffers`."""
+        self.shares = shares
+        """Shared objects that it uses, until it is done."""
         self.options = options
         self.sent = False
         """Whether the future has been told that it runs."""
@@ -173,7 +178,7 @@ class Task(Job):
         if not self.sent:
             self.sent = self.future.set_running_or_notify_cancel()
             if not self.sent:
-                self._end_lease()
+                self._let_go()
         return self.sent
 
     def ship(self, mapped: bool) -> tuple[Segment | None, Sequence[Frame]]:
@@ -191,7 +196,7 @@ class Task(Job):
         except BaseException as error:
             # Its traceback would keep this task and its arguments alive.
             return error.with_traceback(None)
-        self._end_lease()
+        self._let_go()
         if not self.future.done():
             _complete(self.future.set_result, value)
         return None
@@ -208,7 +213,7 @@ class Task(Job):
 
     def fail(self, error: BaseException) -> None:
         """Complete the future with an exception, unless it is done or was cancelled."""
-        self._end_lease()
+        self._let_go()
         if not self.sent:
             self.sent = self.future.set_running_or_notify_cancel()
         if self.sent and not self.future.done():
@@ -219,7 +224,7 @@ class Task(Job):
         if self.sent:
             self.fail(CancelledError())
         else:
-            self._end_lease()
+            self._let_go()
             _complete(self._cancel_future)
 
     def _cancel_future(self) -> None:
@@ -233,7 +238,8 @@ class Task(Job):
         self.doomed = True
         self.fail(TaskKilledError(f"{self.name} was ended by the kill() of its future"))
 
-    def _end_lease(self) -> None:
+    def _let_go(self) -> None:
+        self.shares = ()
         if self.lease is not None:
             self.lease.end()
 

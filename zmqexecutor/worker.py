@@ -191,7 +191,7 @@ class Worker:
         self._wakeup = Wakeup()
         self._claims = Claims()
         self._stopping = False
-        self._queue: deque[tuple[Job, list[Frame], protocol.Jobs | None]] = deque()
+        self._queue: deque[tuple[Job | None, list[Frame], protocol.Jobs | None]] = deque()
         self._unsent: list[msgspec.Raw] = []
         self._unsent_buffers: list[Frame] = []
         self._unsent_since = 0.0
@@ -367,6 +367,8 @@ class Worker:
             self._queue.append((job, buffers[taken : taken + job.buffers], first))
             taken += job.buffers
             first = None
+        if first is not None and first.forget:
+            self._queue.append((None, [], first))
 
     def _run_next(self) -> None:
         job, buffers, message = self._queue.popleft()
@@ -376,7 +378,7 @@ class Worker:
                 self._handler.forget(key)
             for shared in message.shared:
                 self._handler.define(shared.key, shared.data)
-        if not self._claims.take(job.seq):
+        if job is None or not self._claims.take(job.seq):
             return
         if self._needed > self._confirmed:
             self._await_confirmation()
