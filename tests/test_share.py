@@ -325,15 +325,18 @@ def test_a_thousand_shares_leave_nothing(executor: ZmqExecutor) -> None:
     assert set(executor.map(held, range(20))) == {0}
 
 
-def test_a_busy_worker_is_not_flooded(single: ZmqExecutor, tmp_path: Path) -> None:
+def test_a_busy_worker_is_told_later(single: ZmqExecutor, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     handles = [single.share(number) for number in range(3000)]
     assert single.submit(total, handles).result() == sum(range(3000))
     blocker = single.submit(lambda: eventually(gate.exists))
     assert eventually(blocker.running)
     workers = single._master.workers
+    (peer,) = single._master._peers.values()
     while handles:
         handles.pop()
+    assert eventually(lambda: not peer._shares)
+    assert len(peer._forgotten) == 3000, "it is told when it can heed it"
     gate.touch()
     assert blocker.result()
     assert single.submit(held).result() == 0
