@@ -30,6 +30,14 @@ def eventually(condition: Callable[[], object], timeout: float = DEADLINE) -> bo
     return True
 
 
+def alive(pid: int) -> bool:
+    """Whether there is such a process that has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 def _children() -> set[tuple[int, str]]:
     found = set()
     for process in psutil.Process().children(recursive=True):

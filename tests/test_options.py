@@ -28,7 +28,7 @@ from zmqexecutor import (
     ZmqExecutor,
 )
 
-from .conftest import eventually
+from .conftest import alive, eventually
 
 LONG = 60.0
 
@@ -52,14 +52,6 @@ def own_pid() -> int:
     return os.getpid()
 
 
-def is_alive(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 # ---------------------------------------------------------------------- timeouts
 
 
@@ -81,7 +73,7 @@ def test_a_task_over_its_time_is_ended_and_tells_where_it_was(executor: ZmqExecu
     assert "linger was ended after" in str(error)
     assert "its timeout is 0.3 s" in str(error)
     assert error.stack.rstrip() in str(error)
-    assert eventually(lambda: not is_alive(before))
+    assert eventually(lambda: not alive(before))
     assert executor.submit(pow, 2, 3).result(30) == 8
 
 
@@ -199,7 +191,7 @@ def test_what_a_task_started_ends_with_it(executor: ZmqExecutor, tmp_path: Path)
     with pytest.raises(TaskKilledError):
         future.result(30)
     pid = int((tmp_path / "pid").read_text())
-    assert eventually(lambda: not is_alive(pid))
+    assert eventually(lambda: not alive(pid))
 
 
 # ------------------------------------------------------------------------- kills
@@ -551,7 +543,7 @@ def test_a_worker_that_uses_too_much_memory_is_replaced(
         assert limited.submit(os.getpid).result(30) == first
         limited.submit(grow, 200 * 2**20).result(30)
         assert eventually(lambda: limited.submit(os.getpid).result(30) != first)
-        assert eventually(lambda: not is_alive(first))
+        assert eventually(lambda: not alive(first))
         assert len(limited._master.workers) == 1
     assert "more than max_worker_memory (150 MiB)" in caplog.text
 

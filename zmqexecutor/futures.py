@@ -50,6 +50,8 @@ class TaskFuture(Future[T]):
     def cancel(self) -> bool:
         """Cancel the task if no worker has it yet; see `Future.cancel`.
 
-        With the option `kill_on_cancel` a task that runs is ended, as by `kill`.
+        With the option `kill_on_cancel` a task that runs is ended, as by `kill`: then
+        this returns True, and `cancelled` stays False, for `result` raises
+        TaskKilledError when the worker has gone.
         """
         return self.kill() if self._kill_on_cancel else super().cancel()

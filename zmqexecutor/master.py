@@ -546,6 +546,8 @@ class Master:
         """A worker died while it ran this task."""
         if (error := self._stops.why_ended(peer, task)) is not None:
             self._fail(task, error)
+        elif task.doomed:
+            task.kill()  # it died by itself before we came to it
         else:
             began = peer.journal.started if peer.journal else peer.sent_at
             self._fleet.bury(task, peer.hello.pid, time.monotonic() - began)

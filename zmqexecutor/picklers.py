@@ -18,6 +18,7 @@ import functools
 import io
 import pickle
 import types
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from enum import Enum
 from typing import IO, Any, Final
@@ -55,7 +56,7 @@ __all__ = [
 _OURS: Final = vars(byvalue)
 
 
-class ValuePickler(pickle.Pickler):
+class ValuePickler(pickle.Pickler, ABC):
     """Pickles by value what the other side cannot import.
 
     Attributes:
@@ -106,9 +107,9 @@ class ValuePickler(pickle.Pickler):
         reference = self.reference(obj)
         return make(obj) if reference is None else reference
 
+    @abstractmethod
     def reference(self, obj: Any) -> Reduced | None:
         """Return a reference to the entry this object is, or None if it is none."""
-        raise NotImplementedError
 
     def _share(self, _handle: SharedObject[Any]) -> Reduced:
         return NotImplemented  # so that it tells itself where it may be

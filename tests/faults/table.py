@@ -32,6 +32,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..conftest import alive, eventually
 from .processes import Pool
 
 __all__ = ["FAULTS", "Fault"]
@@ -103,9 +104,12 @@ def kill_all(pool: Pool, pid: int) -> int:
 
 
 def kill_supervisor(pool: Pool, pid: int) -> int:
-    number = len({pid, *pool.workers()})
+    pids = {pid, *pool.workers()}
     os.kill(pool.supervisor(), signal.SIGKILL)
-    return number
+    # The kernel ends them when the supervisor has ended: a task submitted before that
+    # may rightly be lost.
+    assert eventually(lambda: not any(alive(each) for each in pids))
+    return len(pids)
 
 
 FAULTS = {

@@ -15,7 +15,7 @@ import pytest
 
 from zmqexecutor import Workers, ZmqExecutor, fleet
 
-from ..conftest import eventually
+from ..conftest import alive, eventually
 from .processes import Pool
 
 GRACE = 0.5
@@ -86,13 +86,6 @@ def test_with_a_running_task_that(tmp_path: Path, way: str, task: Callable[[str]
     assert isinstance(running.exception(20), expected)
     assert all(future.done() for future in queued)
     assert eventually(lambda: not any(map(alive, [supervisor, *workers])), 20)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def hang_at_exit() -> int:
