@@ -60,6 +60,7 @@ LAYERS = [
     "peers",
     "stops",
     "channels",
+    "roster",
     "master",
     "jobrunner",
     "futures",

@@ -110,7 +110,7 @@ def mapped(pid: int, name: str) -> bool:
 
 def knows_nothing(executor: ZmqExecutor) -> bool:
     """Asked outright, since a question through `submit` would itself carry the news."""
-    peers = executor._master._peers.values()
+    peers = list(executor._master._roster)
     return all(not peer._shares and not peer._forgotten for peer in peers)
 
 
@@ -332,7 +332,7 @@ def test_a_busy_worker_is_told_later(single: ZmqExecutor, tmp_path: Path) -> Non
     blocker = single.submit(lambda: eventually(gate.exists))
     assert eventually(blocker.running)
     workers = single._master.workers
-    (peer,) = single._master._peers.values()
+    (peer,) = single._master._roster
     while handles:
         handles.pop()
     assert eventually(lambda: not peer._shares)

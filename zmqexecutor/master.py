@@ -28,18 +28,15 @@ from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import Final
 
-import zmq
-
-from . import protocol, security
+from . import protocol
 from .buffers import Segments
 from .channels import Channels
 from .errors import BrokenPoolError, NoWorkerError, ProtocolError
 from .fleet import Fleet, Group
-from .journal import JournalReader
-from .machine import machine_id
-from .peers import DeathWatch, Peer, WorkerInfo
+from .peers import Peer, WorkerInfo
 from .protocol import Frame
 from .retries import Retries
+from .roster import Roster
 from .scheduler import Decision, Expire, Recall, Retire, Scale, Scheduler, Send
 from .stops import Stops
 from .tasks import Task
@@ -51,8 +48,6 @@ logger = logging.getLogger(__name__)
 
 LONGEST_WAIT: Final = 3600.0
 """Seconds after which the loop looks again at a deadline that is still further away."""
-PING_INTERVAL: Final = 5.0
-"""Seconds between two looks for connections that have been lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +104,7 @@ class Master:
             read_journal=self._read_journal,
             ask_stack=lambda peer: self._channels.tell(peer.identity, protocol.ShowStack()),
             recall=lambda peer, seqs: self._channels.tell(peer.identity, protocol.Recall(seqs)),
-            kill=lambda peer: self._deaths.kill(peer.hello.pid),
+            kill=lambda peer: self._roster.kill(peer),
             give_up=lambda peer: self._lose(peer, None),
         )
         self._inbox: deque[Task | Callable[[], None]] = deque()
@@ -117,14 +112,10 @@ class Master:
         self._asleep = False
         self._thread = threading.Thread(target=self._run, name="zmqexecutor-master", daemon=True)
         self._opened: Future[None] = Future()
-        self._peers: dict[bytes, Peer] = {}
-        self._by_pid: dict[int, set[Peer]] = {}  # threads of one process may be workers
         self._unconfirmed: set[Peer] = set()  # workers that wait for a confirmation
         self._forgetful: set[Peer] = set()  # workers that have shares nobody needs
         self._cleanup = cleanup
         self._pid = os.getpid()
-        self._setup = options.setup
-        self._next_ping: float | None = None
         self._due: float | None = None  # the next deadline, as of the last wait
         self._segments = options.segments
         if self._segments:
@@ -162,7 +153,7 @@ class Master:
 
     def equip(self, setup: bytes) -> None:
         """Say, once, what workers must prepare, if the options have left it open."""
-        self._call(lambda: self._welcome_all(setup))
+        self._call(lambda: self._roster.equip(setup))
 
     def close(self, *, cancel: bool = False) -> None:
         """End when the tasks handed over are done; `cancel` drops those not sent."""
@@ -239,8 +230,8 @@ class Master:
             channels.read(channels.work, self._on_work)
         if channels.control_fd in ready:
             channels.read(channels.control, self._on_control)
-        if self._deaths.fileno() in ready:
-            self._read_deaths()
+        if self._roster.fileno() in ready:
+            self._roster.read_deaths()
         if self._fleet.fileno() in ready:
             self._read_fleet()
         if self._inbox:
@@ -256,8 +247,8 @@ class Master:
         self._stops.check(now)
         for task in self._retries.due(now):
             self._scheduler.submit(task, now)
-        if self._next_ping is not None and self._next_ping <= now:
-            self._ping(now)
+        if self._roster.next_ping is not None and self._roster.next_ping <= now:
+            self._roster.ping(now)
         if self._segments and self._segments.trim_at and self._segments.trim_at <= now:
             self._segments.trim()
 
@@ -267,7 +258,7 @@ class Master:
 
     def _open(self) -> None:
         self._channels = Channels(self._options.endpoint, self._options.work)
-        self._deaths = DeathWatch()
+        self._roster = Roster(self._channels, self._fleet, self._options.setup, self._lose)
         # Not zmq.Poller: 0.6 us against 3 to 6; the price of it is `Channels.unread`.
         self._poller = select.poll()
         assert self._wakeup is not None
@@ -275,7 +266,7 @@ class Master:
             self._channels.control_fd,
             self._channels.work_fd,
             self._wakeup.fileno(),
-            self._deaths.fileno(),
+            self._roster.fileno(),
         )
         for source in sources:
             if source != -1:
@@ -299,7 +290,7 @@ class Master:
                 self._fleet.next_deadline(),
                 self._stops.next_deadline(),
                 self._retries.next_deadline(),
-                self._next_ping,
+                self._roster.next_ping,
                 self._segments.trim_at if self._segments else None,
             )
             self._due = min((d for d in deadlines if d is not None), default=None)
@@ -341,9 +332,9 @@ class Master:
     def _on_control(self, identity: bytes, frame: Frame, _: list[Frame]) -> None:
         message = protocol.decode_control_from_worker(frame)
         if isinstance(message, protocol.Hello):
-            self._on_hello(identity, message)
+            self._roster.register(identity, message)
             return
-        peer = self._peers.get(identity)
+        peer = self._roster.get(identity)
         if peer is None:
             return  # from a worker that was lost, or a stranger
         if isinstance(message, protocol.Unready):
@@ -364,71 +355,8 @@ class Master:
             self._scheduler.recalled(peer.state, message.seqs)
             _kill_queued(doomed)
 
-    def _on_hello(self, identity: bytes, hello: protocol.Hello) -> None:
-        if hello.worker.encode() != identity:
-            raise ProtocolError("a worker must use its name as the id of its sockets")
-        if hello.version != protocol.VERSION:
-            reason = f"the master speaks protocol {protocol.VERSION}, not {hello.version}"
-            self._channels.tell(identity, protocol.Refused(reason))
-            return
-        if hello.workpoint is not None:
-            try:
-                security.check_address(hello.workpoint, "workpoint")
-            except ValueError as error:
-                raise ProtocolError(str(error)) from None
-        local = hello.machine == machine_id()
-        self._make_way(identity, hello.pid if local else None)
-        if not self._is_watched(hello):
-            self._next_ping = self._next_ping or time.monotonic() + PING_INTERVAL
-        peer = Peer(hello, identity, _map_journal(hello) if local else None)
-        self._peers[identity] = peer
-        if hello.workpoint is not None:
-            try:
-                self._channels.work.connect(hello.workpoint)
-            except zmq.ZMQError as error:
-                self._lose(peer, None)
-                raise ProtocolError(f"workpoint {hello.workpoint!r}: {error}") from None
-        if local:
-            self._by_pid.setdefault(hello.pid, set()).add(peer)
-            if not self._deaths.add(hello.pid):
-                self._lose(peer, None)
-                return
-        self._welcome(peer)
-
-    def _make_way(self, identity: bytes, pid: int | None) -> None:
-        """Forget a worker that registers again; refuse what cannot be one of the group's.
-
-        Args:
-            identity: the new worker's.
-            pid: its process, if that is on this machine.
-
-        Raises:
-            ProtocolError: it is no worker of the group.
-        """
-        if (known := self._peers.get(identity)) is not None:
-            self._lose(known, None)
-        if self._fleet.group and (pid is None or not self._fleet.has(pid)):
-            raise ProtocolError(f"process {pid} is none of this pool's workers")
-        for other in list(self._by_pid.get(pid or 0, ())):
-            if not self._channels.tell(other.identity, protocol.Ping()):
-                self._lose(other, None)  # it has lost its connection, and takes a new name
-            elif self._fleet.group:
-                raise ProtocolError(f"process {pid} is registered as {other.hello.worker}")
-
-    def _welcome(self, peer: Peer) -> None:
-        if self._setup is None:
-            return  # it waits for `equip`
-        welcome = protocol.Welcome(protocol.VERSION, self._channels.work_address, self._setup)
-        if not self._channels.tell(peer.identity, welcome):
-            self._lose(peer, None)
-
-    def _welcome_all(self, setup: bytes) -> None:
-        self._setup = setup
-        for peer in list(self._peers.values()):
-            self._welcome(peer)
-
     def _on_work(self, identity: bytes, frame: Frame, buffers: list[Frame]) -> None:
-        peer = self._peers.get(identity)
+        peer = self._roster.get(identity)
         if peer is None:
             return  # from a worker that was lost, or of another master
         message = protocol.decode_work_from_worker(frame)
@@ -487,50 +415,29 @@ class Master:
 
     # -------------------------------------------------------- deaths, the group
 
-    def _read_deaths(self) -> None:
-        for pid in self._deaths.dead():
-            self._deaths.remove(pid)
-            self._lose_process(pid)
-
     def _read_fleet(self) -> None:
         for event in self._fleet.receive():
             if isinstance(event, protocol.Reaped):
-                self._lose_process(event.pid)
+                self._roster.lose_process(event.pid)
                 self._fleet.reaped(event)
         if self._fleet.supervisor_died():
             # Its workers cannot be handed to another: they are killed, and replaced.
             self._fleet.restart()
-            if self._deaths.fileno() == -1:
-                for peer in list(self._peers.values()):
-                    self._lose(peer, None)
+            self._roster.lose_unwatched()
         if self._fleet.failure and not self.broken:
             self._break(self._fleet.failure)
 
-    def _lose_process(self, pid: int) -> None:
-        for peer in list(self._by_pid.get(pid, ())):
-            self._lose(peer, None)
-
     def _lose(self, peer: Peer, running: int | None) -> None:
         """A worker is gone; `running` is 0 if it is known to have run nothing."""
-        if self._peers.get(peer.identity) is not peer:
+        if self._roster.get(peer.identity) is not peer:
             return
         if running is None:
             self._read_journal(peer)
             running = peer.last_run()
-        del self._peers[peer.identity]
+        self._roster.remove(peer)
         peer.look_at = None
         self._unconfirmed.discard(peer)
         self._forgetful.discard(peer)
-        pid = peer.hello.pid
-        namesakes = self._by_pid.get(pid, set())
-        namesakes.discard(peer)
-        if not namesakes and self._by_pid.pop(pid, None) is not None:
-            self._deaths.remove(pid)
-        if peer.hello.workpoint is not None:
-            try:
-                self._channels.work.disconnect(peer.hello.workpoint)
-            except zmq.ZMQError:
-                pass  # it was not connected
         if peer.state:
             doomed = peer.doomed()
             lost = self._scheduler.worker_lost(peer.state, running, time.monotonic())
@@ -539,7 +446,7 @@ class Master:
             _kill_queued(task for task in doomed if task is not lost)
             self._publish_workers()
         if self._segments:
-            self._segments.sweep(pid)
+            self._segments.sweep(peer.hello.pid)
         peer.close()
 
     def _bury(self, peer: Peer, task: Task) -> None:
@@ -565,7 +472,7 @@ class Master:
         task = reference()
         if task is None or task.future.done():
             return
-        peer = self._peers.get(task.worker.key) if task.worker else None
+        peer = self._roster.get(task.worker.key) if task.worker else None
         if peer is None:
             self._retries.drop(task)
             task.kill()  # and if it is queued, it will not be sent
@@ -573,26 +480,8 @@ class Master:
             task.doomed = True
             self._stops.end(peer, time.monotonic())
 
-    def _is_watched(self, hello: protocol.Hello) -> bool:
-        """Whether the death of its process is told, and is how its connection would end."""
-        local = hello.machine == machine_id()
-        return self._fleet.group is not None and local and self._deaths.fileno() != -1
-
-    def _ping(self, now: float) -> None:
-        """Find out which workers have left without a word that would be told.
-
-        A message to a worker whose connection has been lost cannot be sent.
-        """
-        self._next_ping = None
-        for peer in list(self._peers.values()):
-            if self._is_watched(peer.hello):
-                continue
-            self._next_ping = now + PING_INTERVAL
-            if not self._channels.tell(peer.identity, protocol.Ping()):
-                self._lose(peer, None)
-
     def _publish_workers(self) -> None:
-        self.workers = tuple(peer.info() for peer in self._peers.values() if peer.state)
+        self.workers = self._roster.infos()
 
     # ---------------------------------------------------------------- decisions
 
@@ -600,7 +489,7 @@ class Master:
         if isinstance(decision, Send):
             self._send_jobs(decision)
         elif isinstance(decision, Recall):
-            peer = self._peers.get(decision.worker.key)
+            peer = self._roster.get(decision.worker.key)
             if peer is not None:
                 self._read_journal(peer)
                 self._channels.tell(peer.identity, protocol.Recall(decision.seqs))
@@ -618,7 +507,7 @@ class Master:
                 )
 
     def _send_jobs(self, decision: Send[Task]) -> None:
-        peer = self._peers.get(decision.worker.key)
+        peer = self._roster.get(decision.worker.key)
         if peer is None:
             return  # lost while earlier decisions were carried out: its jobs are queued again
         jobs: list[protocol.Job] = []
@@ -647,7 +536,7 @@ class Master:
         self._forgetful.discard(peer)
 
     def _forget_share(self, key: bytes) -> None:
-        self._forgetful.update([p for p in self._peers.values() if p.forget_share(key)])
+        self._forgetful.update([p for p in self._roster if p.forget_share(key)])
 
     def _confirm(self) -> None:
         """Tell workers how far their results have come, and the idle ones what to forget.
@@ -693,7 +582,7 @@ class Master:
         self._fleet.stop()
 
     def _fail_held(self, reason: BaseException) -> None:
-        for peer in list(self._peers.values()):
+        for peer in self._roster:
             if peer.state:
                 for task, _ in peer.state.held.values():
                     task.fail(reason)
@@ -715,16 +604,13 @@ class Master:
         try:
             if self._fleet.group and not self._ended and not self.broken:
                 self._fleet.keep_no_more()
-                for peer in self._peers.values():
+                for peer in self._roster:
                     self._channels.tell(peer.identity, protocol.Drain())
                 self._fleet.leave()
             self._fleet.stop()
         finally:
-            for peer in self._peers.values():
-                peer.close()
-            self._peers.clear()
+            self._roster.close()
             self._publish_workers()
-            self._deaths.close()
             self._channels.close()
             self._wakeup = None  # closed when no other thread is in the middle of using it
             self._drop_inbox()
@@ -734,7 +620,8 @@ class Master:
     def _let_go(self) -> None:
         """Break the cycles of references: nothing should wait for a garbage collection."""
         self._fleet = Fleet(None)
-        del self._stops
+        for name in ("_stops", "_roster"):
+            vars(self).pop(name, None)
         if self._segments:
             self._segments.on_idle = int
 
@@ -754,16 +641,6 @@ def _kill_queued(tasks: Iterable[Task]) -> None:
     for task in tasks:
         if task.worker is None:
             task.kill()
-
-
-def _map_journal(hello: protocol.Hello) -> JournalReader | None:
-    if hello.journal is None:
-        return None
-    try:
-        return JournalReader(hello.journal)
-    except (OSError, ValueError) as error:
-        logger.debug("no journal of worker %s: %s", hello.worker, error)
-        return None
 
 
 def _interrupted() -> bool:

@@ -19,8 +19,9 @@ import psutil
 import pytest
 import zmq
 
-from zmqexecutor import JobRunner, WorkerLostError, ZmqExecutor, master, protocol
+from zmqexecutor import JobRunner, WorkerLostError, ZmqExecutor, protocol, roster
 from zmqexecutor.machine import machine_id
+from zmqexecutor.master import Master
 
 from ..conftest import _private_directories, eventually
 
@@ -82,7 +83,7 @@ class Target:
 
     endpoint: str
     work: str
-    master: master.Master
+    master: Master
 
     def submit(self, number: int, gate: Path | None = None) -> Future[Any]:
         raise NotImplementedError
@@ -116,7 +117,7 @@ class Runner(Target):
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(master, "PING_INTERVAL", 0.1)
+    monkeypatch.setattr(roster, "PING_INTERVAL", 0.1)
 
 
 @pytest.fixture(params=["executor", "job runner"])

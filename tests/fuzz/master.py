@@ -9,8 +9,8 @@ from typing import Any, cast
 from zmqexecutor.channels import Channels
 from zmqexecutor.errors import ProtocolError
 from zmqexecutor.master import Master, MasterOptions
-from zmqexecutor.peers import DeathWatch
 from zmqexecutor.protocol import Frame, Jobs
+from zmqexecutor.roster import Roster
 from zmqexecutor.tasks import Task
 
 __all__ = ["BareMaster"]
@@ -49,7 +49,8 @@ class BareMaster:
         self.master = Master(MasterOptions(endpoint="ipc:///nowhere", work="ipc:///nowhere"))
         self.channels = FakeChannels()
         self.master._channels = cast(Channels, self.channels)
-        self.master._deaths = DeathWatch()
+        fleet, lose = self.master._fleet, self.master._lose
+        self.master._roster = Roster(self.master._channels, fleet, b"", lose)
         self.futures: list[Future[Any]] = []
 
     def submit(self) -> None:
@@ -75,7 +76,7 @@ class BareMaster:
         scheduler = self.master._scheduler
         held = [
             job
-            for peer in self.master._peers.values()
+            for peer in self.master._roster
             if peer.state
             for job, *_ in peer.state.held.values()
         ]
@@ -85,6 +86,4 @@ class BareMaster:
         assert done + waiting + len(held) == len(self.futures), "a task is nowhere, or twice"
 
     def close(self) -> None:
-        for peer in self.master._peers.values():
-            peer.close()
-        self.master._deaths.close()
+        self.master._roster.close()

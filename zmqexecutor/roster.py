@@ -1,0 +1,214 @@
+"""The workers that have registered with a master: who may, and who is still there."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import zmq
+
+from . import protocol, security
+from .channels import Channels
+from .errors import ProtocolError
+from .fleet import Fleet
+from .journal import JournalReader
+from .machine import machine_id
+from .peers import DeathWatch, Peer, WorkerInfo
+
+__all__ = ["Roster"]
+
+logger = logging.getLogger(__name__)
+
+PING_INTERVAL: Final = 5.0
+"""Seconds between two looks for connections that have been lost."""
+
+
+class Roster:
+    """Used by the master thread only."""
+
+    def __init__(
+        self,
+        channels: Channels,
+        fleet: Fleet,
+        setup: bytes | None,
+        lose: Callable[[Peer, int | None], None],
+    ) -> None:
+        """Begin without any worker.
+
+        Args:
+            channels: the way to them.
+            fleet: if it has a group, only that group's processes may register.
+            setup: what they must prepare, or None if `equip` will tell.
+            lose: called with a worker that is gone, and the job that it was running, if
+                that is known; it calls `remove`.
+        """
+        self._channels = channels
+        self._fleet = fleet
+        self._setup = setup
+        self._lose = lose
+        self._deaths = DeathWatch()
+        self._peers: dict[bytes, Peer] = {}
+        self._by_pid: dict[int, set[Peer]] = {}  # threads of one process may be workers
+        self.next_ping: float | None = None
+        """When `ping` must be called."""
+
+    def __iter__(self) -> Iterator[Peer]:
+        """Those there are now, whatever becomes of them meanwhile."""
+        return iter(list(self._peers.values()))
+
+    def get(self, identity: bytes) -> Peer | None:
+        """The worker of this routing id, if it has registered and is not lost."""
+        return self._peers.get(identity)
+
+    def infos(self) -> tuple[WorkerInfo, ...]:
+        """The public view of those that are ready."""
+        return tuple(peer.info() for peer in self._peers.values() if peer.state)
+
+    # ------------------------------------------------------------- coming
+
+    def register(self, identity: bytes, hello: protocol.Hello) -> None:
+        """A worker asks to be registered.
+
+        Raises:
+            ProtocolError: it may not; it gets no answer.
+        """
+        if hello.worker.encode() != identity:
+            raise ProtocolError("a worker must use its name as the id of its sockets")
+        if hello.version != protocol.VERSION:
+            reason = f"the master speaks protocol {protocol.VERSION}, not {hello.version}"
+            self._channels.tell(identity, protocol.Refused(reason))
+            return
+        if hello.workpoint is not None:
+            try:
+                security.check_address(hello.workpoint, "workpoint")
+            except ValueError as error:
+                raise ProtocolError(str(error)) from None
+        local = hello.machine == machine_id()
+        self._make_way(identity, hello.pid if local else None)
+        if not self._is_watched(hello):
+            self.next_ping = self.next_ping or time.monotonic() + PING_INTERVAL
+        peer = Peer(hello, identity, _map_journal(hello) if local else None)
+        self._peers[identity] = peer
+        if hello.workpoint is not None:
+            try:
+                self._channels.work.connect(hello.workpoint)
+            except zmq.ZMQError as error:
+                self._lose(peer, None)
+                raise ProtocolError(f"workpoint {hello.workpoint!r}: {error}") from None
+        if local:
+            self._by_pid.setdefault(hello.pid, set()).add(peer)
+            if not self._deaths.add(hello.pid):
+                self._lose(peer, None)
+                return
+        self._welcome(peer)
+
+    def _make_way(self, identity: bytes, pid: int | None) -> None:
+        """Forget a worker that registers again; refuse what cannot be one of the group's.
+
+        Args:
+            identity: the new worker's.
+            pid: its process, if that is on this machine.
+
+        Raises:
+            ProtocolError: it is no worker of the group.
+        """
+        if (known := self._peers.get(identity)) is not None:
+            self._lose(known, None)
+        if self._fleet.group and (pid is None or not self._fleet.has(pid)):
+            raise ProtocolError(f"process {pid} is none of this pool's workers")
+        for other in list(self._by_pid.get(pid or 0, ())):
+            if not self._channels.tell(other.identity, protocol.Ping()):
+                self._lose(other, None)  # it has lost its connection, and takes a new name
+            elif self._fleet.group:
+                raise ProtocolError(f"process {pid} is registered as {other.hello.worker}")
+
+    def equip(self, setup: bytes) -> None:
+        """Say what workers must prepare; those that wait for it are welcomed."""
+        self._setup = setup
+        for peer in self:
+            self._welcome(peer)
+
+    def _welcome(self, peer: Peer) -> None:
+        if self._setup is None:
+            return  # it waits for `equip`
+        welcome = protocol.Welcome(protocol.VERSION, self._channels.work_address, self._setup)
+        if not self._channels.tell(peer.identity, welcome):
+            self._lose(peer, None)
+
+    # ------------------------------------------------------------- going
+
+    def remove(self, peer: Peer) -> None:
+        """Strike off a worker that is lost."""
+        del self._peers[peer.identity]
+        pid = peer.hello.pid
+        namesakes = self._by_pid.get(pid, set())
+        namesakes.discard(peer)
+        if not namesakes and self._by_pid.pop(pid, None) is not None:
+            self._deaths.remove(pid)
+        if peer.hello.workpoint is not None:
+            try:
+                self._channels.work.disconnect(peer.hello.workpoint)
+            except zmq.ZMQError:
+                pass  # it was not connected
+
+    def fileno(self) -> int:
+        """The descriptor that is readable when `read_deaths` has something to do, or -1."""
+        return self._deaths.fileno()
+
+    def read_deaths(self) -> None:
+        """Lose the workers whose processes have died."""
+        for pid in self._deaths.dead():
+            self._deaths.remove(pid)
+            self.lose_process(pid)
+
+    def lose_process(self, pid: int) -> None:
+        """A process of this machine has died."""
+        for peer in list(self._by_pid.get(pid, ())):
+            self._lose(peer, None)
+
+    def lose_unwatched(self) -> None:
+        """The supervisor has died, who would have told of deaths: all are lost."""
+        if self._deaths.fileno() == -1:
+            for peer in self:
+                self._lose(peer, None)
+
+    def kill(self, peer: Peer) -> None:
+        """SIGKILL for a worker's process."""
+        self._deaths.kill(peer.hello.pid)
+
+    def ping(self, now: float) -> None:
+        """Find out which workers have left without a word that would be told.
+
+        A message to a worker whose connection has been lost cannot be sent.
+        """
+        self.next_ping = None
+        for peer in self:
+            if self._is_watched(peer.hello):
+                continue
+            self.next_ping = now + PING_INTERVAL
+            if not self._channels.tell(peer.identity, protocol.Ping()):
+                self._lose(peer, None)
+
+    def _is_watched(self, hello: protocol.Hello) -> bool:
+        """Whether the death of its process is told, and is how its connection would end."""
+        local = hello.machine == machine_id()
+        return self._fleet.group is not None and local and self._deaths.fileno() != -1
+
+    def close(self) -> None:
+        """Let all of them go."""
+        for peer in self._peers.values():
+            peer.close()
+        self._peers.clear()
+        self._deaths.close()
+
+
+def _map_journal(hello: protocol.Hello) -> JournalReader | None:
+    if hello.journal is None:
+        return None
+    try:
+        return JournalReader(hello.journal)
+    except (OSError, ValueError) as error:
+        logger.debug("no journal of worker %s: %s", hello.worker, error)
+        return None
