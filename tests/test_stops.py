@@ -124,3 +124,20 @@ def test_the_time_that_a_worker_stood_still_before_a_task_does_not_count(world: 
     world.stops.check(now + 0.2)
     world.stops.check(now + 0.2 + STACK_WAIT)
     assert world.killed == [world.peer]
+
+
+def test_looks_at_workers_that_are_gone_do_not_pile_up(world: World) -> None:
+    stops = world.stops
+    hello = Hello(1, "w", os.getpid(), "", "", None, None)
+    here = [Peer(hello, b"w", None) for _ in range(100)]
+    for number, peer in enumerate(here):
+        stops.sent(peer, [make_task(1e6 + number)], 0.0)
+    for number in range(5000):
+        gone = Peer(hello, b"w", None)
+        stops.sent(gone, [make_task(1e5)], 0.0)
+        stops.sent(gone, [make_task(1e4 + number)], 0.0)  # an earlier look
+        stops.forget(gone)
+    assert len(stops._looks) < 400
+    assert {entry[2] for entry in stops._looks} >= set(here)
+    stops.check(2e5)
+    assert sorted(entry[0] for entry in stops._looks) == [1e6 + number for number in range(100)]

@@ -435,7 +435,7 @@ class Master:
             self._read_journal(peer)
             running = peer.last_run()
         self._roster.remove(peer)
-        peer.look_at = None
+        self._stops.forget(peer)
         self._unconfirmed.discard(peer)
         self._forgetful.discard(peer)
         if peer.state:

@@ -33,6 +33,8 @@ SETTLE: Final = 0.001
 """Seconds after which what one process wrote into a journal is there for the other."""
 RETRY: Final = 0.005
 """Seconds until the next look at a task that should end and has not been started."""
+STALE_KEPT: Final = 64
+"""Looks that nobody waits for, but that may stay until they are due."""
 UNKILLABLE: Final = 5.0
 """Seconds that the kernel has to end a killed process."""
 
@@ -64,6 +66,7 @@ class Stops:
         self._kill = kill
         self._give_up = give_up
         self._looks: list[tuple[float, int, Peer]] = []  # a heap
+        self._stale = 0  # entries of it that nobody waits for any more
         self._numbers = itertools.count()
 
     def sent(self, peer: Peer, tasks: Iterable[Task], now: float) -> None:
@@ -92,7 +95,8 @@ class Stops:
         while self._looks and self._looks[0][0] <= now:
             due, _, peer = heapq.heappop(self._looks)
             if peer.look_at != due:
-                continue  # there was an earlier look, or the worker is gone
+                self._stale -= 1  # there was an earlier look, or the worker is gone
+                continue
             peer.look_at = None
             if peer.stop is not None:
                 self._go_on(peer, peer.stop, now)
@@ -115,10 +119,26 @@ class Stops:
             stack=stop.stack,
         )
 
+    def forget(self, peer: Peer) -> None:
+        """A worker is lost."""
+        self._drop_look(peer)
+
     def _look_at(self, peer: Peer, due: float) -> None:
         if peer.look_at is None or due < peer.look_at:
+            self._drop_look(peer)
             peer.look_at = due
             heapq.heappush(self._looks, (due, next(self._numbers), peer))
+
+    def _drop_look(self, peer: Peer) -> None:
+        """Leave the entry where it is; when many are like that, take them all out."""
+        if peer.look_at is None:
+            return
+        peer.look_at = None
+        self._stale += 1
+        if self._stale > STALE_KEPT and 2 * self._stale > len(self._looks):
+            self._looks = [entry for entry in self._looks if entry[2].look_at == entry[0]]
+            heapq.heapify(self._looks)
+            self._stale = 0
 
     def _look(self, peer: Peer, now: float) -> None:
         """Find out whether a task of this worker should end, or when to look again."""
