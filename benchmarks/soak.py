@@ -532,6 +532,11 @@ def soak(minutes: float, seed: int) -> int:
             del this
             check_leaks(before, account)
             sizes.append(resident())
+            print(
+                f"  {account.tasks} tasks so far; the parent has {sizes[-1] / MIB:.1f} MiB, "
+                f"{sys.getallocatedblocks()} objects",
+                flush=True,
+            )
     # The allocator keeps what the busiest round needed; the first rounds show how much.
     growth = sizes[-1] - max(sizes[: max(1, len(sizes) // 2)])
     if growth > GROWTH:

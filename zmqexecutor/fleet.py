@@ -143,7 +143,7 @@ class Fleet:
             self.scale(self._wanted)
             return
         self._failed_starts += 1
-        if self._failed_starts >= STARTS_BEFORE_BROKEN:
+        if self._failed_starts == STARTS_BEFORE_BROKEN:  # more may have died by now
             self.failure = (
                 f"{self._failed_starts} workers in a row ended before they were ready, the last "
                 f"{ending(event)}"
