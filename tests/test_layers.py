@@ -52,6 +52,7 @@ LAYERS = [
     "workers",
     # the master's side
     "queues",
+    "lanes",
     "scheduler",
     "tasks",
     "retries",
@@ -70,7 +71,7 @@ LAYERS = [
     "__init__",
 ]
 
-PURE = ["worker_errors", "errors", "protocol", "queues", "scheduler"]
+PURE = ["worker_errors", "errors", "protocol", "queues", "lanes", "scheduler"]
 IMPURE = {
     "zmq",
     "threading",

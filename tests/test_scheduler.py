@@ -20,6 +20,7 @@ from hypothesis.stateful import (
 )
 
 from zmqexecutor import scheduler as scheduler_module
+from zmqexecutor.lanes import DEFAULT_SERVICE
 from zmqexecutor.scheduler import (
     AHEAD,
     KINDS_REMEMBERED,
@@ -51,8 +52,10 @@ class NamedJob(Job):
 
     __slots__ = ("cancelled", "dropped", "name", "sent")
 
-    def __init__(self, name: int, kind: str, priority: int = 0) -> None:
-        super().__init__(kind, priority)
+    def __init__(
+        self, name: int, kind: str, priority: int = 0, service: str = DEFAULT_SERVICE
+    ) -> None:
+        super().__init__(kind, priority, service)
         self.name = name
         self.cancelled = False
         self.sent = False
@@ -84,11 +87,25 @@ class Desk:
         self.now = 100.0
         self._names = 0
 
-    def worker(self, key: str, *, ahead: bool = True, allowance: int | None = None) -> Worker:
-        return self.scheduler.worker_ready(key.encode(), self.now, ahead=ahead, allowance=allowance)
+    def worker(
+        self,
+        key: str,
+        *services: str,
+        grouped: bool = True,
+        ahead: bool = True,
+        allowance: int | None = None,
+    ) -> Worker:
+        return self.scheduler.worker_ready(
+            key.encode(),
+            self.now,
+            services=services or [DEFAULT_SERVICE],
+            grouped=grouped,
+            ahead=ahead,
+            allowance=allowance,
+        )
 
-    def submit(self, kind: str, count: int = 1) -> list[NamedJob]:
-        jobs = [NamedJob(self._names + i, kind) for i in range(count)]
+    def submit(self, kind: str, count: int = 1, service: str = DEFAULT_SERVICE) -> list[NamedJob]:
+        jobs = [NamedJob(self._names + i, kind, service=service) for i in range(count)]
         self._names += count
         for job in jobs:
             self.scheduler.submit(job, self.now)
@@ -138,7 +155,7 @@ def available(worker: Worker) -> bool:
 
 
 def queued(scheduler: Scheduler[NamedJob]) -> list[NamedJob]:
-    return list(scheduler._queue)
+    return [job for lane in scheduler.lanes() for job in lane.queue]
 
 
 # --------------------------------------------------------------- sending ahead
@@ -786,6 +803,28 @@ def test_a_step_costs_the_same_however_many_jobs_and_workers(waiting: int, worke
     assert cost_of_a_step(waiting, workers) == cost_of_a_step(10, 2)
 
 
+def test_a_step_costs_the_same_however_many_services() -> None:
+    def cost(services: int) -> dict[str, int]:
+        desk = Desk(patience=5.0)
+        worker = desk.worker("w")
+        for number in range(services):
+            desk.worker(f"busy {number}", f"busy {number}")
+            desk.submit("long", 3, f"busy {number}")
+            desk.submit("long", 3, f"deserted {number}")
+        desk.submit("long", 2)
+        desk.decide()
+        scheduler, now = desk.scheduler, desk.now
+        return {
+            "submit": lines_run(lambda: desk.submit("long")),
+            "decide nothing": lines_run(lambda: scheduler.decide(now)),
+            "deadline": lines_run(scheduler.next_deadline),
+            "result": lines_run(lambda: desk.answer(worker, seconds=1.0)),
+            "decide to send": lines_run(lambda: scheduler.decide(now)),
+        }
+
+    assert cost(500) == cost(1)
+
+
 def test_a_recall_costs_the_same_however_many_workers() -> None:
     def cost(workers: int) -> int:
         desk = Desk()
@@ -911,7 +950,7 @@ class World(RuleBasedStateMachine):
         self.patience = patience
         wanted = min(1, max_workers)
         self.scheduler: Scheduler[NamedJob] = Scheduler(
-            max_workers=max_workers, wanted=wanted, patience=patience
+            max_workers=max_workers, wanted=wanted, patience=patience, service="a"
         )
         self.kept = wanted
         self.now = 100.0
@@ -931,11 +970,12 @@ class World(RuleBasedStateMachine):
         kind=st.sampled_from(["x", "x", "y", "z"]),
         count=st.integers(1, 12),
         priority=st.sampled_from([0, 0, 0, 1, -5]),
+        service=st.sampled_from(["a", "a", "a", "b", "c"]),
         decide=often,
     )
-    def submit(self, kind: str, count: int, priority: int, decide: bool) -> None:
+    def submit(self, kind: str, count: int, priority: int, service: str, decide: bool) -> None:
         for _ in range(count):
-            job = NamedJob(len(self.jobs), kind, priority)
+            job = NamedJob(len(self.jobs), kind, priority, service)
             self.jobs.append(job)
             self.scheduler.submit(job, self.now)
         self.step(decide)
@@ -957,11 +997,24 @@ class World(RuleBasedStateMachine):
     # ---------------------------------------------------------- the workers
 
     @precondition(lambda self: len(self.workers) < 5)
-    @rule(ahead=often, allowance=st.sampled_from([None, None, 1, 5]), decide=often)
-    def worker_joins(self, ahead: bool, allowance: int | None, decide: bool) -> None:
+    @rule(
+        ahead=often,
+        allowance=st.sampled_from([None, None, 1, 5]),
+        services=st.sampled_from([None, None, ["a"], ["b"], ["b", "a"], ["a", "b", "c"]]),
+        decide=often,
+    )
+    def worker_joins(
+        self, ahead: bool, allowance: int | None, services: list[str] | None, decide: bool
+    ) -> None:
+        """One of the group, or another that offers these services."""
         self.names += 1
         state = self.scheduler.worker_ready(
-            str(self.names).encode(), self.now, ahead=ahead, allowance=allowance
+            str(self.names).encode(),
+            self.now,
+            services=services or ["a"],
+            grouped=services is None,
+            ahead=ahead,
+            allowance=allowance,
         )
         worker = SimulatedWorker(state, self.job_runs)
         self.workers.append(worker)
@@ -1036,7 +1089,9 @@ class World(RuleBasedStateMachine):
         waiting = queued(self.scheduler)
         assert self.scheduler.worker_lost(worker.state, running, self.now) is expected
         in_order = sorted([*requeued, *waiting], key=lambda job: -job.priority)
-        assert queued(self.scheduler) == in_order
+        for service in "abc":
+            theirs = [job for job in in_order if job.service == service]
+            assert [job for job in queued(self.scheduler) if job.service == service] == theirs
         if expected is not None:
             self.end(expected, "lost")
         self.workers.remove(worker)
@@ -1104,20 +1159,27 @@ class World(RuleBasedStateMachine):
         assert self.scheduler.decide(self.now) == [], "not all was decided at once"
         deadline = self.scheduler.next_deadline()
         assert deadline is None or deadline > self.now, "the loop would spin"
-        if waiting := len(self.scheduler):
-            states = [worker.state for worker in self.workers]
+        states = [worker.state for worker in self.workers]
+        for lane in self.scheduler.lanes():
+            if not lane.queue:
+                continue
             free = [w for w in states if w.active and not w.held and available(w)]
-            assert not free, "jobs wait although a worker is idle"
-            needed = min(self.max_workers, self.scheduler.busy + waiting)
-            assert self.scheduler.wanted >= needed, "jobs wait although workers could be started"
+            assert not any(lane in w.lanes for w in free), "jobs wait although a worker is idle"
+            if lane.service == "a":
+                group_busy = sum(1 for state in states if state.grouped and state.held)
+                needed = min(self.max_workers, group_busy + len(lane.queue))
+                assert self.scheduler.wanted >= needed, "jobs wait although workers could start"
+            if not lane.workers and self.patience is not None:
+                assert deadline is not None, "nobody will tell that there is no worker"
         for decision in decisions:
             self.carry_out(decision)
 
     def carry_out(self, decision: Decision[NamedJob]) -> None:
         if isinstance(decision, Expire):
-            assert self.workers == []
             assert self.patience is not None
             for job in decision.jobs:
+                offered = [lane.service for w in self.workers for lane in w.state.lanes]
+                assert job.service not in offered
                 assert self.now - job.queued_at >= self.patience
                 self.end(job, "expired")
         elif isinstance(decision, Scale):
@@ -1136,6 +1198,8 @@ class World(RuleBasedStateMachine):
             assert worker is not None, "a decision about a worker that is lost"
             if isinstance(decision, Send):
                 self.check_send(worker, decision)
+                services = {lane.service for lane in worker.state.lanes}
+                assert {job.service for _, job in decision.jobs} <= services
                 worker.to_work.append(decision.jobs)
             else:
                 assert len(decision.seqs) >= 1
@@ -1217,29 +1281,37 @@ class World(RuleBasedStateMachine):
         scheduler = self.scheduler
         states = {worker.state.key: worker.state for worker in self.workers}
         assert scheduler._workers == states
-        for group in (scheduler._idle, scheduler._hungry, scheduler._moving):
-            assert all(states[key] is state for key, state in group.items())
+        assert len(scheduler) == len(queued(scheduler))
+        for lane in scheduler.lanes():
+            offering = [state for state in states.values() if lane in state.lanes]
+            assert lane.workers == len(offering)
+            assert offering or lane.queue, "a lane that nobody needs"
+            for group in (lane.idle, lane.hungry):
+                assert all(states[key] is state for key, state in group.items())
+                assert all(lane in state.lanes for state in group.values())
+        assert all(states[key] is state for key, state in scheduler._moving.items())
         for key, state in states.items():
             may_take = state.active and available(state)
-            assert (key in scheduler._idle) == (may_take and not state.held)
-            if key in scheduler._hungry:
-                assert may_take
-                assert state.held
-                assert state.ahead
-                assert state.load < AHEAD / 2
-                assert not state.stalled
+            for lane in state.lanes:
+                assert (key in lane.idle) == (may_take and not state.held)
+                if key in lane.hungry:
+                    assert may_take
+                    assert state.held
+                    assert state.ahead
+                    assert state.load < AHEAD / 2
+                    assert not state.stalled
             assert (key in scheduler._moving) == (len(state.held) > 0 and not state.stalled)
             assert len(state.held) <= 1 or state.ahead
 
     @invariant()
     def no_more_workers_are_wanted_than_allowed(self) -> None:
         assert self.scheduler.wanted <= self.max_workers
-        active = [worker.state for worker in self.workers if worker.state.active]
-        assert not self.max_workers or len(active) <= self.scheduler.wanted
+        group = [worker.state for worker in self.workers if worker.state.grouped]
+        assert sum(state.active for state in group) <= self.scheduler.wanted
 
     @invariant()
     def nobody_stands_by_while_a_place_is_free(self) -> None:
-        states = [worker.state for worker in self.workers]
+        states = [worker.state for worker in self.workers if worker.state.grouped]
         waiting = [state for state in states if not state.active and available(state)]
         active = sum(state.active for state in states)
         assert not waiting or (self.max_workers and active == self.scheduler.wanted)
@@ -1264,13 +1336,8 @@ class World(RuleBasedStateMachine):
             return
         stuck = [worker for worker in self.workers if worker.running is not None]
         for _ in range(2):
-            self.worker_joins(ahead=True, allowance=None, decide=False)
+            self.worker_joins(ahead=True, allowance=None, services=["a", "b", "c"], decide=False)
         self.work_until_quiet(except_for=stuck)
-        if self.max_workers and all(
-            worker in stuck for worker in self.workers if worker.state.active
-        ):
-            stuck = []  # jobs may wait for those: no more workers than that may be active
-            self.work_until_quiet(except_for=stuck)
         left = [job for job in self.jobs if job not in self.ends and not job.dropped]
         running = [worker.running[1] for worker in stuck if worker.running]
         assert sorted(job.name for job in left) == sorted(job.name for job in running), (
@@ -1314,3 +1381,82 @@ World.TestCase.settings = settings(
     suppress_health_check=[HealthCheck.too_slow],
 )
 TestWorld = World.TestCase
+
+
+# ------------------------------------------------------------------ services
+
+
+def test_a_job_goes_to_a_worker_that_offers_its_service() -> None:
+    desk = Desk()
+    plain, square = desk.worker("plain"), desk.worker("square", "square")
+    wanted = desk.submit("x", service="square")
+    others = desk.submit("x", 2)
+    decisions = desk.decide()
+    assert sent_to(decisions, square) == wanted
+    assert sent_to(decisions, plain) == others[:1]
+    desk.answer(square)
+    assert only(desk.decide(), Send) == [], "the idle one cannot do what waits"
+
+
+def test_a_worker_of_several_services_does_them_in_turn() -> None:
+    desk = Desk()
+    worker = desk.worker("w", "a", "b", "c", ahead=False)
+    desk.submit("x", 20, "a")
+    desk.submit("x", 2, "b")
+    desk.submit("x", 4, "c")
+    served = []
+    for _ in range(9):
+        desk.submit("x", 1, "a")  # what is asked for all the time does not push others aside
+        (job,) = sent_to(desk.decide(), worker)
+        served.append(job.service)
+        desk.answer(worker)
+    assert sorted(served[:3]) == sorted(served[3:6]) == ["a", "b", "c"]
+    assert sorted(served[6:]) == ["a", "a", "c"]
+
+
+def test_only_the_jobs_of_a_service_without_workers_expire() -> None:
+    desk = Desk(patience=5.0)
+    worker = desk.worker("w", "a")
+    served = desk.submit("x", 2, "a")
+    lonely = desk.submit("x", 2, "b")
+    assert sent_to(desk.decide(), worker) == served[:1]
+    later = desk.decide(after=4.0) + desk.decide(after=2.0)
+    (expired,) = only(later, Expire)
+    assert expired.jobs == lonely
+    assert queued(desk.scheduler) == served[1:]
+    assert desk.scheduler.next_deadline() is None
+
+
+def test_jobs_wait_for_a_service_whose_last_worker_has_left_as_long_as_for_a_new_one() -> None:
+    desk = Desk(patience=5.0)
+    worker = desk.worker("w", "a", "b")
+    desk.submit("x", 1, "a")
+    desk.decide()
+    (job,) = desk.submit("x", 1, "b")
+    desk.now += 100
+    desk.scheduler.worker_lost(worker, 0, desk.now)
+    assert only(desk.decide(after=4.0), Expire) == []
+    (expired,) = only(desk.decide(after=1.5), Expire)
+    assert job in expired.jobs
+
+
+def test_workers_from_elsewhere_come_beside_the_group() -> None:
+    desk = Desk(max_workers=2, wanted=1)
+    first, second = desk.worker("g1"), desk.worker("g2")
+    remote = [desk.worker(f"r{number}", grouped=False) for number in range(3)]
+    jobs = desk.submit("x", 6)
+    decisions = desk.decide()
+    assert all(len(sent_to(decisions, worker)) == 1 for worker in (first, second, *remote))
+    assert queued(desk.scheduler) == jobs[5:]
+    assert desk.scheduler.wanted == 2
+    assert only(desk.decide(), Scale) == []
+
+
+def test_a_worker_from_elsewhere_has_no_successor() -> None:
+    desk = Desk(max_workers=1, wanted=1)
+    worker = desk.worker("r", grouped=False, allowance=1)
+    desk.submit("x")
+    assert only(desk.decide(), Scale) == []
+    desk.answer(worker)
+    (retire,) = only(desk.decide(), Retire)
+    assert retire.worker is worker

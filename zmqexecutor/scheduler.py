@@ -26,6 +26,13 @@ of its life (its allowance of jobs, or worn out) gets a successor that is starte
 while it still works, stands by when it is ready, and takes over when it retires:
 
     standing by ──► active ──► aging ──► retired
+
+That is so for the master's own group; workers that come from elsewhere are active at
+once, as many as there are.
+
+Each job asks for a service, and each worker offers some. What waits for a service, and
+who could take it, is a `Lane` of its own, so that no service waits for another's workers.
+Workers that offer several serve their lanes in turn.
 """
 
 from __future__ import annotations
@@ -35,7 +42,7 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeAlias, TypeVar
 
-from .queues import JobQueue
+from .lanes import DEFAULT_SERVICE, Lane
 
 __all__ = [
     "Decision",
@@ -66,11 +73,12 @@ WEIGHT_OF_LATEST: Final = 0.3
 class Job:
     """What the scheduler knows of a job; the master's jobs add the payload."""
 
-    __slots__ = ("kind", "priority", "queued_at", "seq", "worker")
+    __slots__ = ("kind", "priority", "queued_at", "seq", "service", "worker")
 
-    def __init__(self, kind: Hashable, priority: int = 0) -> None:
+    def __init__(self, kind: Hashable, priority: int = 0, service: str = DEFAULT_SERVICE) -> None:
         self.kind = kind
         self.priority = priority
+        self.service = service
         self.queued_at = 0.0
         self.worker: WorkerState[Any] | None = None
         """Who holds it."""
@@ -95,8 +103,10 @@ class WorkerState(Generic[J]):
         "allowance",
         "busy",
         "draining",
+        "grouped",
         "held",
         "key",
+        "lanes",
         "leaving",
         "load",
         "next_seq",
@@ -104,8 +114,20 @@ class WorkerState(Generic[J]):
         "stalled",
     )
 
-    def __init__(self, key: bytes, *, ahead: bool, allowance: int | None) -> None:
+    def __init__(
+        self,
+        key: bytes,
+        lanes: list[Lane[J]],
+        *,
+        grouped: bool,
+        ahead: bool,
+        allowance: int | None,
+    ) -> None:
         self.key = key
+        self.lanes = lanes
+        """Of the services that it offers, in the order in which it serves them next."""
+        self.grouped = grouped
+        """Whether it is one of the master's own group."""
         self.ahead = ahead
         """Whether jobs may be sent ahead of the running one."""
         self.allowance = allowance
@@ -188,29 +210,39 @@ class Scheduler(Generic[J]):
     """
 
     def __init__(
-        self, *, max_workers: int = 0, wanted: int = 0, patience: float | None = None
+        self,
+        *,
+        max_workers: int = 0,
+        wanted: int = 0,
+        patience: float | None = None,
+        service: str = DEFAULT_SERVICE,
     ) -> None:
         """Start empty.
 
         Args:
-            wanted: how many workers are being started already.
-            max_workers: how many workers may be active; 0 for all that come, none
-                of which is asked for by `Scale`.
-            patience: seconds that a job waits while there is no worker at all,
-                or None to wait without a limit.
+            wanted: how many workers of the group are being started already.
+            max_workers: how many workers of the group may be active; 0 without a group.
+            patience: seconds that a job waits while no worker at all offers its
+                service, or None to wait without a limit.
+            service: what the group's workers offer.
         """
         self._max_workers = max_workers
         self._patience = patience
         self.wanted = wanted
-        self._queue: JobQueue[J] = JobQueue()
+        self._lanes: dict[str, Lane[J]] = {}
+        self._service = service
+        # Lanes with jobs for which a worker may be found:
+        self._servable: dict[Lane[J], None] = {}
+        # Lanes with jobs, and without any worker:
+        self._deserted: dict[Lane[J], None] = {}
+        self._expiry: float | None = None  # no job of theirs expires before that
+        self._length = 0  # jobs in all lanes
         self._workers: dict[bytes, WorkerState[J]] = {}
-        self._alone_since = 0.0  # when the last worker left
-        # Workers that could be sent something, in the order to serve them:
-        self._idle: OrderedDict[bytes, WorkerState[J]] = OrderedDict()
-        self._hungry: OrderedDict[bytes, WorkerState[J]] = OrderedDict()
         # Busy workers that have not stalled, longest without progress first:
         self._moving: OrderedDict[bytes, WorkerState[J]] = OrderedDict()
         self._busy = 0  # workers that hold a job
+        # Of the group:
+        self._group_busy = 0
         self._active = 0  # workers that may be sent jobs
         self._standing_by: OrderedDict[bytes, WorkerState[J]] = OrderedDict()
         self._worn: OrderedDict[bytes, WorkerState[J]] = OrderedDict()
@@ -221,19 +253,29 @@ class Scheduler(Generic[J]):
 
     def __len__(self) -> int:
         """How many jobs are queued."""
-        return len(self._queue)
+        return self._length
 
     @property
     def busy(self) -> int:
         """How many workers hold a job."""
         return self._busy
 
+    def lanes(self) -> Iterable[Lane[J]]:
+        """One for each service that is offered or asked for."""
+        return self._lanes.values()
+
     # ------------------------------------------------------------------ events
 
     def submit(self, job: J, now: float) -> None:
         """A job arrives."""
         job.queued_at = now
-        self._queue.append(job)
+        lane = self._lanes.get(job.service) or self._new_lane(job.service, now)
+        lane.queue.append(job)
+        self._length += 1
+        if lane.workers:
+            self._servable[lane] = None
+        else:
+            self._desert(lane, now)
 
     @property
     def starting(self) -> int:
@@ -242,18 +284,32 @@ class Scheduler(Generic[J]):
 
     def cancel_queued(self, keep: int = 0) -> list[J]:
         """Take all queued jobs but the first `keep` away, and return them."""
-        jobs = [self._queue.take_last() for _ in range(len(self._queue) - keep)]
-        jobs.reverse()
+        jobs: list[J] = []
+        for lane in list(self._lanes.values()):
+            kept = min(keep, len(lane.queue))
+            keep -= kept
+            taken = [lane.queue.take_last() for _ in range(len(lane.queue) - kept)]
+            jobs += reversed(taken)
+            self._shrunk(lane, len(taken))
         return jobs
 
     def worker_ready(
-        self, key: bytes, now: float, *, ahead: bool = True, allowance: int | None = None
+        self,
+        key: bytes,
+        now: float,
+        *,
+        services: Iterable[str] = (DEFAULT_SERVICE,),
+        grouped: bool = True,
+        ahead: bool = True,
+        allowance: int | None = None,
     ) -> WorkerState[J]:
         """A worker may be sent jobs.
 
         Args:
             key: names the worker.
             now: the time.
+            services: what it offers.
+            grouped: whether it is one of the master's own group, if there is one.
             ahead: whether it may be sent jobs ahead of the one it runs.
             allowance: how many jobs it may be sent in its life, or None.
 
@@ -262,12 +318,28 @@ class Scheduler(Generic[J]):
         """
         if key in self._workers:
             raise ValueError(f"worker {key!r} is there already")
-        worker: WorkerState[J] = WorkerState(key, ahead=ahead, allowance=allowance)
+        worker: WorkerState[J] = WorkerState(
+            key,
+            [
+                self._lanes.get(name) or self._new_lane(name, now)
+                for name in dict.fromkeys(services)
+            ],
+            grouped=grouped and self._max_workers > 0,
+            ahead=ahead,
+            allowance=allowance,
+        )
         worker.progress = now
         self._workers[key] = worker
-        self._standing_by[key] = worker
-        self._fill_up()
-        self._relieve()
+        for lane in worker.lanes:
+            lane.workers += 1
+            self._deserted.pop(lane, None)
+        if worker.grouped:
+            self._standing_by[key] = worker
+            self._fill_up()
+            self._relieve()
+        else:
+            worker.active = True
+            self.settle(worker)
         return worker
 
     def result(self, worker: WorkerState[J], seq: int, seconds: float, now: float) -> J | None:
@@ -323,8 +395,14 @@ class Scheduler(Generic[J]):
         self.settle(worker)
         del self._workers[worker.key]
         self._retire(worker)
-        if not self._workers:
-            self._alone_since = now
+        for lane in worker.lanes:
+            lane.workers -= 1
+            if not lane.workers:
+                lane.alone_since = now
+                self._shrunk(lane, 0)
+                if lane.queue:
+                    self._servable.pop(lane, None)
+                    self._desert(lane, now)
         return lost
 
     # --------------------------------------------------------------- decisions
@@ -334,18 +412,17 @@ class Scheduler(Generic[J]):
         decisions: list[Decision[J]] = []
         if self._moving:
             self._recall_stalled(now, decisions)
-        if self._queue:
+        if self._servable:
             self._assign(now, decisions)
         if self._retiring:
             decisions += [
                 Retire(worker) for worker in self._retiring if worker.key in self._workers
             ]
             self._retiring.clear()
-        if self._queue:
-            if self._want_workers():
-                self._assign(now, decisions)
-            if not self._workers:
-                self._expire(now, decisions)
+        if self._length and self._want_workers():
+            self._assign(now, decisions)
+        if self._expiry is not None and self._expiry <= now:
+            self._expire(now, decisions)
         if self._kept != self.wanted + self._successors:
             self._kept = self.wanted + self._successors
             decisions.append(Scale(self._kept))
@@ -356,34 +433,48 @@ class Scheduler(Generic[J]):
         deadline = None
         if self._moving:
             deadline = next(iter(self._moving.values())).progress + STALL
-        if self._queue and not self._workers and self._patience is not None:
-            queued_at = min(job.queued_at for job in self._queue.oldest())
-            expiry = max(queued_at, self._alone_since) + self._patience
-            deadline = expiry if deadline is None else min(deadline, expiry)
+        if self._expiry is not None:
+            deadline = self._expiry if deadline is None else min(deadline, self._expiry)
         return deadline
 
     def _assign(self, now: float, decisions: list[Decision[J]]) -> None:
-        queue, idle, hungry = self._queue, self._idle, self._hungry
+        while self._servable:
+            self._assign_from(next(iter(self._servable)), now, decisions)
+
+    def _assign_from(self, lane: Lane[J], now: float, decisions: list[Decision[J]]) -> None:
+        queue, idle, hungry = lane.queue, lane.idle, lane.hungry
         takers = len(idle) + len(hungry)
         while queue:
+            source = lane
             if idle:
-                worker = idle.popitem(last=True)[1]  # its caches are the warmest
+                worker = next(reversed(idle.values()))  # its caches are the warmest
+                if len(worker.lanes) > 1:
+                    source = self._turn(worker)
             elif hungry and self._expected(queue.first()) <= AHEAD / 2:
-                worker = hungry.popitem(last=False)[1]
+                worker = next(iter(hungry.values()))
+                hungry.move_to_end(worker.key)
             else:
-                return
+                break
             # Spread what waits evenly over those that could take some of it.
             share = -(-len(queue) // max(1, takers))
             takers -= 1
             if not worker.held:
                 self._progress(worker, now)
-            if batch := self._take_batch(worker, min(share, LARGEST_BATCH)):
+            if batch := self._take_batch(worker, source, min(share, LARGEST_BATCH)):
                 decisions.append(Send(worker, batch))
             self.settle(worker)
+        self._servable.pop(lane, None)  # nobody can take any more of it for now
 
-    def _take_batch(self, worker: WorkerState[J], limit: int) -> list[tuple[int, J]]:
+    def _turn(self, worker: WorkerState[J]) -> Lane[J]:
+        """The lane that an idle worker serves next, of several: what it serves goes last."""
+        lane = next(lane for lane in worker.lanes if lane.queue)
+        worker.lanes.remove(lane)
+        worker.lanes.append(lane)
+        return lane
+
+    def _take_batch(self, worker: WorkerState[J], lane: Lane[J], limit: int) -> list[tuple[int, J]]:
         batch: list[tuple[int, J]] = []
-        queue, held = self._queue, worker.held
+        queue, held, before = lane.queue, worker.held, len(lane.queue)
         if worker.allowance is not None:
             limit = min(limit, worker.allowance)
         while queue and len(batch) < limit:
@@ -402,6 +493,7 @@ class Scheduler(Generic[J]):
             batch.append((seq, job))
             if expected > AHEAD / 2 or not worker.ahead:
                 break
+        self._shrunk(lane, before - len(queue))
         if worker.allowance is not None:
             worker.allowance -= len(batch)
             if batch and not worker.aging and worker.allowance * expected < LEAD:
@@ -421,7 +513,9 @@ class Scheduler(Generic[J]):
 
     def _want_workers(self) -> bool:
         """Want as many as there is work for, and say if some stood by."""
-        wanted = min(self._max_workers, self._busy + len(self._queue))
+        if self.wanted >= self._max_workers or (lane := self._lanes.get(self._service)) is None:
+            return False
+        wanted = min(self._max_workers, self._group_busy + len(lane.queue))
         if wanted <= self.wanted:
             return False
         self.wanted = wanted
@@ -430,14 +524,22 @@ class Scheduler(Generic[J]):
         return self._active > active
 
     def _expire(self, now: float, decisions: list[Decision[J]]) -> None:
-        if self._patience is None or self._alone_since + self._patience > now:
-            return
-        if min(job.queued_at for job in self._queue.oldest()) + self._patience > now:
-            return
-        waiting = [self._queue.take_first() for _ in range(len(self._queue))]
-        expired = [job for job in waiting if job.queued_at + self._patience <= now]
-        self._queue.put_back([job for job in waiting if job.queued_at + self._patience > now])
-        decisions.append(Expire(expired))
+        assert self._patience is not None
+        self._expiry = None
+        expired: list[J] = []
+        for lane in list(self._deserted):
+            if lane.alone_since + self._patience <= now:
+                before = len(lane.queue)
+                waiting = [lane.queue.take_first() for _ in range(before)]
+                expired += [job for job in waiting if job.queued_at + self._patience <= now]
+                lane.queue.put_back([j for j in waiting if j.queued_at + self._patience > now])
+                self._shrunk(lane, before - len(lane.queue))
+            if lane.queue:
+                oldest = min(job.queued_at for job in lane.queue.oldest())
+                expiry = max(oldest, lane.alone_since) + self._patience
+                self._expiry = expiry if self._expiry is None else min(self._expiry, expiry)
+        if expired:
+            decisions.append(Expire(expired))
 
     # ---------------------------------------------------------------- internal
 
@@ -447,16 +549,24 @@ class Scheduler(Generic[J]):
         if worker.busy != (held > 0):
             worker.busy = held > 0
             self._busy += 1 if held else -1
+            self._group_busy += worker.grouped * (1 if held else -1)
         spent = worker.leaving or worker.allowance == 0
         may_take = worker.active and not worker.draining and not spent
-        if may_take and not held:
-            self._idle[key] = worker
-        else:
-            self._idle.pop(key, None)
-        if may_take and held and worker.ahead and not worker.stalled and worker.load < AHEAD / 2:
-            self._hungry[key] = worker
-        else:
-            self._hungry.pop(key, None)
+        idle = may_take and not held
+        hungry = (
+            may_take and held and worker.ahead and not worker.stalled and worker.load < AHEAD / 2
+        )
+        for lane in worker.lanes:
+            if idle:
+                lane.idle[key] = worker
+            else:
+                lane.idle.pop(key, None)
+            if hungry:
+                lane.hungry[key] = worker
+            else:
+                lane.hungry.pop(key, None)
+            if (idle or hungry) and lane.queue:
+                self._servable[lane] = None
         if held == 0 or worker.stalled:
             self._moving.pop(key, None)
         if spent and not held and not worker.draining:
@@ -466,7 +576,7 @@ class Scheduler(Generic[J]):
 
     def _age(self, worker: WorkerState[J]) -> None:
         """Have a successor started."""
-        if self._max_workers and not worker.aging:
+        if worker.grouped and not worker.aging:
             worker.aging = True
             self._successors += 1
 
@@ -475,7 +585,7 @@ class Scheduler(Generic[J]):
         self._standing_by.pop(worker.key, None)
         self._worn.pop(worker.key, None)
         self._successors -= worker.aging
-        self._active -= worker.active
+        self._active -= worker.active and worker.grouped
         worker.aging = worker.active = False
         self._fill_up()
 
@@ -488,7 +598,7 @@ class Scheduler(Generic[J]):
 
     def _fill_up(self) -> None:
         """Make as many workers active as are wanted."""
-        while self._standing_by and (not self._max_workers or self._active < self.wanted):
+        while self._standing_by and self._active < self.wanted:
             worker = self._standing_by.popitem(last=False)[1]
             worker.active = True
             self._active += 1
@@ -504,7 +614,30 @@ class Scheduler(Generic[J]):
         jobs = [job for seq in seqs if (job := worker.release(seq)) is not None]
         if worker.allowance is not None:
             worker.allowance += len(jobs)
-        self._queue.put_back(jobs)
+        for lane in worker.lanes:
+            if back := [job for job in jobs if job.service == lane.service]:
+                lane.queue.put_back(back)
+                self._length += len(back)
+                self._servable[lane] = None
+
+    def _new_lane(self, service: str, now: float) -> Lane[J]:
+        lane = self._lanes[service] = Lane(service, now)
+        return lane
+
+    def _desert(self, lane: Lane[J], now: float) -> None:
+        """It has jobs, and no worker from now on, or for this new job."""
+        self._deserted[lane] = None
+        if self._expiry is None and self._patience is not None:
+            self._expiry = now + self._patience  # whatever came before is in it already
+
+    def _shrunk(self, lane: Lane[J], taken: int) -> None:
+        """Jobs have left the queue of a lane, or its last worker the lane."""
+        self._length -= taken
+        if not lane.queue:
+            self._deserted.pop(lane, None)
+            self._servable.pop(lane, None)
+            if not lane.workers:
+                del self._lanes[lane.service]
 
     def _expected(self, job: J) -> float:
         return self._durations.get(job.kind, _UNKNOWN)
