@@ -21,6 +21,7 @@ LAYERS = [
     "worker_errors",
     "errors",
     "protocol",
+    "codecs",
     "wakeup",
     "journal",
     "machine",
@@ -39,6 +40,8 @@ LAYERS = [
     "serialization",
     "inheritance",
     # the worker's side
+    "handler",
+    "targets",
     "registration",
     "worker",
     "calls",
@@ -58,10 +61,11 @@ LAYERS = [
     "retries",
     "certificate",
     "fleet",
+    "channels",
     "peers",
     "stops",
-    "channels",
     "roster",
+    "clients",
     "master",
     "jobrunner",
     "futures",
@@ -85,6 +89,7 @@ IMPURE = {
 }
 PICKLERS = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "copyreg"}
 MAY_PICKLE = {
+    "codecs",
     "namespaces",
     "byvalue",
     "picklers",
@@ -95,15 +100,17 @@ MAY_PICKLE = {
 }
 SUPERVISION = {"circus", "tornado"}
 MAY_SUPERVISE = {"process", "group", "supervisor"}
-WORKERS_SIDE = ["registration", "worker", "calls"]
+WORKERS_SIDE = ["handler", "targets", "registration", "worker", "calls"]
 NOT_FOR_WORKERS = {
     "queues",
+    "lanes",
     "scheduler",
     "tasks",
     "peers",
     "certificate",
     "fleet",
     "channels",
+    "clients",
     "master",
     "jobrunner",
     "executor",
@@ -192,7 +199,8 @@ def test_a_pure_module_has_no_sockets_threads_or_clock(module: str) -> None:
 
 
 def test_the_scheduler_and_the_protocol_know_nothing_but_errors() -> None:
-    assert own_imports("scheduler") == {"queues"}
+    assert own_imports("scheduler") == {"lanes", "protocol"}
+    assert own_imports("lanes") == {"protocol", "queues"}
     assert own_imports("queues") == set()
     assert own_imports("protocol") <= {"worker_errors"}
 

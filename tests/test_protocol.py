@@ -13,9 +13,14 @@ from hypothesis import strategies as st
 from zmqexecutor import protocol
 from zmqexecutor.errors import ProtocolError
 from zmqexecutor.protocol import (
+    Answer,
+    Ask,
+    Call,
     Configure,
+    Die,
     Drain,
     EncodedResults,
+    Expelled,
     FromSupervisor,
     Goodbye,
     GroupFailed,
@@ -29,10 +34,12 @@ from zmqexecutor.protocol import (
     Recall,
     Recalled,
     Refused,
+    Report,
     Result,
     Results,
     Scale,
     Segment,
+    ServiceReport,
     Shared,
     ShowStack,
     Spawned,
@@ -40,6 +47,7 @@ from zmqexecutor.protocol import (
     ToSupervisor,
     Unready,
     Welcome,
+    WorkerReport,
     Worn,
     encode,
 )
@@ -56,17 +64,19 @@ CONTROL_TO_MASTER = "control to master"
 CONTROL_TO_WORKER = "control to worker"
 WORK_TO_MASTER = "work to master"
 WORK_TO_WORKER = "work to worker"
+TO_CLIENT = "control to client"
 IN_JOURNAL = "in the journal"
 
 DECODERS: dict[str, Decode] = {
-    CONTROL_TO_MASTER: protocol.decode_control_from_worker,
+    CONTROL_TO_MASTER: protocol.decode_control_to_master,
     CONTROL_TO_WORKER: protocol.decode_control_from_master,
     WORK_TO_MASTER: protocol.decode_work_from_worker,
     WORK_TO_WORKER: protocol.decode_jobs,
+    TO_CLIENT: protocol.decode_to_client,
     IN_JOURNAL: protocol.decode_result,
 }
-HELLO = Hello(1, "w1", 42, "host", "machine", None, "/dev/shm/j", "3.13.1")
-JOB = Job(1, "id", b"data", "text", b"key", 2, Segment("s", [7]))
+HELLO = Hello(1, "w1", 42, "host", "machine", None, "/dev/shm/j", "3.13.1", ["a"])
+JOB = Job(1, "id", b"data", "text", b"key", 2, Segment("s", [7]), "a")
 RESULT = Result(1, True, b"data", "text", 0.5, 1, Segment("s", []), True)
 
 # Each message with its bytes, as written in docs/protocol.md: array, name, fields.
@@ -74,7 +84,7 @@ WIRE: list[tuple[str, object, bytes]] = [
     (
         CONTROL_TO_MASTER,
         HELLO,
-        b"\x99\xa5Hello\x01\xa2w1\x2a\xa4host\xa7machine\xc0\xaa/dev/shm/j\xa63.13.1",
+        b"\x9a\xa5Hello\x01\xa2w1\x2a\xa4host\xa7machine\xc0\xaa/dev/shm/j\xa63.13.1\x91\xa1a",
     ),
     (CONTROL_TO_MASTER, Recalled([1, 300]), b"\x92\xa8Recalled\x92\x01\xcd\x01\x2c"),
     (CONTROL_TO_MASTER, Recalled([]), b"\x92\xa8Recalled\x90"),
@@ -89,6 +99,37 @@ WIRE: list[tuple[str, object, bytes]] = [
     (CONTROL_TO_WORKER, Drain(), b"\x91\xa5Drain"),
     (CONTROL_TO_WORKER, Ping(), b"\x91\xa4Ping"),
     (CONTROL_TO_WORKER, ShowStack(), b"\x91\xa9ShowStack"),
+    (CONTROL_TO_WORKER, Expelled(), b"\x91\xa8Expelled"),
+    (CONTROL_TO_WORKER, Die(), b"\x91\xa3Die"),
+    (CONTROL_TO_MASTER, Ask(1), b"\x92\xa3Ask\x01"),
+    (
+        CONTROL_TO_MASTER,
+        Call(5, "id", b"data", "text", "a"),
+        b"\x96\xa4Call\x05\xa2id\xc4\x04data\xa4text\xa1a",
+    ),
+    (
+        TO_CLIENT,
+        Answer(5, False, b"why", "text", "Error"),
+        b"\x96\xa6Answer\x05\xc2\xc4\x03why\xa4text\xa5Error",
+    ),
+    (
+        TO_CLIENT,
+        Report(
+            1,
+            "h",
+            7,
+            0.5,
+            {"queued": 2},
+            [ServiceReport("a", 1, 2)],
+            [WorkerReport("w1", "h", 8, ["a"], "idle", 3, 0.5)],
+            1,
+            2,
+        ),
+        b"\x9a\xa6Report\x01\xa1h\x07\xcb\x3f\xe0\0\0\0\0\0\0\x81\xa6queued\x02\x91"
+        b"\x83\xa4name\xa1a\xa7workers\x01\xa6queued\x02\x91\x87\xa2id\xa2w1\xa4host\xa1h"
+        b"\xa3pid\x08\xa8services\x91\xa1a\xa5state\xa4idle\xa9jobs_done\x03\xa3age"
+        b"\xcb\x3f\xe0\0\0\0\0\0\0\x01\x02",
+    ),
     (CONTROL_TO_MASTER, Stack("text"), b"\x92\xa5Stack\xa4text"),
     (CONTROL_TO_MASTER, Worn("why"), b"\x92\xa4Worn\xa3why"),
     (WORK_TO_MASTER, Ready("w1"), b"\x92\xa5Ready\xa2w1"),
@@ -102,7 +143,7 @@ WIRE: list[tuple[str, object, bytes]] = [
     (
         WORK_TO_WORKER,
         Jobs(9, [JOB], [Shared(b"key", b"function")], [b"old"]),
-        b"\x95\xa4Jobs\x09\x91\x97\x01\xa2id\xc4\x04data\xa4text\xc4\x03key\x02\x92\xa1s\x91\x07"
+        b"\x95\xa4Jobs\x09\x91\x98\x01\xa2id\xc4\x04data\xa4text\xc4\x03key\x02\x92\xa1s\x91\x07\xa1a"
         b"\x91\x92\xc4\x03key\xc4\x08function\x91\xc4\x03old",
     ),
     (WORK_TO_WORKER, Jobs(9, []), b"\x95\xa4Jobs\x09\x90\x90\x90"),
@@ -370,4 +411,4 @@ def test_damaged_messages_raise_nothing_but_protocol_errors(damaged: tuple[str, 
 
 def test_the_error_says_what_is_wrong() -> None:
     with pytest.raises(ProtocolError, match=r"not a message that may come here: .*Drain"):
-        protocol.decode_control_from_worker(encode(Drain()))
+        protocol.decode_control_to_master(encode(Drain()))

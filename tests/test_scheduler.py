@@ -20,7 +20,8 @@ from hypothesis.stateful import (
 )
 
 from zmqexecutor import scheduler as scheduler_module
-from zmqexecutor.lanes import DEFAULT_SERVICE
+from zmqexecutor.lanes import Job, WorkerState
+from zmqexecutor.protocol import DEFAULT_SERVICE
 from zmqexecutor.scheduler import (
     AHEAD,
     KINDS_REMEMBERED,
@@ -28,13 +29,11 @@ from zmqexecutor.scheduler import (
     STALL,
     Decision,
     Expire,
-    Job,
     Recall,
     Retire,
     Scale,
     Scheduler,
     Send,
-    WorkerState,
 )
 
 

@@ -6,16 +6,20 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from zmqexecutor.channels import Channels
 from zmqexecutor.journal import JournalReader, JournalWriter
 from zmqexecutor.peers import Peer
 from zmqexecutor.protocol import Hello
 from zmqexecutor.scheduler import Scheduler, Send
 from zmqexecutor.stops import STACK_WAIT, Stops
 from zmqexecutor.tasks import Task, TaskOptions
+
+NOWHERE = cast(Channels, None)
+"""Nothing is sent here."""
 
 
 class World:
@@ -24,7 +28,7 @@ class World:
     def __init__(self, directory: Path) -> None:
         self.writer = JournalWriter(str(directory))
         hello = Hello(1, "w", os.getpid(), "", "", None, self.writer.path)
-        self.peer = Peer(hello, b"w", JournalReader(self.writer.path))
+        self.peer = Peer(hello, b"w", NOWHERE, JournalReader(self.writer.path))
         self.scheduler: Scheduler[Task] = Scheduler()
         self.peer.state = self.scheduler.worker_ready(b"w", 0.0)
         self.killed: list[Peer] = []
@@ -129,11 +133,11 @@ def test_the_time_that_a_worker_stood_still_before_a_task_does_not_count(world: 
 def test_looks_at_workers_that_are_gone_do_not_pile_up(world: World) -> None:
     stops = world.stops
     hello = Hello(1, "w", os.getpid(), "", "", None, None)
-    here = [Peer(hello, b"w", None) for _ in range(100)]
+    here = [Peer(hello, b"w", NOWHERE) for _ in range(100)]
     for number, peer in enumerate(here):
         stops.sent(peer, [make_task(1e6 + number)], 0.0)
     for number in range(5000):
-        gone = Peer(hello, b"w", None)
+        gone = Peer(hello, b"w", NOWHERE)
         stops.sent(gone, [make_task(1e5)], 0.0)
         stops.sent(gone, [make_task(1e4 + number)], 0.0)  # an earlier look
         stops.forget(gone)

@@ -11,21 +11,27 @@ import sys
 from collections.abc import Mapping, Sequence
 from multiprocessing import process
 from multiprocessing.process import current_process
+from typing import Final
 
 import msgspec
 
 from . import buffers, interpreter
 from .buffers import Segments
+from .handler import Outcome
 from .inheritance import Descriptor, share_tracker, tracker
 from .limits import teller
 from .machine import resident_memory
 from .protocol import Frame, Job
 from .serialization import CallPickler, CallRunner
 from .shares import is_share
-from .worker import Outcome, Worker
+from .worker import Worker
 from .worker_errors import RegistrationError
 
-__all__ = ["Initializer", "Setup", "boot_code", "main"]
+__all__ = ["CALLS", "Initializer", "Setup", "boot_code", "main"]
+
+
+CALLS: Final = "python"
+"""The service of an executor's workers: to make calls."""
 
 
 class Initializer(msgspec.Struct, frozen=True):
@@ -117,7 +123,9 @@ class InitializerError(Exception):
 
 
 class CallHandler:
-    """Runs packed calls (see `worker.Handler`)."""
+    """Runs packed calls (see `handler.Handler`)."""
+
+    services = (CALLS,)
 
     def __init__(self, directory: str, rlimits: Mapping[str, int]) -> None:
         """Start without any function.
@@ -170,6 +178,9 @@ class CallHandler:
             self._runner.forget_share(key)
         else:
             self._runner.forget(key)
+
+    def teardown(self) -> None:
+        """Nothing: what tasks have left here ends with the process."""
 
     def run(self, job: Job, frames: Sequence[Frame]) -> Outcome:
         """Call a function that was defined before."""

@@ -1,9 +1,10 @@
-"""The master's two sockets to its workers: control and work."""
+"""An entrance: the two sockets, control and work, on which some workers reach the master."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 import zmq
@@ -12,7 +13,7 @@ from . import protocol, security
 from .errors import ProtocolError
 from .protocol import Frame
 
-__all__ = ["Channels"]
+__all__ = ["Channels", "Entrance"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +27,32 @@ _POLLIN: Final = int(zmq.POLLIN)  # `&` of pyzmq's enum takes longer than the ca
 Handle: TypeAlias = Callable[[bytes, Frame, list[Frame]], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Entrance:
+    """Where workers come in, and which.
+
+    Attributes:
+        endpoint: where they register.
+        work: where they connect for jobs; `tcp://HOST:*` is any free port.
+        group_only: whether only processes of the master's own group may.
+        python: the version of Python, such as "3.13", that they must run; empty for any.
+        calls: whether clients may send jobs.
+    """
+
+    endpoint: str
+    work: str
+    group_only: bool = False
+    python: str = ""
+    calls: bool = False
+
+
 class Channels:
     """Made, used and closed by the master thread. Workers are named by their routing ids.
 
     Attributes:
+        entrance: what it was made from.
+        setup: what workers that come here must prepare, or None if that is not known yet.
+        dropped: how many messages were none.
         control: the socket at the endpoint, where workers register and are controlled.
         work: the socket for jobs and results, bound, and connected to workpoints.
         control_fd: the descriptor of `control`, to be polled for reading; see `unread`.
@@ -37,12 +60,16 @@ class Channels:
         work_address: where workers that name no workpoint connect.
     """
 
-    def __init__(self, endpoint: str, work: str) -> None:
+    def __init__(self, entrance: Entrance, setup: bytes | None) -> None:
         """Bind both sockets.
 
         Raises:
             OSError: an address is in use, or cannot be used.
         """
+        self.entrance = entrance
+        self.setup = setup
+        self.dropped = 0
+        endpoint, work = entrance.endpoint, entrance.work
         security.check_descriptors()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.control = security.socket(self._context, zmq.ROUTER, endpoint)
@@ -51,7 +78,6 @@ class Channels:
         self.control_fd = self.control.fileno()
         self.work_fd = self.work.fileno()
         self._bound: dict[zmq.Socket[bytes], str] = {}
-        self._garbage = 0
         try:
             self._bound[self.control] = security.bind(self.control, endpoint)
             self.work_address = self._bound[self.work] = security.bind(self.work, work)
@@ -80,8 +106,8 @@ class Channels:
             try:
                 handle(identity, message, buffers)
             except ProtocolError as error:
-                self._garbage += 1
-                level = logging.WARNING if self._garbage == 1 else logging.DEBUG
+                self.dropped += 1
+                level = logging.WARNING if self.dropped == 1 else logging.DEBUG
                 logger.log(level, "dropped what a peer sent: %s", str(error))
 
     def unread(self) -> list[int]:
@@ -95,8 +121,10 @@ class Channels:
             if _has_message(socket)
         ]
 
-    def tell(self, identity: bytes, message: protocol.ControlFromMaster) -> bool:
-        """Send a control message; False if there is no way to the worker."""
+    def tell(
+        self, identity: bytes, message: protocol.ControlFromMaster | protocol.ToClient
+    ) -> bool:
+        """Send a control message; False if there is no way to the worker or client."""
         return _send(self.control, [identity, protocol.encode(message)])
 
     def send_work(

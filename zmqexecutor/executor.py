@@ -15,7 +15,8 @@ import msgspec
 
 from . import interpreter
 from .buffers import Segments
-from .calls import Initializer, Setup, boot_code
+from .calls import CALLS, Initializer, Setup, boot_code
+from .channels import Entrance
 from .errors import BrokenPoolError, ForkedExecutorError, SerializationError
 from .futures import TaskFuture
 from .inheritance import inheritable
@@ -222,6 +223,7 @@ class ZmqExecutor(MappingExecutor):
             lease=call.lease,
             shares=call.shares,
             options=options,
+            service=CALLS,
         )
         future.belongs_to(self._master_reference, task)
         with self._lock:
@@ -375,10 +377,10 @@ def _start_master(
     endpoint = f"ipc://{directory.path}/control"
     command = python_command(boot_code(start_path(), endpoint, directory.path, rlimits))
     options = MasterOptions(
-        endpoint=endpoint,
-        work=f"ipc://{directory.path}/work",
+        [Entrance(endpoint, f"ipc://{directory.path}/work", group_only=True)],
         setup=None,
         max_workers=max_workers,
+        service=CALLS,
         allowance=allowance,
         finish_at_exit=True,
         segments=segments,

@@ -7,18 +7,20 @@ from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
 from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from . import security
+from . import codecs, security
+from .channels import Entrance
 from .errors import JobFailedError, TaskTimeoutError
 from .master import Master, MasterOptions
 from .peers import WorkerInfo
-from .protocol import Frame, Result
+from .protocol import DEFAULT_SERVICE, Frame, Result
 from .tasks import Task
 
 __all__ = ["JobRunner"]
 
-Data: TypeAlias = "str | bytes"
+Data: TypeAlias = Any
+"""`str` or `bytes`; with a codec, what that one can carry."""
 
 PATIENCE = 10.0
 """Default of how long a job waits while no worker is registered, in seconds."""
@@ -66,9 +68,8 @@ class JobRunner:
                 if self._endpoint.startswith("tcp://")
                 else self._endpoint + ".work"
             )
-            master = Master(
-                MasterOptions(endpoint=self._endpoint, work=work, patience=self._patience)
-            )
+            entrance = Entrance(self._endpoint, work, calls=True)
+            master = Master(MasterOptions([entrance], patience=self._patience))
             master.start()
             self._master = master
 
@@ -89,31 +90,48 @@ class JobRunner:
         master = self._master
         return master.workers if master else ()
 
-    def submit(self, job_id: str, data: Data) -> Future[Data]:
+    def submit(
+        self,
+        job_id: str,
+        data: Data,
+        *,
+        service: str = DEFAULT_SERVICE,
+        codec: str | None = None,
+    ) -> Future[Data]:
         """Queue a job, and return a future of its result.
 
         Args:
             job_id: a name for the job; the target gets it, and messages show it.
             data: what the target gets, as `str` or `bytes` just as given here.
+            service: what is asked for: only workers that offer it are sent the job.
+            codec: "json" or "msgpack" for other data, which is sent in that encoding;
+                the result comes back in the same. Or "pickle", for any Python objects:
+                the worker must be started with `allow_pickle`, and as its answer is
+                unpickled here, this process must trust it too.
 
         Raises:
             RuntimeError: the runner is not started.
             TypeError: an argument has the wrong type.
-            ValueError: an argument is text that UTF-8 cannot carry.
+            ValueError: an argument is text that UTF-8 cannot carry, or there is no such
+                codec.
         """
         if not isinstance(job_id, str):
             raise TypeError(f"job_id must be str, not {type(job_id).__name__}")
-        if not isinstance(data, (str, bytes)):
-            raise TypeError(f"data must be str or bytes, not {type(data).__name__}; encode it")
-        job_id.encode()  # text that is no text must fail here, and only its caller
+        if not isinstance(service, str):
+            raise TypeError(f"service must be str, not {type(service).__name__}")
+        if codec is not None and codec not in codecs.CODECS:
+            raise ValueError(f"codec must be None or one of {', '.join(codecs.CODECS)}: {codec!r}")
+        (job_id + service).encode()  # text that is no text must fail here, and only its caller
+        encoded, encoding = codecs.encode(data, codec)
         future: Future[Data] = Future()
         task = Task(
             future,
-            data.encode() if isinstance(data, str) else data,
-            _Decoder(job_id),
+            encoded,
+            _Decoder(job_id, codec),
             name=f"job {job_id!r}",
             id=job_id,
-            codec="text" if isinstance(data, str) else "",
+            codec=encoding,
+            service=service,
         )
         with self._lock:
             if self._master is None:
@@ -123,7 +141,15 @@ class JobRunner:
             self._master.submit(task)
         return future
 
-    def execute(self, job_id: str, data: Data, timeout: float | None = None) -> Data:
+    def execute(
+        self,
+        job_id: str,
+        data: Data,
+        timeout: float | None = None,
+        *,
+        service: str = DEFAULT_SERVICE,
+        codec: str | None = None,
+    ) -> Data:
         """Have a worker do a job, and return its result.
 
         Args:
@@ -131,16 +157,19 @@ class JobRunner:
             data: as for `submit`.
             timeout: seconds to wait for the result, or None to wait for as long as
                 it takes; a worker that dies ends the wait in any case.
+            service: as for `submit`.
+            codec: as for `submit`.
 
         Raises:
-            NoWorkerError: no worker registered within the runner's `patience`.
+            NoWorkerError: no worker for this service registered within the runner's
+                `patience`.
             TaskTimeoutError: the result did not come in time.
             JobFailedError: the target raised; the message has its traceback.
             WorkerLostError: the worker died while it ran the job.
             RuntimeError: the runner is not started.
             TypeError: an argument has the wrong type.
         """
-        future = self.submit(job_id, data)
+        future = self.submit(job_id, data, service=service, codec=codec)
         # Not `future.result(timeout)`: a Ctrl-C in the middle of a Condition's wait can
         # come out as a RuntimeError about its lock. This one is a single step.
         done: SimpleQueue[Future[Data]] = SimpleQueue()
@@ -170,16 +199,28 @@ class JobRunner:
 
 
 class _Decoder:
-    """Makes text or bytes of a result, or raises what went wrong."""
+    """Makes data of a result, or raises what went wrong."""
 
-    __slots__ = ("_job_id",)
+    __slots__ = ("_codec", "_job_id")
 
-    def __init__(self, job_id: str) -> None:
+    def __init__(self, job_id: str, codec: str | None) -> None:
         self._job_id = job_id
+        self._codec = codec
 
     def __call__(self, result: Result, buffers: Sequence[Frame]) -> Data:
         data = bytes(buffers[0]) if buffers else result.data
         if not result.ok:
             text = data.decode(errors="replace").rstrip()
             raise JobFailedError(f"job {self._job_id!r} failed in its worker:\n{text}")
-        return data.decode() if result.codec == "text" else data
+        # What the caller has not asked for is not decoded, least of all unpickled.
+        if result.codec != self._codec and (self._codec or result.codec not in ("", "text")):
+            raise JobFailedError(
+                f"job {self._job_id!r} has an answer in the codec {result.codec!r}, "
+                f"not {self._codec or 'text or bytes'}"
+            )
+        try:
+            return codecs.decode(data, result.codec)
+        except Exception as error:
+            raise JobFailedError(
+                f"job {self._job_id!r} has an answer that cannot be decoded: {error}"
+            ) from error

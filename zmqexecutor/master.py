@@ -26,15 +26,17 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from . import protocol
 from .buffers import Segments
-from .channels import Channels
+from .channels import Channels, Entrance
+from .clients import Clients, Counts, report
 from .errors import BrokenPoolError, NoWorkerError, ProtocolError
 from .fleet import Fleet, Group
 from .peers import Peer, WorkerInfo
-from .protocol import Frame
+from .protocol import DEFAULT_SERVICE, Frame
 from .retries import Retries
 from .roster import Roster
 from .scheduler import Decision, Expire, Recall, Retire, Scale, Scheduler, Send
@@ -55,21 +57,21 @@ class MasterOptions:
     """What a master needs to know before it starts.
 
     Attributes:
-        endpoint: where workers register.
-        work: where workers connect for jobs; `tcp://HOST:*` is any free port.
+        entrances: where workers come in.
         setup: what each worker must prepare before it is ready, or None if `equip`
             will tell; workers that register before that have to wait.
         max_workers: how many workers the group may have.
+        service: what the group's workers offer.
         allowance: how many jobs a worker does before it is replaced, or None.
         patience: seconds that a job waits while there is no worker, or None.
         finish_at_exit: whether pending tasks are finished when the interpreter exits.
         segments: where big buffers of jobs and results are, if not in messages.
     """
 
-    endpoint: str
-    work: str
+    entrances: Sequence[Entrance]
     setup: bytes | None = b""
     max_workers: int = 0
+    service: str = DEFAULT_SERVICE
     allowance: int | None = None
     patience: float | None = None
     finish_at_exit: bool = False
@@ -97,15 +99,23 @@ class Master:
             max_workers=options.max_workers,
             wanted=min(1, options.max_workers),
             patience=options.patience,
+            service=options.service,
         )
         self._fleet = Fleet(group, self._fail)
         self._retries = Retries()
         self._stops = Stops(
             read_journal=self._read_journal,
-            ask_stack=lambda peer: self._channels.tell(peer.identity, protocol.ShowStack()),
-            recall=lambda peer, seqs: self._channels.tell(peer.identity, protocol.Recall(seqs)),
-            kill=lambda peer: self._roster.kill(peer),
+            ask_stack=lambda peer: peer.tell(protocol.ShowStack()),
+            recall=lambda peer, seqs: peer.tell(protocol.Recall(seqs)),
+            kill=self._kill_worker,
             give_up=lambda peer: self._lose(peer, None),
+        )
+        self._counts = Counts()
+        self._clients = Clients(
+            submit=lambda task: self._scheduler.submit(task, time.monotonic()),
+            tell_state=lambda: report(
+                self._counts, self._scheduler.lanes(), self._roster, self._channels
+            ),
         )
         self._inbox: deque[Task | Callable[[], None]] = deque()
         self._wakeup: Wakeup | None = Wakeup()  # None when the thread has ended
@@ -125,8 +135,8 @@ class Master:
         self._ended = False
         self.broken: BrokenPoolError | None = None
         """Why no task can run any more, once that is so."""
-        self.workers: tuple[WorkerInfo, ...] = ()
-        """The workers that are ready; replaced, never changed, by the master thread."""
+        # Replaced, never changed, by the master thread, so that others may read it:
+        self._ready: tuple[Peer, ...] = ()
         self.exiting = False
         """Whether the interpreter is exiting and takes no more tasks."""
 
@@ -151,9 +161,9 @@ class Master:
         if self._wakeup is None:
             self._drop_inbox()  # the caller's check and the thread's end have crossed
 
-    def equip(self, setup: bytes) -> None:
-        """Say, once, what workers must prepare, if the options have left it open."""
-        self._call(lambda: self._roster.equip(setup))
+    def equip(self, *setups: bytes) -> None:
+        """Say, once, what workers of each entrance must prepare, if that was left open."""
+        self._call(lambda: self._equip(setups))
 
     def close(self, *, cancel: bool = False) -> None:
         """End when the tasks handed over are done; `cancel` drops those not sent."""
@@ -202,6 +212,11 @@ class Master:
         if (wakeup := self._wakeup) is not None:
             wakeup.set()
 
+    @property
+    def workers(self) -> tuple[WorkerInfo, ...]:
+        """The workers that are ready, oldest first."""
+        return tuple(peer.info() for peer in self._ready)
+
     # ---------------------------------------------------------------- the loop
 
     def _run(self) -> None:
@@ -225,11 +240,9 @@ class Master:
 
     def _step(self) -> None:
         ready = self._wait()
-        channels = self._channels
-        if channels.work_fd in ready:
-            channels.read(channels.work, self._on_work)
-        if channels.control_fd in ready:
-            channels.read(channels.control, self._on_control)
+        for descriptor, channels, socket, handle in self._sockets:
+            if descriptor in ready:
+                channels.read(socket, handle)
         if self._roster.fileno() in ready:
             self._roster.read_deaths()
         if self._fleet.fileno() in ready:
@@ -257,14 +270,33 @@ class Master:
             self._carry_out(decision)
 
     def _open(self) -> None:
-        self._channels = Channels(self._options.endpoint, self._options.work)
-        self._roster = Roster(self._channels, self._fleet, self._options.setup, self._lose)
+        self._channels: list[Channels] = []
+        try:
+            for entrance in self._options.entrances:
+                self._channels.append(Channels(entrance, self._options.setup))
+        except BaseException:
+            for channels in self._channels:
+                channels.close()
+            raise
+        self._sockets = [
+            source
+            for channels in self._channels
+            for source in (
+                (channels.work_fd, channels, channels.work, partial(self._on_work, channels)),
+                (
+                    channels.control_fd,
+                    channels,
+                    channels.control,
+                    partial(self._on_control, channels),
+                ),
+            )
+        ]
+        self._roster = Roster(self._fleet, self._lose)
         # Not zmq.Poller: 0.6 us against 3 to 6; the price of it is `Channels.unread`.
         self._poller = select.poll()
         assert self._wakeup is not None
         sources = (
-            self._channels.control_fd,
-            self._channels.work_fd,
+            *(descriptor for descriptor, *_ in self._sockets),
             self._wakeup.fileno(),
             self._roster.fileno(),
         )
@@ -280,7 +312,7 @@ class Master:
         self._watch_fleet()
         self._asleep = True
         timeout: int | None = None
-        unread = self._channels.unread()
+        unread = [fd for channels in self._channels for fd in channels.unread()]
         if self._inbox or unread:
             timeout = 0
             self._due = 0.0  # look at all deadlines: none was computed
@@ -329,16 +361,21 @@ class Master:
 
     # ------------------------------------------------------- events of workers
 
-    def _on_control(self, identity: bytes, frame: Frame, _: list[Frame]) -> None:
-        message = protocol.decode_control_from_worker(frame)
+    def _on_control(
+        self, channels: Channels, identity: bytes, frame: Frame, _: list[Frame]
+    ) -> None:
+        message = protocol.decode_control_to_master(frame)
         if isinstance(message, protocol.Hello):
-            self._roster.register(identity, message)
+            self._roster.register(channels, identity, message)
+            return
+        if isinstance(message, (protocol.Ask, protocol.Call)):
+            self._clients.on_message(channels, identity, message)
             return
         peer = self._roster.get(identity)
-        if peer is None:
-            return  # from a worker that was lost, or a stranger
-        if isinstance(message, protocol.Unready):
-            if self._fleet.group:
+        if peer is None or peer.channels is not channels:
+            self._expel(channels, identity)
+        elif isinstance(message, protocol.Unready):
+            if channels.entrance.group_only:
                 self._break(message.reason)
             else:
                 logger.warning("worker %s left: %s", peer.hello.worker, message.reason)
@@ -355,11 +392,14 @@ class Master:
             self._scheduler.recalled(peer.state, message.seqs)
             _kill_queued(doomed)
 
-    def _on_work(self, identity: bytes, frame: Frame, buffers: list[Frame]) -> None:
-        peer = self._roster.get(identity)
-        if peer is None:
-            return  # from a worker that was lost, or of another master
+    def _on_work(
+        self, channels: Channels, identity: bytes, frame: Frame, buffers: list[Frame]
+    ) -> None:
         message = protocol.decode_work_from_worker(frame)
+        peer = self._roster.get(identity)
+        if peer is None or peer.channels is not channels:
+            self._expel(channels, identity)
+            return
         if isinstance(message, protocol.Results):
             if peer.state is None:
                 raise ProtocolError("results from a worker that is not ready")
@@ -372,12 +412,18 @@ class Master:
         else:
             self._lose(peer, message.abandoned)
 
+    def _expel(self, channels: Channels, identity: bytes) -> None:
+        """From a worker that was taken for lost, or of another master, or a stranger."""
+        channels.tell(identity, protocol.Expelled())
+
     def _on_ready(self, peer: Peer) -> None:
         if peer.state is not None:
             raise ProtocolError("a worker was ready before")
         peer.state = self._scheduler.worker_ready(
             peer.identity,
             time.monotonic(),
+            services=peer.hello.services,
+            grouped=peer.channels.entrance.group_only,
             ahead=peer.journal is not None,
             allowance=self._options.allowance,
         )
@@ -396,6 +442,9 @@ class Master:
             taken += result.buffers
             task = self._scheduler.result(peer.state, result.seq, result.seconds, now)
             if task is not None:
+                peer.done += 1
+                self._counts.done += 1
+                self._counts.failed += not result.ok
                 if task.lease is not None:
                     task.lease.returned(result.kept)
                 if (error := task.finish(result, frames)) is not None:
@@ -451,6 +500,7 @@ class Master:
 
     def _bury(self, peer: Peer, task: Task) -> None:
         """A worker died while it ran this task."""
+        self._counts.lost += 1
         if (error := self._stops.why_ended(peer, task)) is not None:
             self._fail(task, error)
         elif task.doomed:
@@ -480,8 +530,18 @@ class Master:
             task.doomed = True
             self._stops.end(peer, time.monotonic())
 
+    def _kill_worker(self, peer: Peer) -> None:
+        if peer.state:
+            self._scheduler.drain(peer.state)  # until it is dead, it may look idle
+        self._roster.kill(peer)
+
+    def _equip(self, setups: Sequence[bytes]) -> None:
+        for channels, setup in zip(self._channels, setups, strict=True):
+            channels.setup = setup
+        self._roster.equipped()
+
     def _publish_workers(self) -> None:
-        self.workers = self._roster.infos()
+        self._ready = self._roster.ready()
 
     # ---------------------------------------------------------------- decisions
 
@@ -492,19 +552,25 @@ class Master:
             peer = self._roster.get(decision.worker.key)
             if peer is not None:
                 self._read_journal(peer)
-                self._channels.tell(peer.identity, protocol.Recall(decision.seqs))
+                peer.tell(protocol.Recall(decision.seqs))
         elif isinstance(decision, Retire):
-            self._channels.tell(decision.worker.key, protocol.Drain())
+            if (peer := self._roster.get(decision.worker.key)) is not None:
+                peer.tell(protocol.Drain())
         elif isinstance(decision, Scale):
             self._fleet.scale(decision.workers)
         elif isinstance(decision, Expire):
             for task in decision.jobs:
-                task.fail(
-                    NoWorkerError(
-                        f"no worker registered at {self._options.endpoint} within "
-                        f"{self._options.patience:g} s; start workers there, or allow more time"
-                    )
-                )
+                task.fail(NoWorkerError(self._nobody_for(task.service)))
+
+    def _nobody_for(self, service: str) -> str:
+        """Why jobs that ask for this service cannot be done."""
+        offered = sorted({name for peer in self._roster for name in peer.hello.services})
+        who = "no worker" if service == DEFAULT_SERVICE else f"no worker for service {service!r}"
+        return (
+            f"{who} registered at {self._options.entrances[-1].endpoint} within "
+            f"{self._options.patience:g} s; start workers there, or allow more time"
+            + (f". Those that are there offer {', '.join(offered)}" if offered else "")
+        )
 
     def _send_jobs(self, decision: Send[Task]) -> None:
         peer = self._roster.get(decision.worker.key)
@@ -522,12 +588,15 @@ class Master:
             for share in task.shares:
                 peer.introduce_share(share, shared)
             segment, buffers = task.ship(mapped=peer.journal is not None)
+            service = task.service if len(peer.hello.services) > 1 else ""
             jobs.append(
-                protocol.Job(seq, task.id, task.data, task.codec, key, len(buffers), segment)
+                protocol.Job(
+                    seq, task.id, task.data, task.codec, key, len(buffers), segment, service
+                )
             )
             frames += buffers
         message = protocol.Jobs(peer.confirmed, jobs, shared, forget)
-        if not self._channels.send_work(peer.identity, message, frames):
+        if not peer.send_work(message, frames):
             self._lose(peer, None)
         else:
             peer.sent_at = time.monotonic()
@@ -549,7 +618,7 @@ class Master:
             peer = self._unconfirmed.pop()
             self._forgetful.discard(peer)
             message = protocol.Jobs(peer.confirmed, [], [], peer.take_forgotten())
-            if not self._channels.send_work(peer.identity, message):
+            if not peer.send_work(message):
                 self._lose(peer, None)
 
     # ---------------------------------------------------------------- the end
@@ -605,13 +674,15 @@ class Master:
             if self._fleet.group and not self._ended and not self.broken:
                 self._fleet.keep_no_more()
                 for peer in self._roster:
-                    self._channels.tell(peer.identity, protocol.Drain())
+                    if peer.channels.entrance.group_only:
+                        peer.tell(protocol.Drain())
                 self._fleet.leave()
             self._fleet.stop()
         finally:
             self._roster.close()
             self._publish_workers()
-            self._channels.close()
+            for channels in self._channels:
+                channels.close()
             self._wakeup = None  # closed when no other thread is in the middle of using it
             self._drop_inbox()
             self._cleanup()
@@ -620,7 +691,7 @@ class Master:
     def _let_go(self) -> None:
         """Break the cycles of references: nothing should wait for a garbage collection."""
         self._fleet = Fleet(None)
-        for name in ("_stops", "_roster"):
+        for name in ("_stops", "_roster", "_clients", "_sockets"):
             vars(self).pop(name, None)
         if self._segments:
             self._segments.on_idle = int

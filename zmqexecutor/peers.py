@@ -7,12 +7,14 @@ import select
 import signal
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
+from .channels import Channels
 from .journal import JournalReader
-from .protocol import Hello, Shared
-from .scheduler import WorkerState
+from .lanes import WorkerState
+from .protocol import DEFAULT_SERVICE, ControlFromMaster, Frame, Hello, Jobs, Shared
 from .shares import Share
 from .tasks import Shared as SharedData
 from .tasks import Task
@@ -28,16 +30,27 @@ class WorkerInfo:
     """A registered worker, as `JobRunner.workers` shows it.
 
     Attributes:
-        id: unique to the worker process.
+        id: unique to this worker's registration.
         pid: its process id.
         host: the name of its host.
         since: when it became ready, in seconds since the epoch.
+        services: what it offers.
+        state: "idle", "busy", or "leaving" if it will be sent no more jobs.
+        jobs_done: how many jobs it has answered.
     """
 
     id: str
     pid: int
     host: str
     since: float
+    services: tuple[str, ...] = (DEFAULT_SERVICE,)
+    state: Literal["idle", "busy", "leaving"] = "idle"
+    jobs_done: int = 0
+
+    @property
+    def age(self) -> float:
+        """For how many seconds it has been ready."""
+        return max(0.0, time.time() - self.since)
 
 
 class Stop:
@@ -58,8 +71,16 @@ class Stop:
 class Peer:
     """A worker that has registered."""
 
-    def __init__(self, hello: Hello, identity: bytes, journal: JournalReader | None) -> None:
+    def __init__(
+        self,
+        hello: Hello,
+        identity: bytes,
+        channels: Channels,
+        journal: JournalReader | None = None,
+    ) -> None:
         self.hello = hello
+        self.channels = channels
+        """The way to it."""
         self.identity = identity
         """Routing id of the worker's sockets."""
         self.journal = journal
@@ -70,6 +91,8 @@ class Peer:
         """When it was sent jobs last."""
         self.finished = 0
         """The last job that it is known to have finished."""
+        self.done = 0
+        """How many jobs it has answered."""
         self.look_at: float | None = None
         """When `stops` looks at it next."""
         self.stop: Stop | None = None
@@ -81,8 +104,25 @@ class Peer:
         self._forgotten: list[bytes] = []
 
     def info(self) -> WorkerInfo:
-        """The public view of this worker."""
-        return WorkerInfo(self.hello.worker, self.hello.pid, self.hello.host, self.since)
+        """The public view of this worker, once it is ready. Any thread may ask for it."""
+        assert self.state is not None
+        return WorkerInfo(
+            self.hello.worker,
+            self.hello.pid,
+            self.hello.host,
+            self.since,
+            tuple(self.hello.services),
+            "leaving" if self.state.draining else "busy" if self.state.held else "idle",
+            self.done,
+        )
+
+    def tell(self, message: ControlFromMaster) -> bool:
+        """Send a control message; False if there is no way to it."""
+        return self.channels.tell(self.identity, message)
+
+    def send_work(self, message: Jobs, buffers: Sequence[Frame] = ()) -> bool:
+        """Send jobs; False if there is no way to it."""
+        return self.channels.send_work(self.identity, message, buffers)
 
     def introduce(self, needed: SharedData, new: list[Shared], forget: list[bytes]) -> None:
         """Note that a job needs this; what the worker lacks, or may drop, is appended."""

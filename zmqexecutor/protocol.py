@@ -10,7 +10,9 @@ endpoint for control, the workpoint for jobs), and a third, a plain socket pair
 and not ZeroMQ, connects a `Workers` group with its supervisor process:
 
     control, worker to master     Hello, Recalled, Unready, Worn, Stack
-    control, master to worker     Welcome, Refused, Recall, Drain, Ping, ShowStack
+    control, master to worker     Welcome, Refused, Recall, Drain, Ping, ShowStack, Expelled, Die
+    control, client to master     Ask, Call
+    control, master to client     Report, Answer
     work, worker to master        Ready, Results, Goodbye
     work, master to worker        Jobs
     group to supervisor           Configure, Scale, Quit
@@ -29,13 +31,20 @@ import msgspec
 from .worker_errors import ProtocolError
 
 __all__ = [
+    "DEFAULT_SERVICE",
     "VERSION",
+    "Answer",
+    "Ask",
+    "Call",
     "Configure",
     "ControlFromMaster",
     "ControlFromWorker",
+    "Die",
     "Drain",
     "EncodedResults",
+    "Expelled",
     "Frame",
+    "FromClient",
     "FromSupervisor",
     "Goodbye",
     "GroupFailed",
@@ -49,33 +58,43 @@ __all__ = [
     "Recall",
     "Recalled",
     "Refused",
+    "Report",
     "Result",
     "Results",
     "Scale",
     "Segment",
+    "ServiceReport",
     "Shared",
     "ShowStack",
     "Spawned",
     "Stack",
+    "ToClient",
     "ToSupervisor",
     "Unready",
     "Welcome",
     "WorkFromWorker",
+    "WorkerReport",
     "Worn",
     "decode_control_from_master",
-    "decode_control_from_worker",
+    "decode_control_to_master",
     "decode_jobs",
     "decode_result",
+    "decode_to_client",
     "decode_work_from_worker",
     "encode",
 ]
 
 _T = TypeVar("_T")
+Name: TypeAlias = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
 Frame: TypeAlias = bytes | bytearray | memoryview
 
 VERSION: Final = 1
 """The protocol's version. A master refuses a worker that speaks another one."""
+
+
+DEFAULT_SERVICE: Final = "default"
+"""What a worker offers, and a job asks for, where nobody names a service."""
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
@@ -170,6 +189,8 @@ class Hello(Message, frozen=True):
     """The file of its `journal`, which a master on the same host may map."""
     python: str = ""
     """Version of the worker's interpreter, empty for other languages."""
+    services: list[Name] = msgspec.field(default_factory=lambda: [DEFAULT_SERVICE])
+    """What it offers, one or more."""
 
 
 class Welcome(Message, frozen=True):
@@ -230,6 +251,87 @@ class Ping(Message, frozen=True):
     """Is the way to this worker open? Needs no answer."""
 
 
+class Expelled(Message, frozen=True):
+    """The worker is not registered any more: it was taken for lost.
+
+    Nothing that it has is wanted. It may register again, under a new name.
+    """
+
+
+class Die(Message, frozen=True):
+    """End this process at once, with the job that it runs. For workers on other hosts."""
+
+
+# -------------------------------------------------------------------- clients
+
+
+class Ask(Message, frozen=True):
+    """What is going on? Answered by `Report`. Anybody who may connect may ask."""
+
+    version: int
+
+
+class WorkerReport(msgspec.Struct, frozen=True, gc=False):
+    """A worker, as `WorkerInfo` shows it."""
+
+    id: str
+    host: str
+    pid: int
+    services: list[str]
+    state: str
+    jobs_done: int
+    age: float
+
+
+class ServiceReport(msgspec.Struct, frozen=True, gc=False):
+    """A service that is offered or asked for."""
+
+    name: str
+    workers: int
+    queued: int
+
+
+class Report(Message, frozen=True):
+    """The state of a master."""
+
+    version: int
+    host: str
+    pid: int
+    uptime: float
+    """Seconds since it started."""
+    jobs: dict[str, int]
+    """How many there are or were: queued, running, done, failed (of those done), lost."""
+    services: list[ServiceReport]
+    workers: list[WorkerReport]
+    dropped: int = 0
+    """Messages that were no messages."""
+    refused: int = 0
+    """Peers that could not show that they may connect."""
+
+
+class Call(Message, frozen=True):
+    """Have a worker do a job for a client. Answered by `Answer`."""
+
+    number: int
+    """Chosen by the client, to tell its answers apart."""
+    id: str
+    data: bytes
+    codec: str = ""
+    service: Name = DEFAULT_SERVICE
+
+
+class Answer(Message, frozen=True):
+    """The end of a `Call`."""
+
+    number: int
+    ok: bool
+    data: bytes
+    """The result; if not ok, what went wrong, for people."""
+    codec: str = ""
+    error: str = ""
+    """If not ok, the name of the exception, such as "NoWorkerError"."""
+
+
 # ----------------------------------------------------------------------- work
 
 
@@ -256,13 +358,15 @@ class Job(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The caller's name for the job."""
     data: bytes
     codec: str = ""
-    """What `data` is: empty for bytes, "text" for text in UTF-8."""
+    """What `data` is: empty for bytes, "text" for text in UTF-8, or what `codecs` has."""
     shared: bytes = b""
     """Key of the `Shared` object that this job needs, or empty."""
     buffers: int = 0
     segment: Segment | None = None
     """Where the buffers are, if not in frames. Only workers that share the master's
     private directory are sent this, and only they send it."""
+    service: str = ""
+    """Which of the worker's services is asked for; empty if it has only one."""
 
 
 class Shared(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -319,8 +423,12 @@ class Goodbye(Message, frozen=True):
 
 # ------------------------------------------------------------ encode and decode
 
+FromClient: TypeAlias = Ask | Call
+ToClient: TypeAlias = Report | Answer
 ControlFromWorker: TypeAlias = Hello | Recalled | Unready | Worn | Stack
-ControlFromMaster: TypeAlias = Welcome | Refused | Recall | Drain | Ping | ShowStack
+ControlFromMaster: TypeAlias = (
+    Welcome | Refused | Recall | Drain | Ping | ShowStack | Expelled | Die
+)
 WorkFromWorker: TypeAlias = Ready | Results | Goodbye
 
 _encoder = msgspec.msgpack.Encoder()
@@ -329,8 +437,9 @@ encode = _encoder.encode
 
 _jobs = msgspec.msgpack.Decoder(Jobs)
 _result = msgspec.msgpack.Decoder(Result)
-_control_from_worker = msgspec.msgpack.Decoder(ControlFromWorker)
+_control_to_master = msgspec.msgpack.Decoder(ControlFromWorker | FromClient)
 _control_from_master = msgspec.msgpack.Decoder(ControlFromMaster)
+_to_client = msgspec.msgpack.Decoder(ToClient)
 _work_from_worker = msgspec.msgpack.Decoder(WorkFromWorker)
 
 
@@ -352,8 +461,10 @@ def _decoder(decoder: msgspec.msgpack.Decoder[_T]) -> Callable[[Frame], _T]:
     return decode
 
 
-decode_control_from_worker = _decoder(_control_from_worker)
-"""Decode a frame from a worker's control socket; ProtocolError if it is none."""
+decode_control_to_master = _decoder(_control_to_master)
+"""Decode a frame from the control socket of a worker or client; ProtocolError if it is none."""
+decode_to_client = _decoder(_to_client)
+"""Decode a frame for a client; ProtocolError if it is none."""
 decode_control_from_master = _decoder(_control_from_master)
 """Decode a frame from the master's control socket; ProtocolError if it is none."""
 decode_work_from_worker = _decoder(_work_from_worker)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import socket
 import struct
 import sys
@@ -11,7 +12,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -85,6 +86,7 @@ class Control(threading.Thread):
         claims: Claims,
         main: Wakeup,
         *,
+        services: Sequence[str],
         patience: float,
         journals: str | None,
     ) -> None:
@@ -96,6 +98,7 @@ class Control(threading.Thread):
             workpoint: where the worker will bind its work socket, or None.
             claims: shared with the thread that runs the jobs.
             main: wakes that thread.
+            services: what the worker offers.
             patience: seconds to look for a master; 0 ends the process with its master.
             journals: directory for the journal, or None for no journal.
         """
@@ -105,6 +108,7 @@ class Control(threading.Thread):
         self._workpoint = workpoint
         self._claims = claims
         self._main = main
+        self._services = services
         self._patience = patience
         self._journals = journals
         self._wakeup = Wakeup()
@@ -218,6 +222,10 @@ class Control(threading.Thread):
             if not self._patience:
                 self._deadline = None  # we are that master's own; it welcomes us when it wants
             return
+        self._begin_again()
+
+    def _begin_again(self) -> None:
+        """Look for a master, or another one, under a new name."""
         if self._welcomed:
             if not self._patience:
                 os._exit(1)  # the master is dead, and nobody waits for our result
@@ -244,6 +252,7 @@ class Control(threading.Thread):
                 workpoint=self._workpoint,
                 journal=self._journal.path if self._journal else None,
                 python=platform.python_version(),
+                services=list(self._services),
             )
         )
 
@@ -260,6 +269,10 @@ class Control(threading.Thread):
             self._send(protocol.Recalled(self._claims.recall(message.seqs)))
         elif isinstance(message, protocol.Drain):
             self._tell("drain")
+        elif isinstance(message, protocol.Expelled):
+            self._begin_again()
+        elif isinstance(message, protocol.Die):
+            os.kill(os.getpid(), signal.SIGKILL)
         elif isinstance(message, protocol.ShowStack):
             self._send(protocol.Stack(_stack_of(self._main_thread)))
 

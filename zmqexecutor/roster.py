@@ -15,7 +15,7 @@ from .errors import ProtocolError
 from .fleet import Fleet
 from .journal import JournalReader
 from .machine import machine_id
-from .peers import DeathWatch, Peer, WorkerInfo
+from .peers import DeathWatch, Peer
 
 __all__ = ["Roster"]
 
@@ -30,23 +30,17 @@ class Roster:
 
     def __init__(
         self,
-        channels: Channels,
         fleet: Fleet,
-        setup: bytes | None,
         lose: Callable[[Peer, int | None], None],
     ) -> None:
         """Begin without any worker.
 
         Args:
-            channels: the way to them.
-            fleet: if it has a group, only that group's processes may register.
-            setup: what they must prepare, or None if `equip` will tell.
+            fleet: the group, for entrances that let only its processes in.
             lose: called with a worker that is gone, and the job that it was running, if
                 that is known; it calls `remove`.
         """
-        self._channels = channels
         self._fleet = fleet
-        self._setup = setup
         self._lose = lose
         self._deaths = DeathWatch()
         self._peers: dict[bytes, Peer] = {}
@@ -62,14 +56,14 @@ class Roster:
         """The worker of this routing id, if it has registered and is not lost."""
         return self._peers.get(identity)
 
-    def infos(self) -> tuple[WorkerInfo, ...]:
-        """The public view of those that are ready."""
-        return tuple(peer.info() for peer in self._peers.values() if peer.state)
+    def ready(self) -> tuple[Peer, ...]:
+        """Those that can be sent jobs, in the order in which they registered."""
+        return tuple(peer for peer in self._peers.values() if peer.state)
 
     # ------------------------------------------------------------- coming
 
-    def register(self, identity: bytes, hello: protocol.Hello) -> None:
-        """A worker asks to be registered.
+    def register(self, channels: Channels, identity: bytes, hello: protocol.Hello) -> None:
+        """A worker asks to be registered, on these channels.
 
         Raises:
             ProtocolError: it may not; it gets no answer.
@@ -78,22 +72,32 @@ class Roster:
             raise ProtocolError("a worker must use its name as the id of its sockets")
         if hello.version != protocol.VERSION:
             reason = f"the master speaks protocol {protocol.VERSION}, not {hello.version}"
-            self._channels.tell(identity, protocol.Refused(reason))
+            channels.tell(identity, protocol.Refused(reason))
             return
+        wanted = channels.entrance.python
+        if wanted and hello.python and not f"{hello.python}.".startswith(f"{wanted}."):
+            reason = (
+                f"the master runs Python {wanted}, and functions can only be sent to the same "
+                f"version, not to {hello.python}; start the worker with Python {wanted}"
+            )
+            channels.tell(identity, protocol.Refused(reason))
+            return
+        if not hello.services:
+            raise ProtocolError("a worker must offer a service")
         if hello.workpoint is not None:
             try:
                 security.check_address(hello.workpoint, "workpoint")
             except ValueError as error:
                 raise ProtocolError(str(error)) from None
         local = hello.machine == machine_id()
-        self._make_way(identity, hello.pid if local else None)
-        if not self._is_watched(hello):
+        self._make_way(channels, identity, hello.pid if local else None)
+        peer = Peer(hello, identity, channels, _map_journal(hello) if local else None)
+        if not self._is_watched(peer):
             self.next_ping = self.next_ping or time.monotonic() + PING_INTERVAL
-        peer = Peer(hello, identity, _map_journal(hello) if local else None)
         self._peers[identity] = peer
         if hello.workpoint is not None:
             try:
-                self._channels.work.connect(hello.workpoint)
+                channels.work.connect(hello.workpoint)
             except zmq.ZMQError as error:
                 self._lose(peer, None)
                 raise ProtocolError(f"workpoint {hello.workpoint!r}: {error}") from None
@@ -104,37 +108,40 @@ class Roster:
                 return
         self._welcome(peer)
 
-    def _make_way(self, identity: bytes, pid: int | None) -> None:
+    def _make_way(self, channels: Channels, identity: bytes, pid: int | None) -> None:
         """Forget a worker that registers again; refuse what cannot be one of the group's.
 
         Args:
-            identity: the new worker's.
+            channels: the way to the new worker.
+            identity: its routing id there.
             pid: its process, if that is on this machine.
 
         Raises:
             ProtocolError: it is no worker of the group.
         """
         if (known := self._peers.get(identity)) is not None:
+            if known.channels is not channels:
+                raise ProtocolError("another worker has this name")
             self._lose(known, None)
-        if self._fleet.group and (pid is None or not self._fleet.has(pid)):
+        group_only = channels.entrance.group_only
+        if group_only and (pid is None or not self._fleet.has(pid)):
             raise ProtocolError(f"process {pid} is none of this pool's workers")
         for other in list(self._by_pid.get(pid or 0, ())):
-            if not self._channels.tell(other.identity, protocol.Ping()):
+            if not other.tell(protocol.Ping()):
                 self._lose(other, None)  # it has lost its connection, and takes a new name
-            elif self._fleet.group:
+            elif group_only:
                 raise ProtocolError(f"process {pid} is registered as {other.hello.worker}")
 
-    def equip(self, setup: bytes) -> None:
-        """Say what workers must prepare; those that wait for it are welcomed."""
-        self._setup = setup
+    def equipped(self) -> None:
+        """It is known now what workers must prepare; those that wait for it are welcomed."""
         for peer in self:
             self._welcome(peer)
 
     def _welcome(self, peer: Peer) -> None:
-        if self._setup is None:
-            return  # it waits for `equip`
-        welcome = protocol.Welcome(protocol.VERSION, self._channels.work_address, self._setup)
-        if not self._channels.tell(peer.identity, welcome):
+        channels = peer.channels
+        if channels.setup is None:
+            return  # it waits for `equipped`
+        if not peer.tell(protocol.Welcome(protocol.VERSION, channels.work_address, channels.setup)):
             self._lose(peer, None)
 
     # ------------------------------------------------------------- going
@@ -149,7 +156,7 @@ class Roster:
             self._deaths.remove(pid)
         if peer.hello.workpoint is not None:
             try:
-                self._channels.work.disconnect(peer.hello.workpoint)
+                peer.channels.work.disconnect(peer.hello.workpoint)
             except zmq.ZMQError:
                 pass  # it was not connected
 
@@ -172,11 +179,15 @@ class Roster:
         """The supervisor has died, who would have told of deaths: all are lost."""
         if self._deaths.fileno() == -1:
             for peer in self:
-                self._lose(peer, None)
+                if peer.channels.entrance.group_only:
+                    self._lose(peer, None)
 
     def kill(self, peer: Peer) -> None:
-        """SIGKILL for a worker's process."""
-        self._deaths.kill(peer.hello.pid)
+        """SIGKILL for a worker's process, wherever that is."""
+        if peer in self._by_pid.get(peer.hello.pid, ()):
+            self._deaths.kill(peer.hello.pid)
+        else:
+            peer.tell(protocol.Die())
 
     def ping(self, now: float) -> None:
         """Find out which workers have left without a word that would be told.
@@ -185,16 +196,15 @@ class Roster:
         """
         self.next_ping = None
         for peer in self:
-            if self._is_watched(peer.hello):
+            if self._is_watched(peer):
                 continue
             self.next_ping = now + PING_INTERVAL
-            if not self._channels.tell(peer.identity, protocol.Ping()):
+            if not peer.tell(protocol.Ping()):
                 self._lose(peer, None)
 
-    def _is_watched(self, hello: protocol.Hello) -> bool:
+    def _is_watched(self, peer: Peer) -> bool:
         """Whether the death of its process is told, and is how its connection would end."""
-        local = hello.machine == machine_id()
-        return self._fleet.group is not None and local and self._deaths.fileno() != -1
+        return peer.channels.entrance.group_only and self._deaths.fileno() != -1
 
     def close(self) -> None:
         """Let all of them go."""

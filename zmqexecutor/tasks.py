@@ -12,8 +12,8 @@ from typing import Any, Final, TypeAlias
 
 from .buffers import Lease
 from .errors import BrokenPoolError, TaskKilledError
-from .protocol import Frame, Result, Segment
-from .scheduler import Job
+from .lanes import Job
+from .protocol import DEFAULT_SERVICE, Frame, Result, Segment
 from .shares import Share
 
 __all__ = [
@@ -147,8 +147,9 @@ class Task(Job):
         lease: Lease | None = None,
         shares: Sequence[Share] = (),
         options: TaskOptions = PLAIN,
+        service: str = DEFAULT_SERVICE,
     ) -> None:
-        super().__init__(shared.key if shared else codec, options.priority)
+        super().__init__(shared.key if shared else service, options.priority, service)
         self.future = future
         self.data = data
         self.decode = decode

@@ -24,23 +24,24 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from time import monotonic, sleep  # as they are now, whatever tasks make of them
-from typing import Any, Final, NamedTuple, Protocol, TypeAlias
+from typing import Any, Final
 
 import msgspec
 import zmq
 
 from . import protocol, security
+from .handler import Handler, Outcome
 from .journal import JournalWriter
-from .protocol import Frame, Job, Segment
+from .protocol import DEFAULT_SERVICE, Frame, Job
 from .registration import Claims, Control, Session
+from .targets import Initializer, Target, TargetHandler
 from .wakeup import Wakeup
 from .worker_errors import RegistrationError
 
-__all__ = ["Handler", "Outcome", "Worker"]
+__all__ = ["Worker"]
 
 COALESCE: Final = 0.0003
 """Seconds for which results may be held back to travel together."""
@@ -48,68 +49,6 @@ LONGEST_REASON: Final = 10_000
 """Characters of what the master is told when it is no use to go on."""
 PATIENCE: Final = 60.0
 """Default of how long a worker looks for a master, in seconds."""
-
-Target: TypeAlias = Callable[[list[Any]], "str | bytes"]
-
-
-class Outcome(NamedTuple):
-    """How a job ended, for the wire."""
-
-    ok: bool
-    data: bytes
-    codec: str = ""
-    buffers: Sequence[Frame] = ()
-    segment: Segment | None = None
-    """Where its buffers are, if not there."""
-    kept: bool = False
-    """Whether something still uses the job's segment."""
-    worn: str = ""
-    """Why the worker should be replaced now, if so."""
-
-
-class Handler(Protocol):
-    """What a worker does with jobs: it knows what their data means."""
-
-    def setup(self, data: bytes) -> None:
-        """Prepare for the jobs of a master; an exception makes the worker give up."""
-
-    def define(self, key: bytes, data: bytes) -> None:
-        """Keep data that several jobs will name by this key."""
-
-    def forget(self, key: bytes) -> None:
-        """Drop it."""
-
-    def run(self, job: Job, buffers: Sequence[Frame]) -> Outcome:
-        """Run a job. What the job raises is an outcome, not an exception."""
-
-
-class TargetHandler:
-    """Hands `[job_id, data]` to a target that returns text or bytes."""
-
-    def __init__(self, target: Target) -> None:
-        self._target = target
-
-    def setup(self, data: bytes) -> None:
-        """Nothing to do."""
-
-    def define(self, key: bytes, data: bytes) -> None:
-        """Not used by these jobs."""
-
-    def forget(self, key: bytes) -> None:
-        """Not used by these jobs."""
-
-    def run(self, job: Job, buffers: Sequence[Frame]) -> Outcome:  # noqa: ARG002
-        """Call the target, and make its exception the outcome."""
-        try:
-            data = job.data.decode() if job.codec == "text" else job.data
-            result = self._target([job.id, data])
-            if isinstance(result, str):
-                return Outcome(True, result.encode(), "text")
-            if isinstance(result, (bytes, bytearray, memoryview)):
-                return Outcome(True, bytes(result))
-            raise TypeError(f"a target returns str or bytes, not {type(result).__name__}")
-        except Exception:
-            return Outcome(False, traceback.format_exc().encode(errors="replace"), "text")
 
 
 class Worker:
@@ -135,6 +74,12 @@ class Worker:
         workpoint: str | None = None,
         target: Target | None = None,
         *,
+        service: str = DEFAULT_SERVICE,
+        targets: Mapping[str, Target] | None = None,
+        initializer: Initializer | None = None,
+        initargs: tuple[Any, ...] = (),
+        teardown: Callable[[Any], object] | None = None,
+        allow_pickle: bool = False,
         patience: float = PATIENCE,
     ) -> None:
         """Check the arguments; nothing is opened before `run`.
@@ -145,19 +90,37 @@ class Worker:
             workpoint: the address at which this worker gets its jobs, unique to it.
                 Without one it connects to an address that the master names.
             target: called with one list, `[job_id, data]`, for each job; returns
-                `str` or `bytes`. `data` is `str` or `bytes`, as it was given.
+                `str` or `bytes`. `data` is `str` or `bytes`, as it was given. If the
+                caller has named a codec, both are objects that this codec can carry.
+            service: the name of what the target does, for callers to ask for.
+            targets: several services, by name, each with its target; in the place of
+                `target` and `service`.
+            initializer: called once, before the first job. What it returns, a loaded
+                model or a connection for example, is the second argument of each call
+                of a target. If it raises, `run` raises the same.
+            initargs: the initializer's arguments.
+            teardown: called with what the initializer returned when `run` ends.
+            allow_pickle: whether jobs may be pickled. Who can send such a job can run
+                any code in this process.
             patience: seconds to look for a master, at the start and after its loss.
 
         Raises:
-            TypeError: the target is not callable, or an address is not text.
-            ValueError: an address cannot be used.
+            TypeError: a target is not callable, or an argument has the wrong type.
+            ValueError: an address cannot be used, or arguments contradict each other.
         """
-        if not callable(target):
-            raise TypeError("target must be callable: it is called with [job_id, data]")
+        handler = TargetHandler(
+            _check_targets(target, service, targets),
+            _check_callable(initializer, "initializer"),
+            tuple(initargs),
+            _check_callable(teardown, "teardown"),
+            allow_pickle=allow_pickle,
+        )
+        if teardown is not None and initializer is None:
+            raise ValueError("teardown is called with what the initializer returned: give both")
         security.check_address(endpoint, "endpoint")
         if workpoint is not None:
             security.check_address(workpoint, "workpoint")
-        self._init(endpoint, workpoint, TargetHandler(target), patience)
+        self._init(endpoint, workpoint, handler, patience)
 
     @classmethod
     def with_handler(
@@ -191,6 +154,7 @@ class Worker:
         self._wakeup = Wakeup()
         self._claims = Claims()
         self._stopping = False
+        self._set_up = False
         self._queue: deque[tuple[Job | None, list[Frame], protocol.Jobs | None]] = deque()
         self._unsent: list[msgspec.Raw] = []
         self._unsent_buffers: list[Frame] = []
@@ -219,6 +183,7 @@ class Worker:
             self._workpoint,
             self._claims,
             self._wakeup,
+            services=self._handler.services,
             patience=self._patience,
             journals=self._journals,
         )
@@ -231,6 +196,8 @@ class Worker:
             if previous is not None:
                 signal.signal(signal.SIGTERM, previous)
             self._control.end()
+            if self._set_up:
+                self._handler.teardown()
             # Not `term`: it would wait for a socket that an interrupt kept from being closed.
             context.destroy()
 
@@ -290,6 +257,7 @@ class Worker:
                 self._work.connect(session.work)
             try:
                 self._handler.setup(session.setup)
+                self._set_up = True
             except BaseException as error:
                 reason = f"{type(error).__name__}: {error}"[:LONGEST_REASON]
                 reason = reason.encode(errors="replace").decode()
@@ -465,3 +433,31 @@ class Worker:
         while self._needed > self._confirmed and "lost" not in self._control.events:
             self._wait(self._work)
             self._receive()
+
+
+def _check_targets(
+    target: Target | None, service: str, targets: Mapping[str, Target] | None
+) -> Mapping[str, Target]:
+    if targets is None:
+        targets = {service: target} if target is not None else {}
+    elif target is not None or service != DEFAULT_SERVICE:
+        raise ValueError("give either target (and service), or targets by their services")
+    if not targets:
+        raise TypeError("target must be callable: it is called with [job_id, data]")
+    for name, function in targets.items():
+        if not isinstance(name, str):
+            raise TypeError(f"a service is named by text, not {name!r}")
+        if not 0 < len(name) < 256:
+            raise ValueError(f"a service's name has 1 to 255 characters: {name!r}")
+        name.encode()  # text that is no text cannot be sent
+        if not callable(function):
+            raise TypeError(
+                f"the target of {name!r} must be callable: it is called with [job_id, data]"
+            )
+    return targets
+
+
+def _check_callable(function: Any, what: str) -> Any:
+    if function is not None and not callable(function):
+        raise TypeError(f"{what} must be callable, not {function!r}")
+    return function

@@ -362,7 +362,7 @@ def record(directory: Path) -> list[tuple[str, Parts]]:
 def test_a_real_conversation_replayed(target: Target, rogue: Rogue, tmp_path: Path) -> None:
     """In its order, backwards, shuffled, and each message twice; of a worker that is gone."""
     said = record(tmp_path)
-    first = protocol.decode_control_from_worker(said[0][1][0])
+    first = protocol.decode_control_to_master(said[0][1][0])
     assert isinstance(first, protocol.Hello)
     name = first.worker
     dealers = {

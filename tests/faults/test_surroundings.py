@@ -151,7 +151,7 @@ def test_whatever_the_umask(umask: int) -> None:
     try:
         with ZmqExecutor(1) as executor:
             assert executor.submit(os.umask, 0o022).result(60) == umask
-            directory = executor._master._options.endpoint.removeprefix("ipc://")
+            directory = executor._master._options.entrances[0].endpoint.removeprefix("ipc://")
             mode = stat.S_IMODE(os.stat(os.path.dirname(directory)).st_mode)
             assert executor.submit(pow, 2, 2).result(60) == 4
     finally:

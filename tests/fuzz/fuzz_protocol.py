@@ -26,7 +26,7 @@ with atheris.instrument_imports(include=["zmqexecutor"]):
     from .master import BareMaster
 
 DECODERS = (
-    protocol.decode_control_from_worker,
+    protocol.decode_control_to_master,
     protocol.decode_control_from_master,
     protocol.decode_work_from_worker,
     protocol.decode_jobs,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any, cast
 
-from zmqexecutor.channels import Channels
+from zmqexecutor.channels import Channels, Entrance
 from zmqexecutor.errors import ProtocolError
 from zmqexecutor.master import Master, MasterOptions
 from zmqexecutor.protocol import Frame, Jobs
@@ -28,6 +28,9 @@ class FakeChannels:
     """Takes what the master sends. Workers in `gone` cannot be reached."""
 
     work_address = "ipc:///nowhere"
+    entrance = Entrance("ipc:///nowhere", "ipc:///nowhere", calls=False)
+    setup = b""
+    dropped = 0
 
     def __init__(self) -> None:
         self.work = FakeSocket()
@@ -46,11 +49,10 @@ class BareMaster:
     """Its steps are taken by the test."""
 
     def __init__(self) -> None:
-        self.master = Master(MasterOptions(endpoint="ipc:///nowhere", work="ipc:///nowhere"))
         self.channels = FakeChannels()
-        self.master._channels = cast(Channels, self.channels)
-        fleet, lose = self.master._fleet, self.master._lose
-        self.master._roster = Roster(self.master._channels, fleet, b"", lose)
+        self.master = Master(MasterOptions([self.channels.entrance], b""))
+        self.master._channels = [cast(Channels, self.channels)]
+        self.master._roster = Roster(self.master._fleet, self.master._lose)
         self.futures: list[Future[Any]] = []
 
     def submit(self) -> None:
@@ -62,7 +64,7 @@ class BareMaster:
         """A message comes. What is raised is a defect."""
         handle = self.master._on_control if channel == "control" else self.master._on_work
         try:
-            handle(identity, frame, buffers)
+            handle(self.master._channels[0], identity, frame, buffers)
         except ProtocolError:
             pass
 

@@ -1,0 +1,269 @@
+"""Workers that offer named services, codecs, and state that targets use."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zmqexecutor import JobFailedError, JobRunner, NoWorkerError, RegistrationError, Worker
+
+from .conftest import eventually
+
+StartWorker = Callable[..., Worker]
+
+
+@pytest.fixture
+def endpoint(tmp_path: Path) -> str:
+    return f"ipc://{tmp_path}/m"
+
+
+@pytest.fixture
+def start_worker(endpoint: str) -> Iterator[StartWorker]:
+    """Run a worker in a thread of this process until the end of the test."""
+    started: list[tuple[Worker, threading.Thread]] = []
+
+    def start(**arguments: Any) -> Worker:
+        worker = Worker(endpoint, patience=20, **arguments)
+        thread = threading.Thread(target=worker.run, daemon=True)
+        thread.start()
+        started.append((worker, thread))
+        return worker
+
+    yield start
+    while started:
+        worker, thread = started.pop()
+        worker.stop()
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+@contextmanager
+def running(endpoint: str, workers: int, patience: float = 20) -> Iterator[JobRunner]:
+    with JobRunner(endpoint, patience=patience) as runner:
+        assert eventually(lambda: len(runner.workers) == workers), "no worker registered"
+        yield runner
+
+
+def square(job: list[Any]) -> str:
+    return str(int(job[1]) ** 2)
+
+
+def shout(job: list[Any]) -> str:
+    return str(job[1]).upper()
+
+
+def test_a_job_goes_to_who_offers_its_service(endpoint: str, start_worker: StartWorker) -> None:
+    start_worker(target=square, service="square")
+    start_worker(targets={"shout": shout, "name": lambda job: job[0]})
+    start_worker(target=lambda job: f"plain {job[1]}")
+    with running(endpoint, 3) as runner:
+        for _ in range(20):
+            assert runner.execute("1", "12", 20, service="square") == "144"
+            assert runner.execute("2", "abc", 20, service="shout") == "ABC"
+            assert runner.execute("three", "", 20, service="name") == "three"
+            assert runner.execute("4", "x", 20) == "plain x"
+        assert {worker.services for worker in runner.workers} == {
+            ("square",),
+            ("shout", "name"),
+            ("default",),
+        }
+
+
+def test_who_asks_for_a_service_that_nobody_offers(
+    endpoint: str, start_worker: StartWorker
+) -> None:
+    start_worker(target=square, service="square")
+    with running(endpoint, 1, patience=0.3) as runner:
+        lonely = runner.submit("1", "x", service="cube")
+        others = [runner.submit("2", "3", service="square") for _ in range(100)]
+        assert {future.result(20) for future in others} == {"9"}
+        with pytest.raises(NoWorkerError, match=r"'cube'.*that are there offer square"):
+            lonely.result(20)
+        with pytest.raises(NoWorkerError, match="no worker registered at"):
+            runner.execute("3", "4")
+
+
+def test_a_service_waits_for_its_first_worker(endpoint: str, start_worker: StartWorker) -> None:
+    with running(endpoint, 0) as runner:
+        future = runner.submit("1", "5", service="square")
+        start_worker(target=shout, service="shout")
+        assert runner.execute("2", "a", 20, service="shout") == "A"
+        assert not future.done()
+        start_worker(target=square, service="square")
+        assert future.result(20) == "25"
+
+
+def test_many_jobs_of_one_service_do_not_hold_up_another_of_the_same_worker(
+    endpoint: str, start_worker: StartWorker
+) -> None:
+    done: list[str] = []
+
+    def note(job: list[Any]) -> str:
+        done.append(job[0])
+        return "ok"
+
+    start_worker(targets={"a": note, "b": note})
+    with running(endpoint, 1) as runner:
+        many = [runner.submit("a", "", service="a") for _ in range(200)]
+        few = [runner.submit("b", "", service="b") for _ in range(5)]
+        for future in many + few:
+            assert future.result(20) == "ok"
+    last = max(number for number, name in enumerate(done) if name == "b")
+    assert last < 200, "those of service b came last"
+
+
+def test_workers_are_shown_as_they_are(endpoint: str, start_worker: StartWorker) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def hold(_job: list[Any]) -> str:
+        begun.set()
+        assert go_on.wait(20)
+        return "done"
+
+    start_worker(target=hold, service="hold")
+    with running(endpoint, 1) as runner:
+        (info,) = runner.workers
+        assert (info.state, info.jobs_done, info.pid) == ("idle", 0, os.getpid())
+        future = runner.submit("1", "", service="hold")
+        assert begun.wait(20)
+        (info,) = runner.workers
+        assert (info.state, info.jobs_done) == ("busy", 0)
+        go_on.set()
+        assert future.result(20) == "done"
+        assert eventually(lambda: runner.workers[0].state == "idle")
+        assert runner.workers[0].jobs_done == 1
+        assert 0 <= runner.workers[0].age < 60
+
+
+# ------------------------------------------------------------------- codecs
+
+
+@pytest.mark.parametrize("codec", ["json", "msgpack", "pickle"])
+def test_objects_by_codec(endpoint: str, start_worker: StartWorker, codec: str) -> None:
+    def total(job: list[Any]) -> dict[str, Any]:
+        return {"sum": sum(job[1]["numbers"]), "of": job[1]["numbers"]}
+
+    start_worker(target=total, allow_pickle=True)
+    with running(endpoint, 1) as runner:
+        data = {"numbers": [1, 2.5, -3]}
+        expected = {"sum": 0.5, "of": [1, 2.5, -3]}
+        assert runner.execute("1", data, 20, codec=codec) == expected
+
+
+def test_what_only_some_codecs_carry(endpoint: str, start_worker: StartWorker) -> None:
+    start_worker(target=lambda job: job[1], allow_pickle=True)
+    with running(endpoint, 1) as runner:
+        binary = {1: b"\x00\xff", "none": None}
+        assert runner.execute("1", binary, 20, codec="msgpack") == binary
+        zone = datetime.timezone(datetime.timedelta(hours=3))
+        assert runner.execute("2", zone, 20, codec="pickle") == zone
+        with pytest.raises(TypeError, match="codec 'json' cannot carry"):
+            runner.submit("3", {1: zone}, codec="json")
+        with pytest.raises(TypeError, match="name a codec: json"):
+            runner.submit("4", {"a": 1})
+        with pytest.raises(ValueError, match="one of json, msgpack, pickle"):
+            runner.submit("5", "x", codec="yaml")
+
+
+def test_pickles_only_where_they_are_allowed(endpoint: str, start_worker: StartWorker) -> None:
+    ran: list[int] = []
+
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return ran.append, (1,)
+
+    start_worker(target=lambda _job: "unpickled")
+    refused = pytest.raises(JobFailedError, match="allow_pickle=True")
+    with running(endpoint, 1) as runner, refused:
+        runner.execute("1", Bomb(), 20, codec="pickle")
+    assert ran == []
+
+
+def test_a_result_that_the_codec_cannot_carry(endpoint: str, start_worker: StartWorker) -> None:
+    start_worker(target=lambda _job: object())
+    with running(endpoint, 1) as runner:
+        with pytest.raises(JobFailedError, match="codec 'json' cannot carry"):
+            runner.execute("1", [], 20, codec="json")
+        with pytest.raises(JobFailedError, match="str or bytes, not object"):
+            runner.execute("2", "", 20)
+
+
+# -------------------------------------------------------------------- state
+
+
+def test_state_is_made_once_and_given_back(endpoint: str) -> None:
+    made: list[list[str]] = []
+    ended: list[list[str]] = []
+
+    def connect(name: str) -> list[str]:
+        made.append([name])
+        return made[-1]
+
+    def use(job: list[Any], connection: list[str]) -> str:
+        connection.append(job[1])
+        return ",".join(connection)
+
+    worker = Worker(
+        endpoint,
+        target=use,
+        initializer=connect,
+        initargs=("db",),
+        teardown=ended.append,
+        patience=20,
+    )
+    thread = threading.Thread(target=worker.run, daemon=True)
+    thread.start()
+    for expected in ("db,x", "db,x,x"):  # also for the next master
+        with running(endpoint, 1) as runner:
+            assert runner.execute("1", "x", 20) == expected
+    assert ended == []
+    worker.stop()
+    thread.join(10)
+    assert made == ended == [["db", "x", "x"]]
+
+
+def test_an_initializer_that_raises(endpoint: str) -> None:
+    def load() -> None:
+        raise OSError("no such model")
+
+    worker = Worker(endpoint, target=square, initializer=load, teardown=print, patience=20)
+    with JobRunner(endpoint) as runner:
+        with pytest.raises(OSError, match="no such model"):
+            worker.run()
+        assert runner.workers == ()
+
+
+def test_no_master_means_no_teardown(endpoint: str) -> None:
+    worker = Worker(
+        endpoint, target=square, initializer=list, teardown=lambda _: 1 / 0, patience=0.1
+    )
+    with pytest.raises(RegistrationError, match="no master"):
+        worker.run()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({}, TypeError, "target must be callable"),
+        ({"target": 1}, TypeError, "target of 'default' must be callable"),
+        ({"target": print, "targets": {"a": print}}, ValueError, "either target"),
+        ({"targets": {}}, TypeError, "target must be callable"),
+        ({"targets": {"a": print}, "service": "b"}, ValueError, "either target"),
+        ({"target": print, "service": ""}, ValueError, "1 to 255"),
+        ({"target": print, "service": 3}, TypeError, "named by text"),
+        ({"target": print, "initializer": 1}, TypeError, "initializer must be callable"),
+        ({"target": print, "teardown": print}, ValueError, "give both"),
+    ],
+)
+def test_arguments_that_make_no_sense(
+    endpoint: str, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        Worker(endpoint, **arguments)

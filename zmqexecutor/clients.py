@@ -1,0 +1,138 @@
+"""Clients of a master: programs that ask what is going on, or have jobs done.
+
+They speak on the control socket of an entrance as workers do, but never register.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from typing import Final
+
+from . import protocol
+from .channels import Channels
+from .errors import ProtocolError
+from .lanes import Lane
+from .peers import Peer
+from .protocol import Frame, Result
+from .tasks import Task
+
+__all__ = ["Clients", "Counts", "report"]
+
+
+class Counts:
+    """What has become of the jobs of a master so far."""
+
+    __slots__ = ("done", "failed", "lost", "started")
+
+    def __init__(self) -> None:
+        self.started: Final = time.monotonic()
+        self.done = 0
+        """Answered by a worker,"""
+        self.failed = 0
+        """and of those: how many had raised."""
+        self.lost = 0
+        """How many a worker died in."""
+
+
+def report(
+    counts: Counts,
+    lanes: Iterable[Lane[Task]],
+    peers: Iterable[Peer],
+    channels: Iterable[Channels],
+) -> protocol.Report:
+    """The state of a master, for whoever asks. Called by its thread."""
+    services = [
+        protocol.ServiceReport(lane.service, lane.workers, len(lane.queue)) for lane in lanes
+    ]
+    ready = [peer for peer in peers if peer.state]
+    return protocol.Report(
+        version=protocol.VERSION,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        uptime=time.monotonic() - counts.started,
+        jobs={
+            "queued": sum(service.queued for service in services),
+            "running": sum(len(peer.state.held) for peer in ready if peer.state),
+            "done": counts.done,
+            "failed": counts.failed,
+            "lost": counts.lost,
+        },
+        services=sorted(services, key=lambda service: service.name),
+        workers=[_worker(peer) for peer in ready],
+        dropped=sum(entrance.dropped for entrance in channels),
+    )
+
+
+def _worker(peer: Peer) -> protocol.WorkerReport:
+    info = peer.info()
+    return protocol.WorkerReport(
+        info.id,
+        info.host,
+        info.pid,
+        list(info.services),
+        info.state,
+        info.jobs_done,
+        info.age,
+    )
+
+
+class Clients:
+    """Used by the master thread only."""
+
+    def __init__(
+        self, submit: Callable[[Task], None], tell_state: Callable[[], protocol.Report]
+    ) -> None:
+        self._submit = submit
+        self._tell_state = tell_state
+
+    def on_message(self, channels: Channels, identity: bytes, message: protocol.FromClient) -> None:
+        """A client has asked for something.
+
+        Raises:
+            ProtocolError: it may not have that.
+        """
+        if isinstance(message, protocol.Ask):
+            channels.tell(identity, self._tell_state())
+        elif not channels.entrance.calls:
+            raise ProtocolError("this master takes no jobs from clients")
+        else:
+            self._call(channels, identity, message)
+
+    def _call(self, channels: Channels, identity: bytes, call: protocol.Call) -> None:
+        future: Future[Result] = Future()
+        task = Task(
+            future,
+            call.data,
+            _as_it_came,
+            name=f"job {call.id!r}",
+            id=call.id,
+            codec=call.codec,
+            service=call.service,
+        )
+
+        def answer(done: Future[Result]) -> None:
+            channels.tell(identity, _answer(call.number, done))  # if it is still there
+
+        future.add_done_callback(answer)  # called by the master thread, as all completions
+        self._submit(task)
+
+
+def _as_it_came(result: Result, buffers: Iterable[Frame]) -> Result:
+    """The result as the client will decode it."""
+    del buffers  # workers of jobs with a target send none
+    return result
+
+
+def _answer(number: int, done: Future[Result]) -> protocol.Answer:
+    if done.cancelled():
+        return protocol.Answer(number, False, b"the master was stopped", "text", "CancelledError")
+    if (error := done.exception()) is not None:
+        text = str(error).encode(errors="replace")
+        return protocol.Answer(number, False, text, "text", type(error).__name__)
+    result = done.result()
+    error_name = "" if result.ok else "JobFailedError"
+    return protocol.Answer(number, result.ok, result.data, result.codec, error_name)
