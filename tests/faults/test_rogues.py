@@ -203,10 +203,8 @@ def test_rubbish(
         target.check()
         dealer.close(linger=5000)
     target.check()
-    # What a stranger sends on the work socket may be the last word of a lost worker.
-    told = 1 if channel == "endpoint" else 0
-    assert eventually(lambda: len(caplog.records) >= told)
-    assert len([r for r in caplog.records if r.levelno == logging.WARNING]) == told
+    assert eventually(lambda: len(caplog.records) >= 1)
+    assert len([r for r in caplog.records if r.levelno == logging.WARNING]) == 1
     assert len(target.master.workers) == 1
 
 
