@@ -112,8 +112,9 @@ class Master:
         self._asleep = False
         self._thread = threading.Thread(target=self._run, name="zmqexecutor-master", daemon=True)
         self._opened: Future[None] = Future()
+        self._ready: dict[bytes, WorkerInfo] = {}
         self._unconfirmed: set[Peer] = set()  # workers that wait for a confirmation
-        self._forgetful: set[Peer] = set()  # workers that have shares nobody needs
+        self._forgetful: set[Peer] = set()  # busy ones that have shares nobody needs
         self._cleanup = cleanup
         self._pid = os.getpid()
         self._due: float | None = None  # the next deadline, as of the last wait
@@ -125,8 +126,6 @@ class Master:
         self._ended = False
         self.broken: BrokenPoolError | None = None
         """Why no task can run any more, once that is so."""
-        self.workers: tuple[WorkerInfo, ...] = ()
-        """The workers that are ready; replaced, never changed, by the master thread."""
         self.exiting = False
         """Whether the interpreter is exiting and takes no more tasks."""
 
@@ -175,6 +174,15 @@ class Master:
         if self._wakeup is not None and self._pid == os.getpid():
             self._inbox.append(lambda: self._forget_share(key))
             self._wake()
+
+    @property
+    def workers(self) -> tuple[WorkerInfo, ...]:
+        """The workers that are ready."""
+        while True:
+            try:
+                return tuple(self._ready.values())
+            except RuntimeError:
+                continue  # one has just come or gone
 
     def join(self, timeout: float | None = None) -> bool:
         """Wait for the end of the thread, at most `timeout` seconds; say if it came."""
@@ -353,6 +361,7 @@ class Master:
         else:
             doomed = peer.doomed()
             self._scheduler.recalled(peer.state, message.seqs)
+            self._settle(peer)
             _kill_queued(doomed)
 
     def _on_work(self, identity: bytes, frame: Frame, buffers: list[Frame]) -> None:
@@ -382,8 +391,8 @@ class Master:
             allowance=self._options.allowance,
         )
         peer.since = time.time()
+        self._ready[peer.identity] = peer.info()
         self._fleet.worker_ready(peer.hello.pid)
-        self._publish_workers()
 
     def _on_results(
         self, peer: Peer, results: Sequence[protocol.Result], buffers: list[Frame]
@@ -403,6 +412,7 @@ class Master:
         if results:
             peer.finished = max(peer.finished, results[-1].seq)
         self._scheduler.settle(peer.state)
+        self._settle(peer)
 
     def _read_journal(self, peer: Peer) -> None:
         """Take results that the worker has written down but that have not come."""
@@ -444,7 +454,7 @@ class Master:
             if lost is not None:
                 self._bury(peer, lost)
             _kill_queued(task for task in doomed if task is not lost)
-            self._publish_workers()
+            del self._ready[peer.identity]
         if self._segments:
             self._segments.sweep(peer.hello.pid)
         peer.close()
@@ -479,9 +489,6 @@ class Master:
         else:
             task.doomed = True
             self._stops.end(peer, time.monotonic())
-
-    def _publish_workers(self) -> None:
-        self.workers = self._roster.infos()
 
     # ---------------------------------------------------------------- decisions
 
@@ -536,15 +543,21 @@ class Master:
         self._forgetful.discard(peer)
 
     def _forget_share(self, key: bytes) -> None:
-        self._forgetful.update([p for p in self._roster if p.forget_share(key)])
+        for peer in self._roster:
+            if peer.forget_share(key):
+                self._forgetful.add(peer)
+                self._settle(peer)
 
-    def _confirm(self) -> None:
-        """Tell workers how far their results have come, and the idle ones what to forget.
+    def _settle(self, peer: Peer) -> None:
+        """A worker may have nothing to do now, and time to forget.
 
         A busy one could not heed it yet; it is told with its next jobs, or when it is idle.
         """
-        if self._forgetful:
-            self._unconfirmed |= {p for p in self._forgetful if p.state and not p.state.held}
+        if peer in self._forgetful and peer.state and not peer.state.held:
+            self._unconfirmed.add(peer)
+
+    def _confirm(self) -> None:
+        """Tell workers how far their results have come, and the idle ones what to forget."""
         while self._unconfirmed:
             peer = self._unconfirmed.pop()
             self._forgetful.discard(peer)
@@ -610,7 +623,7 @@ class Master:
             self._fleet.stop()
         finally:
             self._roster.close()
-            self._publish_workers()
+            self._ready.clear()
             self._channels.close()
             self._wakeup = None  # closed when no other thread is in the middle of using it
             self._drop_inbox()

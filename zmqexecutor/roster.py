@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Final
 
@@ -15,14 +17,16 @@ from .errors import ProtocolError
 from .fleet import Fleet
 from .journal import JournalReader
 from .machine import machine_id
-from .peers import DeathWatch, Peer, WorkerInfo
+from .peers import DeathWatch, Peer
 
 __all__ = ["Roster"]
 
 logger = logging.getLogger(__name__)
 
 PING_INTERVAL: Final = 5.0
-"""Seconds between two looks for connections that have been lost."""
+"""Seconds between two looks for the connection of a worker that may have been lost."""
+PINGS_PER_STEP: Final = 16
+"""Workers that are pinged before other things have their turn."""
 
 
 class Roster:
@@ -51,6 +55,8 @@ class Roster:
         self._deaths = DeathWatch()
         self._peers: dict[bytes, Peer] = {}
         self._by_pid: dict[int, set[Peer]] = {}  # threads of one process may be workers
+        # Those to be pinged, longest without it first:
+        self._unwatched: OrderedDict[bytes, Peer] = OrderedDict()
         self.next_ping: float | None = None
         """When `ping` must be called."""
 
@@ -61,10 +67,6 @@ class Roster:
     def get(self, identity: bytes) -> Peer | None:
         """The worker of this routing id, if it has registered and is not lost."""
         return self._peers.get(identity)
-
-    def infos(self) -> tuple[WorkerInfo, ...]:
-        """The public view of those that are ready."""
-        return tuple(peer.info() for peer in self._peers.values() if peer.state)
 
     # ------------------------------------------------------------- coming
 
@@ -87,10 +89,11 @@ class Roster:
                 raise ProtocolError(str(error)) from None
         local = hello.machine == machine_id()
         self._make_way(identity, hello.pid if local else None)
-        if not self._is_watched(hello):
-            self.next_ping = self.next_ping or time.monotonic() + PING_INTERVAL
         peer = Peer(hello, identity, _map_journal(hello) if local else None)
         self._peers[identity] = peer
+        if not self._is_watched(hello):
+            self._unwatched[identity] = peer
+            self.next_ping = self.next_ping or time.monotonic() + PING_INTERVAL
         if hello.workpoint is not None:
             try:
                 self._channels.work.connect(hello.workpoint)
@@ -142,6 +145,7 @@ class Roster:
     def remove(self, peer: Peer) -> None:
         """Strike off a worker that is lost."""
         del self._peers[peer.identity]
+        self._unwatched.pop(peer.identity, None)
         pid = peer.hello.pid
         namesakes = self._by_pid.get(pid, set())
         namesakes.discard(peer)
@@ -181,15 +185,17 @@ class Roster:
     def ping(self, now: float) -> None:
         """Find out which workers have left without a word that would be told.
 
-        A message to a worker whose connection has been lost cannot be sent.
+        A message to a worker whose connection has been lost cannot be sent. Many are
+        pinged a few at a time, each once in `PING_INTERVAL`.
         """
-        self.next_ping = None
-        for peer in self:
-            if self._is_watched(peer.hello):
-                continue
-            self.next_ping = now + PING_INTERVAL
+        for peer in list(itertools.islice(self._unwatched.values(), PINGS_PER_STEP)):
+            self._unwatched.move_to_end(peer.identity)
             if not self._channels.tell(peer.identity, protocol.Ping()):
                 self._lose(peer, None)
+        self.next_ping = None
+        if self._unwatched:
+            steps = -(-len(self._unwatched) // PINGS_PER_STEP)
+            self.next_ping = now + PING_INTERVAL / steps
 
     def _is_watched(self, hello: protocol.Hello) -> bool:
         """Whether the death of its process is told, and is how its connection would end."""
@@ -201,6 +207,7 @@ class Roster:
         for peer in self._peers.values():
             peer.close()
         self._peers.clear()
+        self._unwatched.clear()
         self._deaths.close()
 
 
