@@ -28,7 +28,7 @@ class Scale:
         part: what workloads of a fixed size multiply their size with.
         pending: the largest number of pending tasks.
         workers: the largest number of workers.
-        fakes: the number of simulated workers.
+        fakes: the largest number of simulated workers.
         array: the largest array in MiB.
     """
 
@@ -45,7 +45,7 @@ class Scale:
 
 
 SCALES = {
-    "tiny": Scale(1, 1, 0.02, 50, 30, 0.01, 100, 2, 4, 1),
+    "tiny": Scale(1, 1, 0.02, 50, 30, 0.01, 100, 2, 8, 1),
     "quick": Scale(2, 1, 0.06, 5_000, 3, 0.05, 10_000, 4, 200, 10),
     "full": Scale(3, 3, 0.6, 10_000, 20, 0.5, 1_000_000, 64, 1000, 100),
 }

@@ -144,9 +144,10 @@ def _many_workers(workers: int) -> Callable[[Bench], Figures]:
     return run
 
 
-def _simulated(few: bool) -> Callable[[Bench], Figures]:
+def _simulated(workers: int) -> Callable[[Bench], Figures]:
     def run(bench: Bench) -> Figures:
-        workers = 2 if few else bench.scale.fakes
+        if workers > bench.scale.fakes:
+            raise NotOfferedError("-")
         raise_descriptor_limit(workers * 4 + 500)
         return fakes.dispatch(workers, bench.sized(20_000, 200))
 
@@ -159,6 +160,10 @@ def raise_descriptor_limit(needed: int) -> None:
         wanted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
+
+PENDING = (10, 100, 1000, 10_000, 100_000, 1_000_000)
+MANY = (1, 2, 4, 8, 16, 32, 64)
+SIMULATED = (2, 8, 64, 200, 1000)
 
 WORKLOADS = [
     Workload(
@@ -213,7 +218,7 @@ WORKLOADS += [
         rounds=1 if count > 100_000 else 99,
         cell=180 if count > 100_000 else 0,
     )
-    for count in (10, 100, 1000, 10_000, 100_000, 1_000_000)
+    for count in PENDING
 ]
 WORKLOADS += [
     Workload(
@@ -226,24 +231,21 @@ WORKLOADS += [
         rounds=1,
         cell=60,
     )
-    for workers in (1, 2, 4, 8, 16, 32, 64)
+    for workers in MANY
 ]
 WORKLOADS += [
     Workload(
-        name,
-        "Simulated workers",
+        f"simulated-{workers}",
+        f"{workers} simulated workers",
         (
-            Figure("rate", f"{title}: jobs", "/s"),
+            Figure("rate", "jobs", "/s"),
             Figure("cpu", "master's processor time, a job", "µs"),
             Figure("registration", "registration, a worker", "ms"),
         ),
-        _simulated(few),
+        _simulated(workers),
         (OURS,),
         own_pool=True,
         cell=60,
     )
-    for name, title, few in (
-        ("simulated-2", "2", True),
-        ("simulated-many", "1000 (quick: 200)", False),
-    )
+    for workers in SIMULATED
 ]

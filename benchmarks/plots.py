@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.big_data import DIRECTIONS, SIZES
+from benchmarks.life import MANY, PENDING, SIMULATED
 from benchmarks.measure import Samples
 from benchmarks.peers import OURS, PEERS
 from benchmarks.small_tasks import WORKLOADS as SMALL_TASKS
@@ -85,11 +86,18 @@ def _bandwidth(direction: str) -> Callable[..., None]:
     return plot
 
 
-def _growth(kind: str, figure: str, numbers: Sequence[int], xlabel: str) -> Callable[..., None]:
+def _growth(
+    kind: str,
+    figure: str,
+    numbers: Sequence[int],
+    xlabel: str,
+    ylabel: str = "µs for each task",
+    scale: float = 1e6,
+) -> Callable[..., None]:
     def plot(axes: Any, values: Values, style: dict[str, Any], _: tuple[int, int]) -> None:
-        _line(axes, values, style, {n: f"{kind}-{n}:{figure}" for n in numbers}, 1e6)
+        _line(axes, values, style, {n: f"{kind}-{n}:{figure}" for n in numbers}, scale)
         axes.set_xlabel(xlabel)
-        axes.set_ylabel("µs for each task")
+        axes.set_ylabel(ylabel)
 
     return plot
 
@@ -106,13 +114,17 @@ def _line(
     axes.set_yscale("log")
 
 
-_COUNTS = (10, 100, 1000, 10_000, 100_000, 1_000_000)
-
 PLOTS: dict[str, Callable[..., None]] = {
     "throughput": _throughput,
     "latency": _latency,
     **{f"bandwidth-{direction}": _bandwidth(direction) for direction in DIRECTIONS},
-    "pending-submit": _growth("pending", "submit", _COUNTS, "pending tasks"),
-    "pending-complete": _growth("pending", "complete", _COUNTS, "pending tasks"),
-    "workers": _growth("workers", "task", (1, 2, 4, 8, 16, 32, 64), "workers"),
+    "pending-submit": _growth("pending", "submit", PENDING, "pending tasks"),
+    "pending-complete": _growth("pending", "complete", PENDING, "pending tasks"),
+    "pending-memory": _growth(
+        "pending", "bytes", PENDING, "pending tasks", "bytes for each task", 1
+    ),
+    "workers": _growth("workers", "task", MANY, "workers"),
+    "simulated": _growth(
+        "simulated", "cpu", SIMULATED, "simulated workers", "µs of the master for each job"
+    ),
 }

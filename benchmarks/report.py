@@ -14,7 +14,12 @@ from benchmarks.measure import Samples
 SCALE = {"ms": 1e3, "µs": 1e6}
 """What figures in seconds are multiplied with."""
 
-GROWING = (("pending tasks", "Cost over pending tasks"), ("workers", "Cost over workers"))
+GROWING = {
+    "pending tasks": "Cost over pending tasks",
+    "workers": "Cost over workers",
+    "simulated workers": "Cost over simulated workers",
+}
+"""What tables of which the titles begin with a number become, under each other."""
 
 
 class Table(NamedTuple):
@@ -68,12 +73,11 @@ def _merged(found: list[Table]) -> list[Table]:
     """Put tables that differ in one number only under each other."""
     merged: dict[str, Table] = {}
     for table in found:
-        for ending, title in GROWING:
-            number, _, rest = table.title.partition(" ")
-            if rest == ending and number[0].isdigit():
-                into = merged.setdefault(title, Table(title, [ending, *table.head], []))
-                into.rows.extend([number, *row] for row in table.rows)
-                break
+        number, _, rest = table.title.partition(" ")
+        if rest in GROWING and number[0].isdigit():
+            title = GROWING[rest]
+            into = merged.setdefault(title, Table(title, [rest, *table.head], []))
+            into.rows.extend([number, *row] for row in table.rows)
         else:
             merged[table.title] = table
     return list(merged.values())

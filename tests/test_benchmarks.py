@@ -61,7 +61,10 @@ def test_simulated_workers_register_and_answer(tmp_path: Path) -> None:
     assert not document["reasons"], document["reasons"]
     values = document["values"]["zmqexecutor"]
     assert values["simulated-2:rate"][0] > 0
-    assert values["simulated-many:cpu"][0] > 0
+    assert values["simulated-8:cpu"][0] > 0
+    [table] = document["tables"]
+    assert table["title"] == "Cost over simulated workers"
+    assert [row[0] for row in table["rows"]] == ["2", "8"]
 
 
 def test_stages(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from zmqexecutor import buffers
 from zmqexecutor.buffers import Lease, Segments
 from zmqexecutor.protocol import Segment
 
@@ -97,6 +98,13 @@ def test_free_segments_are_bounded_and_trimmed(segments: Segments) -> None:
     segments.trim(0.0)
     assert os.listdir(segments._free) == []
     assert segments.trim_at is None
+
+
+def test_free_segments_are_few_enough_to_be_looked_through(segments: Segments) -> None:
+    leases = [segments.lease(stored(segments, size=10)) for _ in range(buffers.IDLE_SEGMENTS + 5)]
+    leases.clear()
+    assert len(os.listdir(segments._free)) == buffers.IDLE_SEGMENTS
+    assert os.listdir(segments._used) == []
 
 
 def test_beyond_the_limit_of_mappings_it_is_copied(segments: Segments) -> None:

@@ -42,6 +42,8 @@ __all__ = ["Lease", "Segments", "forks"]
 
 IDLE_BYTES: Final = 512 * 1024 * 1024
 """Free segments that are kept, at most; less if the file system is small."""
+IDLE_SEGMENTS: Final = 128
+"""How many of them: whoever stores or frees one looks through all."""
 IDLE_SECONDS: Final = 10.0
 """How long a segment stays free before its memory goes back to the system."""
 ALIGNMENT: Final = 64
@@ -250,7 +252,7 @@ class Segments:
             return  # a forked child: it is still the parent's
         path = os.path.join(self._used, name)
         try:
-            if reusable and self._idle() + _size(name) <= self._idle_bytes:
+            if reusable and self._may_keep(_size(name)):
                 os.rename(path, os.path.join(self._free, name))
             else:
                 os.unlink(path)
@@ -261,8 +263,11 @@ class Segments:
             self.trim_at = time.monotonic() + IDLE_SECONDS
             self.on_idle()
 
-    def _idle(self) -> int:
-        return sum(_size(name) for name in os.listdir(self._free))
+    def _may_keep(self, size: int) -> bool:
+        free = os.listdir(self._free)
+        if len(free) >= IDLE_SEGMENTS:
+            return False
+        return sum(map(_size, free)) + size <= self._idle_bytes
 
     def trim(self, seconds: float = IDLE_SECONDS) -> None:
         """Remove segments that have been free for so long."""

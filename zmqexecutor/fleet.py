@@ -167,7 +167,8 @@ class Fleet:
 
     def next_deadline(self) -> float | None:
         """When `check_deadlines` must be called, even if nothing happens."""
-        return min((deadline for _, _, deadline in self._lost.values()), default=None)
+        # All wait equally long, so the first one lost is the first one due.
+        return next((deadline for _, _, deadline in self._lost.values()), None)
 
     def check_deadlines(self, now: float) -> None:
         """Wait no longer for exit statuses that are overdue."""

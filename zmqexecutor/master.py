@@ -122,8 +122,9 @@ class Master:
         self._asleep = False
         self._thread = threading.Thread(target=self._run, name="zmqexecutor-master", daemon=True)
         self._opened: Future[None] = Future()
+        self._ready: dict[bytes, Peer] = {}
         self._unconfirmed: set[Peer] = set()  # workers that wait for a confirmation
-        self._forgetful: set[Peer] = set()  # workers that have shares nobody needs
+        self._forgetful: set[Peer] = set()  # busy ones that have shares nobody needs
         self._cleanup = cleanup
         self._pid = os.getpid()
         self._due: float | None = None  # the next deadline, as of the last wait
@@ -135,8 +136,6 @@ class Master:
         self._ended = False
         self.broken: BrokenPoolError | None = None
         """Why no task can run any more, once that is so."""
-        # Replaced, never changed, by the master thread, so that others may read it:
-        self._ready: tuple[Peer, ...] = ()
         self.exiting = False
         """Whether the interpreter is exiting and takes no more tasks."""
 
@@ -186,6 +185,15 @@ class Master:
             self._inbox.append(lambda: self._forget_share(key))
             self._wake()
 
+    @property
+    def workers(self) -> tuple[WorkerInfo, ...]:
+        """The workers that are ready, oldest first."""
+        while True:
+            try:
+                return tuple(peer.info() for peer in self._ready.values())
+            except RuntimeError:
+                continue  # one has just come or gone
+
     def join(self, timeout: float | None = None) -> bool:
         """Wait for the end of the thread, at most `timeout` seconds; say if it came."""
         if threading.current_thread() is not self._thread:
@@ -211,11 +219,6 @@ class Master:
     def _wake(self) -> None:
         if (wakeup := self._wakeup) is not None:
             wakeup.set()
-
-    @property
-    def workers(self) -> tuple[WorkerInfo, ...]:
-        """The workers that are ready, oldest first."""
-        return tuple(peer.info() for peer in self._ready)
 
     # ---------------------------------------------------------------- the loop
 
@@ -390,6 +393,7 @@ class Master:
         else:
             doomed = peer.doomed()
             self._scheduler.recalled(peer.state, message.seqs)
+            self._settle(peer)
             _kill_queued(doomed)
 
     def _on_work(
@@ -428,8 +432,8 @@ class Master:
             allowance=self._options.allowance,
         )
         peer.since = time.time()
+        self._ready[peer.identity] = peer
         self._fleet.worker_ready(peer.hello.pid)
-        self._publish_workers()
 
     def _on_results(
         self, peer: Peer, results: Sequence[protocol.Result], buffers: list[Frame]
@@ -452,6 +456,7 @@ class Master:
         if results:
             peer.finished = max(peer.finished, results[-1].seq)
         self._scheduler.settle(peer.state)
+        self._settle(peer)
 
     def _read_journal(self, peer: Peer) -> None:
         """Take results that the worker has written down but that have not come."""
@@ -493,7 +498,7 @@ class Master:
             if lost is not None:
                 self._bury(peer, lost)
             _kill_queued(task for task in doomed if task is not lost)
-            self._publish_workers()
+            del self._ready[peer.identity]
         if self._segments:
             self._segments.sweep(peer.hello.pid)
         peer.close()
@@ -539,9 +544,6 @@ class Master:
         for channels, setup in zip(self._channels, setups, strict=True):
             channels.setup = setup
         self._roster.equipped()
-
-    def _publish_workers(self) -> None:
-        self._ready = self._roster.ready()
 
     # ---------------------------------------------------------------- decisions
 
@@ -605,15 +607,21 @@ class Master:
         self._forgetful.discard(peer)
 
     def _forget_share(self, key: bytes) -> None:
-        self._forgetful.update([p for p in self._roster if p.forget_share(key)])
+        for peer in self._roster:
+            if peer.forget_share(key):
+                self._forgetful.add(peer)
+                self._settle(peer)
 
-    def _confirm(self) -> None:
-        """Tell workers how far their results have come, and the idle ones what to forget.
+    def _settle(self, peer: Peer) -> None:
+        """A worker may have nothing to do now, and time to forget.
 
         A busy one could not heed it yet; it is told with its next jobs, or when it is idle.
         """
-        if self._forgetful:
-            self._unconfirmed |= {p for p in self._forgetful if p.state and not p.state.held}
+        if peer in self._forgetful and peer.state and not peer.state.held:
+            self._unconfirmed.add(peer)
+
+    def _confirm(self) -> None:
+        """Tell workers how far their results have come, and the idle ones what to forget."""
         while self._unconfirmed:
             peer = self._unconfirmed.pop()
             self._forgetful.discard(peer)
@@ -680,7 +688,7 @@ class Master:
             self._fleet.stop()
         finally:
             self._roster.close()
-            self._publish_workers()
+            self._ready.clear()
             for channels in self._channels:
                 channels.close()
             self._wakeup = None  # closed when no other thread is in the middle of using it

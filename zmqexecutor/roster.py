@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Final
 
@@ -22,7 +24,9 @@ __all__ = ["Roster"]
 logger = logging.getLogger(__name__)
 
 PING_INTERVAL: Final = 5.0
-"""Seconds between two looks for connections that have been lost."""
+"""Seconds between two looks for the connection of a worker that may have been lost."""
+PINGS_PER_STEP: Final = 16
+"""Workers that are pinged before other things have their turn."""
 
 
 class Roster:
@@ -45,6 +49,8 @@ class Roster:
         self._deaths = DeathWatch()
         self._peers: dict[bytes, Peer] = {}
         self._by_pid: dict[int, set[Peer]] = {}  # threads of one process may be workers
+        # Those to be pinged, longest without it first:
+        self._unwatched: OrderedDict[bytes, Peer] = OrderedDict()
         self.next_ping: float | None = None
         """When `ping` must be called."""
 
@@ -55,10 +61,6 @@ class Roster:
     def get(self, identity: bytes) -> Peer | None:
         """The worker of this routing id, if it has registered and is not lost."""
         return self._peers.get(identity)
-
-    def ready(self) -> tuple[Peer, ...]:
-        """Those that can be sent jobs, in the order in which they registered."""
-        return tuple(peer for peer in self._peers.values() if peer.state)
 
     # ------------------------------------------------------------- coming
 
@@ -92,9 +94,10 @@ class Roster:
         local = hello.machine == machine_id()
         self._make_way(channels, identity, hello.pid if local else None)
         peer = Peer(hello, identity, channels, _map_journal(hello) if local else None)
-        if not self._is_watched(peer):
-            self.next_ping = self.next_ping or time.monotonic() + PING_INTERVAL
         self._peers[identity] = peer
+        if not self._is_watched(peer):
+            self._unwatched[identity] = peer
+            self.next_ping = self.next_ping or time.monotonic() + PING_INTERVAL
         if hello.workpoint is not None:
             try:
                 channels.work.connect(hello.workpoint)
@@ -149,6 +152,7 @@ class Roster:
     def remove(self, peer: Peer) -> None:
         """Strike off a worker that is lost."""
         del self._peers[peer.identity]
+        self._unwatched.pop(peer.identity, None)
         pid = peer.hello.pid
         namesakes = self._by_pid.get(pid, set())
         namesakes.discard(peer)
@@ -192,15 +196,17 @@ class Roster:
     def ping(self, now: float) -> None:
         """Find out which workers have left without a word that would be told.
 
-        A message to a worker whose connection has been lost cannot be sent.
+        A message to a worker whose connection has been lost cannot be sent. Many are
+        pinged a few at a time, each once in `PING_INTERVAL`.
         """
-        self.next_ping = None
-        for peer in self:
-            if self._is_watched(peer):
-                continue
-            self.next_ping = now + PING_INTERVAL
+        for peer in list(itertools.islice(self._unwatched.values(), PINGS_PER_STEP)):
+            self._unwatched.move_to_end(peer.identity)
             if not peer.tell(protocol.Ping()):
                 self._lose(peer, None)
+        self.next_ping = None
+        if self._unwatched:
+            steps = -(-len(self._unwatched) // PINGS_PER_STEP)
+            self.next_ping = now + PING_INTERVAL / steps
 
     def _is_watched(self, peer: Peer) -> bool:
         """Whether the death of its process is told, and is how its connection would end."""
@@ -211,6 +217,7 @@ class Roster:
         for peer in self._peers.values():
             peer.close()
         self._peers.clear()
+        self._unwatched.clear()
         self._deaths.close()
 
 
