@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.fuzz.master import BareMaster
+from tests.fuzz.master import PING_INTERVAL, BareMaster
 from zmqexecutor import protocol, roster
 
 
@@ -30,7 +30,7 @@ def test_many_workers_are_pinged_within_an_interval_a_few_at_a_time(
     monkeypatch.setattr(bare.channels, "tell", count)
     assert workers.next_ping is not None
     now = workers.next_ping
-    end = now + roster.PING_INTERVAL * 0.999
+    end = now + PING_INTERVAL * 0.999
     while now < end:
         before = len(pinged)
         workers.ping(now)

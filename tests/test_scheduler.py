@@ -28,6 +28,7 @@ from zmqexecutor.scheduler import (
     LARGEST_BATCH,
     STALL,
     Decision,
+    Deserted,
     Expire,
     Recall,
     Retire,
@@ -942,14 +943,22 @@ class World(RuleBasedStateMachine):
     @initialize(
         max_workers=st.integers(0, 4),
         patience=st.sampled_from([None, 0.5]),
+        lenient=st.booleans(),
         short=st.sets(st.sampled_from(["x", "y"])),
     )
-    def begin(self, max_workers: int, patience: float | None, short: set[str]) -> None:
+    def begin(
+        self, max_workers: int, patience: float | None, lenient: bool, short: set[str]
+    ) -> None:
         self.max_workers = max_workers
+        self.lenient = lenient
         self.patience = patience
         wanted = min(1, max_workers)
         self.scheduler: Scheduler[NamedJob] = Scheduler(
-            max_workers=max_workers, wanted=wanted, patience=patience, service="a"
+            max_workers=max_workers,
+            wanted=wanted,
+            patience=patience,
+            lenient=lenient,
+            service="a",
         )
         self.kept = wanted
         self.now = 100.0
@@ -1168,7 +1177,7 @@ class World(RuleBasedStateMachine):
                 group_busy = sum(1 for state in states if state.grouped and state.held)
                 needed = min(self.max_workers, group_busy + len(lane.queue))
                 assert self.scheduler.wanted >= needed, "jobs wait although workers could start"
-            if not lane.workers and self.patience is not None:
+            if not lane.workers and self.patience is not None and not self.lenient:
                 assert deadline is not None, "nobody will tell that there is no worker"
         for decision in decisions:
             self.carry_out(decision)
@@ -1176,11 +1185,19 @@ class World(RuleBasedStateMachine):
     def carry_out(self, decision: Decision[NamedJob]) -> None:
         if isinstance(decision, Expire):
             assert self.patience is not None
+            assert not self.lenient
             for job in decision.jobs:
                 offered = [lane.service for w in self.workers for lane in w.state.lanes]
                 assert job.service not in offered
                 assert self.now - job.queued_at >= self.patience
                 self.end(job, "expired")
+        elif isinstance(decision, Deserted):
+            assert self.lenient
+            assert decision.service != "a" or not self.max_workers
+            waiting = [j for j in queued(self.scheduler) if j.service == decision.service]
+            assert decision.jobs == len(waiting)
+            offered = [lane.service for w in self.workers for lane in w.state.lanes]
+            assert decision.service not in offered
         elif isinstance(decision, Scale):
             aging = sum(worker.state.aging for worker in self.workers)
             assert decision.workers == self.scheduler.wanted + aging
@@ -1459,3 +1476,20 @@ def test_a_worker_from_elsewhere_has_no_successor() -> None:
     desk.answer(worker)
     (retire,) = only(desk.decide(), Retire)
     assert retire.worker is worker
+
+
+def test_a_lenient_scheduler_says_that_nobody_offers_a_service() -> None:
+    scheduler: Scheduler[NamedJob] = Scheduler(patience=5.0, lenient=True)
+    (job, other) = (NamedJob(number, "x", service="gpu") for number in range(2))
+    scheduler.submit(job, 100.0)
+    assert scheduler.decide(104.0) == []
+    assert scheduler.decide(105.0) == [Deserted("gpu", 1)]
+    assert scheduler.next_deadline() is None
+    scheduler.submit(other, 200.0)
+    assert scheduler.next_deadline() == 205.0
+    assert scheduler.decide(205.0) == [Deserted("gpu", 2)]
+    worker = scheduler.worker_ready(b"w", 300.0, services=["gpu"])
+    (send,) = scheduler.decide(300.0)
+    assert isinstance(send, Send)
+    assert send.worker is worker
+    assert [job for _, job in send.jobs] == [job]

@@ -24,14 +24,31 @@ from .machine import resident_memory
 from .protocol import Frame, Job
 from .serialization import CallPickler, CallRunner
 from .shares import is_share
-from .worker import Worker
+from .worker import PATIENCE, Worker
 from .worker_errors import RegistrationError
 
-__all__ = ["CALLS", "Initializer", "Setup", "boot_code", "main"]
+__all__ = ["CALLS", "Initializer", "Setup", "boot_code", "call_service", "main", "serve"]
 
 
 CALLS: Final = "python"
 """The service of an executor's workers: to make calls."""
+
+
+def call_service(name: str | None) -> str:
+    """The service of an executor's calls for which some workers are special.
+
+    Raises:
+        TypeError: the name is not text.
+        ValueError: it is too short or too long.
+    """
+    if name is None:
+        return CALLS
+    if not isinstance(name, str):
+        raise TypeError(f"a service is named by text, not {name!r}")
+    if not 0 < len(name) <= 200:
+        raise ValueError(f"a service's name has 1 to 200 characters: {name!r}")
+    name.encode()  # text that is no text cannot be sent
+    return f"{CALLS}/{name}"
 
 
 class Initializer(msgspec.Struct, frozen=True):
@@ -66,6 +83,8 @@ class Setup(msgspec.Struct, frozen=True):
     """Whether big buffers go through segments."""
     max_memory: int = 0
     """Bytes of memory with which a worker wants to be replaced; 0 for no limit."""
+    elsewhere: bool = False
+    """Whether it is for workers that are not of the executor's own group."""
 
     @classmethod
     def of_this_process(
@@ -92,8 +111,34 @@ class Setup(msgspec.Struct, frozen=True):
             max_memory=max_memory,
         )
 
+    @classmethod
+    def for_others(cls, initializer: Initializer | None, *, max_memory: int) -> Setup:
+        """What workers get that somebody else has started, on other hosts for example.
+
+        Nothing that may be secret, such as the environment, or that means something on
+        this host only.
+        """
+        return cls(
+            argv=[],
+            path=[os.fsencode(entry) for entry in interpreter.search_path()],
+            directory=None,
+            environment={},
+            pid=0,
+            authkey=b"",
+            umask=0,
+            initializer=initializer,
+            max_memory=max_memory,
+            elsewhere=True,
+        )
+
     def take_over(self) -> None:
-        """Make this process a likeness of that one."""
+        """Make this process a likeness of that one, as far as it is to be."""
+        if self.elsewhere:
+            # Its own modules first; then the parent's, where the folders are the same.
+            known = set(interpreter.search_path())
+            path = [os.fsdecode(entry) for entry in self.path]
+            sys.path += [entry for entry in path if entry not in known and os.path.exists(entry)]
+            return
         sys.argv[:] = [os.fsdecode(argument) for argument in self.argv]
         sys.path[:] = [os.fsdecode(entry) for entry in self.path]
         if self.directory is not None:
@@ -125,27 +170,34 @@ class InitializerError(Exception):
 class CallHandler:
     """Runs packed calls (see `handler.Handler`)."""
 
-    services = (CALLS,)
-
-    def __init__(self, directory: str, rlimits: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        directory: str | None,
+        rlimits: Mapping[str, int],
+        services: Sequence[str] = (CALLS,),
+    ) -> None:
         """Start without any function.
 
         Args:
-            directory: the executor's private directory.
+            directory: the executor's private directory, if this is one of its group.
             rlimits: limits that are set for this process, to be named in errors.
+            services: what is offered, as `call_service` names it.
         """
+        self.services = services
         self._directory = directory
         self._max_memory = 0
         self._runner = CallRunner(note=teller(rlimits))
 
     def setup(self, data: bytes) -> None:
         """Take over the parent's settings, and run the initializer."""
+        if not data:
+            raise RegistrationError("the master at this endpoint is a JobRunner, and has no calls")
         setup = msgspec.msgpack.decode(data, type=Setup)
         setup.take_over()
         if setup.initializer is not None:
             self._initialize(setup.initializer)
         self._max_memory = setup.max_memory
-        if setup.segments:
+        if setup.segments and self._directory is not None:
             self._runner.segments = Segments(self._directory)
 
     def _initialize(self, call: Initializer) -> None:
@@ -235,3 +287,36 @@ def main(endpoint: str, journals: str, rlimits: Mapping[str, int]) -> None:
         sys.exit(1)
     except RegistrationError as error:
         sys.exit(f"zmqexecutor worker {os.getpid()}: {error}")
+
+
+def serve(
+    endpoint: str,
+    services: Sequence[str] = (),
+    *,
+    patience: float = PATIENCE,
+) -> bool:
+    """Be a worker of the `ZmqExecutor` at this endpoint, until it is gone, or lets us go.
+
+    Call it in the main thread of a fresh process: tasks leave their modules and globals
+    there, so that a second executor needs another process.
+
+    Args:
+        endpoint: the executor's.
+        services: what this worker is special for (see `ZmqExecutor.options`); it makes
+            only calls that ask for one of these. By default those that ask for none.
+        patience: seconds to look for the executor.
+
+    Returns:
+        Whether the executor went away, or had taken this worker for lost; then another
+        worker might serve what comes next. Else it was told to leave, by SIGTERM for
+        example.
+
+    Raises:
+        RegistrationError: no executor was found in time, or it refused this worker.
+    """
+    interpreter.depth += 1
+    _tell_of_crashes()
+    handler = CallHandler(None, {}, [call_service(name) for name in services] or [CALLS])
+    worker = Worker.with_handler(endpoint, handler, journals=None, patience=patience, once=True)
+    worker.run()
+    return worker.lost

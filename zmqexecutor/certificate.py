@@ -26,7 +26,13 @@ _OUT_OF_MEMORY: Final = "the kernel killed it because memory ran out"
 
 
 def lost_error(
-    task: str, pid: int, end: Reaped | None, seconds: float | None, *, replaced: bool
+    task: str,
+    pid: int,
+    end: Reaped | None,
+    seconds: float | None,
+    *,
+    replaced: bool,
+    host: str = "",
 ) -> WorkerLostError:
     """What to raise for a task whose worker died.
 
@@ -36,11 +42,15 @@ def lost_error(
         end: how the worker ended, or None if nobody could tell.
         seconds: how long the task had been running, or None if that is not known.
         replaced: whether a new worker takes the place of the dead one.
+        host: the name of its host, if that may be another one.
     """
     others = "the pool goes on with a new worker" if replaced else "other workers go on"
     cause = _cause(end)
+    if host and not end:
+        cause = "its process or its host has died, or the network between is cut"
+    where = f" on {host}" if host else ""
     message = (
-        f"the worker (pid {pid}) that ran {task} {_how(end, seconds)}"
+        f"the worker (pid {pid}{where}) that ran {task} {_how(end, seconds)}"
         f"{_because(cause)}. Only this task is lost; {others}{_last_words(end)}"
     )
     return WorkerLostError(

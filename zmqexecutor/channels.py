@@ -13,12 +13,14 @@ from . import protocol, security
 from .errors import ProtocolError
 from .protocol import Frame
 
-__all__ = ["Channels", "Entrance"]
+__all__ = ["LOST_AFTER", "Channels", "Entrance", "joining_entrance"]
 
 logger = logging.getLogger(__name__)
 
 MESSAGES_PER_STEP: Final = 256
 """Messages read from one socket before the others have their turn."""
+LOST_AFTER: Final = 10.0
+"""Default of `Entrance.lost_after`."""
 LARGEST_CONTROL_MESSAGE: Final = 1024 * 1024
 """Bytes; who sends more is disconnected."""
 
@@ -34,16 +36,53 @@ class Entrance:
     Attributes:
         endpoint: where they register.
         work: where they connect for jobs; `tcp://HOST:*` is any free port.
+        setup: what they must prepare before they are ready, or None if that will be told
+            later; those that register before have to wait.
         group_only: whether only processes of the master's own group may.
         python: the version of Python, such as "3.13", that they must run; empty for any.
         calls: whether clients may send jobs.
+        lost_after: seconds after which a worker that is not heard of is taken for lost;
+            on this machine the kernel tells.
     """
 
     endpoint: str
     work: str
+    setup: bytes | None = b""
     group_only: bool = False
     python: str = ""
     calls: bool = False
+    lost_after: float = LOST_AFTER
+
+
+def joining_entrance(endpoint: str, work: str | None, lost_after: float) -> Entrance:
+    """Where workers can join that somebody else has started.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an address cannot be used, or a number is out of range.
+    """
+    security.check_address(endpoint, "endpoint")
+    if work is not None:
+        security.check_address(work, "work_address")
+    elif endpoint.startswith("tcp://"):
+        work = endpoint.rpartition(":")[0] + ":*"
+    else:
+        work = endpoint + ".work"
+    return Entrance(endpoint, work, lost_after=_check_lost_after(lost_after))
+
+
+def _check_lost_after(seconds: float) -> float:
+    """Return what `Entrance.lost_after` may be.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is out of range.
+    """
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+        raise TypeError(f"lost_after must be a number of seconds, not {seconds!r}")
+    if not 0.2 <= seconds <= 3600:
+        raise ValueError(f"lost_after must be 0.2 to 3600 seconds, not {seconds}")
+    return seconds
 
 
 class Channels:
@@ -60,21 +99,22 @@ class Channels:
         work_address: where workers that name no workpoint connect.
     """
 
-    def __init__(self, entrance: Entrance, setup: bytes | None) -> None:
+    def __init__(self, entrance: Entrance) -> None:
         """Bind both sockets.
 
         Raises:
             OSError: an address is in use, or cannot be used.
         """
         self.entrance = entrance
-        self.setup = setup
+        self.setup = entrance.setup
         self.dropped = 0
         endpoint, work = entrance.endpoint, entrance.work
         security.check_descriptors()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.control = security.socket(self._context, zmq.ROUTER, endpoint)
+        silence = entrance.lost_after / 2
+        self.control = security.socket(self._context, zmq.ROUTER, endpoint, silence)
         self.control.setsockopt(zmq.MAXMSGSIZE, LARGEST_CONTROL_MESSAGE)
-        self.work = security.socket(self._context, zmq.ROUTER, work)
+        self.work = security.socket(self._context, zmq.ROUTER, work, silence)
         self.control_fd = self.control.fileno()
         self.work_fd = self.work.fileno()
         self._bound: dict[zmq.Socket[bytes], str] = {}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
@@ -15,8 +16,8 @@ import msgspec
 
 from . import interpreter
 from .buffers import Segments
-from .calls import CALLS, Initializer, Setup, boot_code
-from .channels import Entrance
+from .calls import CALLS, Initializer, Setup, boot_code, call_service
+from .channels import LOST_AFTER, Entrance, joining_entrance
 from .errors import BrokenPoolError, ForkedExecutorError, SerializationError
 from .futures import TaskFuture
 from .inheritance import inheritable
@@ -25,6 +26,7 @@ from .limits import check_rlimits
 from .machine import usable_cpus
 from .mapping import MappingExecutor
 from .master import Master, MasterOptions
+from .peers import WorkerInfo
 from .protocol import Frame, Result
 from .security import PrivateDirectory
 from .serialization import CallPickler
@@ -33,6 +35,9 @@ from .tasks import PLAIN, Shared, Task, TaskOptions, make_options
 from .workers import Workers
 
 __all__ = ["ExecutorView", "ZmqExecutor"]
+
+PATIENCE = 10.0
+"""Seconds after which it is said that tasks wait for workers that nobody has started."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -57,12 +62,16 @@ class ZmqExecutor(MappingExecutor):
         max_tasks_per_child: int | None = None,
         max_worker_memory: int | None = None,
         worker_rlimits: Mapping[str, int] | None = None,
+        endpoint: str | None = None,
+        work_address: str | None = None,
+        lost_after: float = LOST_AFTER,
     ) -> None:
         """Start the pool in the background, and return at once.
 
         Args:
             max_workers: the most worker processes there may be; by default as many
-                as this process may use processors. They start as work demands it.
+                as this process may use processors. They start as work demands it. 0,
+                if there is an endpoint, for none but those that come there.
             mp_context: accepted for compatibility; it has no effect, since workers
                 are fresh interpreters under any start method.
             initializer: called in each worker before its first task. If it raises,
@@ -81,9 +90,20 @@ class ZmqExecutor(MappingExecutor):
                 `{"data": 2 * 2**30}` makes what needs more than 2 GiB raise
                 MemoryError in its task. Each is both the soft and the hard limit;
                 one that the system refuses breaks the pool.
+            endpoint: where workers can join that something else has started
+                (`zmqexecutor workers --calls`), on other hosts for example:
+                `tcp://HOST:PORT` or `ipc://PATH`. They come beside those that are kept
+                here, may come and go at any time, keep their own environment and
+                directory, and import modules from the folders of this program's
+                `sys.path` that they have too.
+            work_address: the second address that they use, by default any free port
+                of the same host, or a file beside that of the endpoint.
+            lost_after: seconds after which a worker that joined from another host, and
+                is not heard of any more, is taken for lost, with the task that it runs.
 
         Raises:
-            ValueError: a number is not positive, or there is no such resource limit.
+            ValueError: a number is not positive, there is no such resource limit, or an
+                address cannot be used.
             TypeError: an argument has the wrong type.
             SerializationError: the initializer or its arguments cannot be pickled.
             OSError: there is no place for the pool's private directory.
@@ -96,7 +116,12 @@ class ZmqExecutor(MappingExecutor):
                 "then imports the module too. Make the executor in a function, or below "
                 "`if __name__ == '__main__':`"
             )
-        self._max_workers = _check_max_workers(max_workers)
+        self._max_workers = _check_max_workers(max_workers, endpoint)
+        joining = None
+        if endpoint is not None:
+            joining = joining_entrance(endpoint, work_address, lost_after)
+        elif work_address is not None:
+            raise ValueError("work_address is the second address of an endpoint: give that too")
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
         if max_tasks_per_child is not None:
@@ -119,15 +144,46 @@ class ZmqExecutor(MappingExecutor):
         self._initargs = initargs
         self._initializer = _pack_initializer(self._pickler, initializer, initargs)
         self._equipped = False
-        directory = PrivateDirectory()
-        segments = self._pickler.segments = Segments.create(directory.path)
-        self._decode = partial(_decode, CallPickler(segments))
-        self._master = _start_master(
-            directory, segments, self._max_workers, max_tasks_per_child, rlimits or {}
+        if joining is not None:
+            setup = Setup.for_others(self._initializer, max_memory=self._max_worker_memory)
+            joining = replace(
+                joining,
+                setup=msgspec.msgpack.encode(setup),
+                python=".".join(map(str, sys.version_info[:2])),
+            )
+        options = MasterOptions(
+            [joining] if joining else [],
+            max_workers=self._max_workers,
+            service=CALLS,
+            allowance=max_tasks_per_child,
+            patience=PATIENCE if joining else None,
+            lenient=True,
+            finish_at_exit=True,
         )
+        if self._max_workers:
+            self._master = self._with_group(options, rlimits or {})
+        else:
+            self._decode = partial(_decode, CallPickler())
+            self._master = Master(options)
+        self._master.start()
         self._master_reference = weakref.ref(self._master)
         # A forgotten executor's workers finish what is pending, and go away.
         weakref.finalize(self, self._master.close).atexit = False
+
+    def _with_group(self, options: MasterOptions, rlimits: dict[str, int]) -> Master:
+        """The master of a pool that has workers of its own, in a private directory."""
+        directory = PrivateDirectory()
+        segments = self._pickler.segments = Segments.create(directory.path)
+        self._decode = partial(_decode, CallPickler(segments))
+        endpoint = f"ipc://{directory.path}/control"
+        work = f"ipc://{directory.path}/work"
+        own = Entrance(endpoint, work, setup=None, group_only=True)
+        command = python_command(boot_code(start_path(), endpoint, directory.path, rlimits))
+        return Master(
+            replace(options, entrances=[own, *options.entrances], segments=segments),
+            Workers(command, 1, directory=directory.path, remove_directory=True, rlimits=rlimits),
+            cleanup=directory.close,
+        )
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> TaskFuture[T]:
         """Schedule `fn(*args, **kwargs)` in a worker, and return its future.
@@ -151,6 +207,7 @@ class ZmqExecutor(MappingExecutor):
         priority: int = 0,
         name: str | None = None,
         kill_on_cancel: bool = False,
+        service: str | None = None,
     ) -> ExecutorView:
         """Return a view of this pool whose `submit` and `map` have the standard signatures.
 
@@ -169,14 +226,18 @@ class ZmqExecutor(MappingExecutor):
             kill_on_cancel: make `cancel` of a future kill the task if it runs, as
                 `TaskFuture.kill` does. asyncio cancels the futures of
                 `loop.run_in_executor` when their awaiting task is cancelled.
+            service: have these tasks done by workers that joined (see `endpoint`) as
+                special ones, for their hardware for example:
+                `zmqexecutor workers --calls --service gpu`. Others do not take them.
 
         Raises:
             TypeError: an argument has the wrong type.
             ValueError: an argument is out of range.
         """
         options = make_options(
-            timeout, retries, retry_on, retry_delay, priority, name, kill_on_cancel
+            timeout, retries, retry_on, retry_delay, priority, name, kill_on_cancel, service
         )
+        call_service(service)  # checked now, not by each submit
         return ExecutorView(self, options)
 
     def share(self, obj: T) -> SharedObject[T]:
@@ -223,23 +284,54 @@ class ZmqExecutor(MappingExecutor):
             lease=call.lease,
             shares=call.shares,
             options=options,
-            service=CALLS,
+            service=call_service(options.service) if options.service else CALLS,
         )
         future.belongs_to(self._master_reference, task)
         with self._lock:
             self._check_open()
             if not self._equipped:
-                # Not before: as with the standard library, what the program changes
-                # up to its first task (sys.path, directory, environment) is seen there.
-                setup = Setup.of_this_process(
-                    self._initializer,
-                    segments=self._pickler.segments is not None,
-                    max_memory=self._max_worker_memory,
-                )
-                self._master.equip(msgspec.msgpack.encode(setup))
-                self._equipped = True
+                self._equip()
             self._master.submit(task)
         return future
+
+    def _equip(self) -> None:
+        """Have workers prepare for the first task.
+
+        Not before: as with the standard library, what the program changes up to its first
+        task (sys.path, directory, environment) is seen there.
+        """
+        if self._equipped:
+            return
+        setup = Setup.of_this_process(
+            self._initializer,
+            segments=self._pickler.segments is not None,
+            max_memory=self._max_worker_memory,
+        )
+        self._master.equip(msgspec.msgpack.encode(setup))
+        self._equipped = True
+
+    def wait_for_workers(self, number: int, timeout: float | None = None) -> None:
+        """Return when at least so many workers are ready, of all kinds.
+
+        Workers of this pool's own are started for it, as many as `max_workers` allows.
+        A pool that is to have its workers ready before its first task needs this.
+
+        Args:
+            number: of workers.
+            timeout: seconds to wait for them, or None to wait for as long as it takes.
+
+        Raises:
+            TimeoutError: they were not there in time.
+            RuntimeError, BrokenPoolError, ForkedExecutorError: as `submit`.
+        """
+        self._check_open()
+        self._equip()
+        self._master.wait_for_workers(number, timeout)
+
+    @property
+    def workers(self) -> Sequence[WorkerInfo]:
+        """The workers that are ready, oldest first."""
+        return self._master.workers
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more tasks, and end the workers when the pending ones are done.
@@ -346,13 +438,18 @@ def _decode(pickler: CallPickler, result: Result, buffers: Sequence[Frame]) -> A
     return pickler.load_outcome(result.ok, result.data, buffers, result.segment)
 
 
-def _check_max_workers(max_workers: int | None) -> int:
+def _check_max_workers(max_workers: int | None, endpoint: str | None) -> int:
     if max_workers is None:
         return usable_cpus()
     if not isinstance(max_workers, int):
         raise TypeError(f"max_workers must be an integer, not {type(max_workers).__name__}")
+    if max_workers == 0 and endpoint is not None:
+        return 0
     if max_workers <= 0:
-        raise ValueError("max_workers must be greater than 0")
+        raise ValueError(
+            "max_workers must be greater than 0"
+            + (", or 0 with an endpoint where workers can join" if max_workers == 0 else "")
+        )
     return max_workers
 
 
@@ -365,27 +462,3 @@ def _pack_initializer(
         call = pickler.dump_call(initializer, tuple(initargs), {})
     buffers = [bytes(buffer) for buffer in call.buffers]
     return Initializer(call.function_id, call.function, call.data, buffers)
-
-
-def _start_master(
-    directory: PrivateDirectory,
-    segments: Segments | None,
-    max_workers: int,
-    allowance: int | None,
-    rlimits: dict[str, int],
-) -> Master:
-    endpoint = f"ipc://{directory.path}/control"
-    command = python_command(boot_code(start_path(), endpoint, directory.path, rlimits))
-    options = MasterOptions(
-        [Entrance(endpoint, f"ipc://{directory.path}/work", group_only=True)],
-        setup=None,
-        max_workers=max_workers,
-        service=CALLS,
-        allowance=allowance,
-        finish_at_exit=True,
-        segments=segments,
-    )
-    group = Workers(command, 1, directory=directory.path, remove_directory=True, rlimits=rlimits)
-    master = Master(options, group, cleanup=directory.close)
-    master.start()
-    return master

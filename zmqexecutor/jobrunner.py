@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
+from dataclasses import replace
 from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, TypeAlias
 
-from . import codecs, security
-from .channels import Entrance
+from . import codecs
+from .channels import LOST_AFTER, joining_entrance
 from .errors import JobFailedError, TaskTimeoutError
 from .master import Master, MasterOptions
 from .peers import WorkerInfo
@@ -36,19 +37,32 @@ class JobRunner:
                 print(runner.execute("1", "12"))  # 144
     """
 
-    def __init__(self, endpoint: str, *, patience: float | None = PATIENCE) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        patience: float | None = PATIENCE,
+        work_address: str | None = None,
+        lost_after: float = LOST_AFTER,
+    ) -> None:
         """Check the arguments; nothing is opened before `start`.
 
         Args:
             endpoint: where to listen to workers, `ipc://PATH` or `tcp://HOST:PORT`.
             patience: seconds that a job waits while no worker is registered, or
                 None to wait for ever.
+            work_address: the second address, where workers that name no workpoint connect;
+                by default any free port of the same host, or a file beside that of the
+                endpoint.
+            lost_after: seconds after which a worker on another host, from which nothing
+                is heard any more, is taken for lost.
 
         Raises:
             TypeError: the endpoint is not text.
             ValueError: the endpoint cannot be used.
         """
-        self._endpoint = security.check_address(endpoint, "endpoint")
+        joining = joining_entrance(endpoint, work_address, lost_after)
+        self._entrance = replace(joining, calls=True)
         self._patience = patience
         self._lock = threading.Lock()
         self._master: Master | None = None
@@ -63,13 +77,7 @@ class JobRunner:
         with self._lock:
             if self._master is not None:
                 raise RuntimeError("this JobRunner has been started; call stop() first")
-            work = (
-                self._endpoint.rpartition(":")[0] + ":*"
-                if self._endpoint.startswith("tcp://")
-                else self._endpoint + ".work"
-            )
-            entrance = Entrance(self._endpoint, work, calls=True)
-            master = Master(MasterOptions([entrance], patience=self._patience))
+            master = Master(MasterOptions([self._entrance], patience=self._patience))
             master.start()
             self._master = master
 
@@ -89,6 +97,21 @@ class JobRunner:
         """The workers that are registered and ready, oldest first."""
         master = self._master
         return master.workers if master else ()
+
+    def wait_for_workers(self, number: int, timeout: float | None = None) -> None:
+        """Return when at least so many workers are registered and ready.
+
+        Args:
+            number: of workers.
+            timeout: seconds to wait for them, or None to wait for as long as it takes.
+
+        Raises:
+            TimeoutError: they were not there in time.
+            RuntimeError: the runner is not started, or was stopped.
+        """
+        if (master := self._master) is None:
+            raise RuntimeError("this JobRunner is not running; call start() first")
+        master.wait_for_workers(number, timeout)
 
     def submit(
         self,

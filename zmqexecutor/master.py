@@ -25,12 +25,15 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from queue import Empty, SimpleQueue
 from typing import Final
 
 from . import protocol
 from .buffers import Segments
+from .certificate import lost_error
 from .channels import Channels, Entrance
 from .clients import Clients, Counts, report
 from .errors import BrokenPoolError, NoWorkerError, ProtocolError
@@ -39,7 +42,7 @@ from .peers import Peer, WorkerInfo
 from .protocol import DEFAULT_SERVICE, Frame
 from .retries import Retries
 from .roster import Roster
-from .scheduler import Decision, Expire, Recall, Retire, Scale, Scheduler, Send
+from .scheduler import Decision, Deserted, Expire, Recall, Retire, Scale, Scheduler, Send
 from .stops import Stops
 from .tasks import Task
 from .wakeup import Wakeup
@@ -48,6 +51,8 @@ __all__ = ["Master", "MasterOptions"]
 
 logger = logging.getLogger(__name__)
 
+PINGED_AFTER: Final = 0.25
+"""Part of the time until a silent worker is lost, for a look whether ZeroMQ has noticed."""
 LONGEST_WAIT: Final = 3600.0
 """Seconds after which the loop looks again at a deadline that is still further away."""
 
@@ -58,22 +63,21 @@ class MasterOptions:
 
     Attributes:
         entrances: where workers come in.
-        setup: what each worker must prepare before it is ready, or None if `equip`
-            will tell; workers that register before that have to wait.
         max_workers: how many workers the group may have.
         service: what the group's workers offer.
         allowance: how many jobs a worker does before it is replaced, or None.
         patience: seconds that a job waits while there is no worker, or None.
+        lenient: whether it then waits on, and that is only told.
         finish_at_exit: whether pending tasks are finished when the interpreter exits.
         segments: where big buffers of jobs and results are, if not in messages.
     """
 
     entrances: Sequence[Entrance]
-    setup: bytes | None = b""
     max_workers: int = 0
     service: str = DEFAULT_SERVICE
     allowance: int | None = None
     patience: float | None = None
+    lenient: bool = False
     finish_at_exit: bool = False
     segments: Segments | None = None
 
@@ -99,6 +103,7 @@ class Master:
             max_workers=options.max_workers,
             wanted=min(1, options.max_workers),
             patience=options.patience,
+            lenient=options.lenient,
             service=options.service,
         )
         self._fleet = Fleet(group, self._fail)
@@ -125,6 +130,7 @@ class Master:
         self._ready: dict[bytes, Peer] = {}
         self._unconfirmed: set[Peer] = set()  # workers that wait for a confirmation
         self._forgetful: set[Peer] = set()  # busy ones that have shares nobody needs
+        self._watchers: list[SimpleQueue[None]] = []  # of those that wait for workers
         self._cleanup = cleanup
         self._pid = os.getpid()
         self._due: float | None = None  # the next deadline, as of the last wait
@@ -160,9 +166,38 @@ class Master:
         if self._wakeup is None:
             self._drop_inbox()  # the caller's check and the thread's end have crossed
 
-    def equip(self, *setups: bytes) -> None:
-        """Say, once, what workers of each entrance must prepare, if that was left open."""
-        self._call(lambda: self._equip(setups))
+    def equip(self, setup: bytes) -> None:
+        """Say, once, what workers must prepare, for the entrances that have left it open."""
+        self._call(lambda: self._equip(setup))
+
+    def wait_for_workers(self, number: int, timeout: float | None) -> None:
+        """Wait until so many workers are ready; those of the group are started for it.
+
+        Raises:
+            TimeoutError: they were not there in time.
+            BrokenPoolError: the pool cannot run tasks any more.
+            RuntimeError: it has been shut down.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        # A queue, and not a Condition, whose wait a Ctrl-C can break in the middle.
+        news: SimpleQueue[None] = SimpleQueue()
+        self._watchers.append(news)
+        try:
+            self._call(lambda: self._want(number))
+            while (there := len(self._ready)) < number:
+                if self.broken:
+                    raise self.broken.with_traceback(None)
+                if self._wakeup is None or self._closing:
+                    raise RuntimeError("the pool has been shut down")
+                remaining = None if deadline is None else deadline - time.monotonic()
+                if remaining is not None and remaining <= 0:
+                    raise TimeoutError(
+                        f"{there} of {number} workers were ready after {timeout:g} s"
+                    )
+                with suppress(Empty):
+                    news.get(timeout=remaining)
+        finally:
+            self._watchers.remove(news)
 
     def close(self, *, cancel: bool = False) -> None:
         """End when the tasks handed over are done; `cancel` drops those not sent."""
@@ -276,7 +311,7 @@ class Master:
         self._channels: list[Channels] = []
         try:
             for entrance in self._options.entrances:
-                self._channels.append(Channels(entrance, self._options.setup))
+                self._channels.append(Channels(entrance))
         except BaseException:
             for channels in self._channels:
                 channels.close()
@@ -294,7 +329,8 @@ class Master:
                 ),
             )
         ]
-        self._roster = Roster(self._fleet, self._lose)
+        lost_after = min(entrance.lost_after for entrance in self._options.entrances)
+        self._roster = Roster(lost_after * PINGED_AFTER, self._fleet, self._lose)
         # Not zmq.Poller: 0.6 us against 3 to 6; the price of it is `Channels.unread`.
         self._poller = select.poll()
         assert self._wakeup is not None
@@ -378,7 +414,7 @@ class Master:
         if peer is None or peer.channels is not channels:
             self._expel(channels, identity)
         elif isinstance(message, protocol.Unready):
-            if channels.entrance.group_only:
+            if peer.grouped:
                 self._break(message.reason)
             else:
                 logger.warning("worker %s left: %s", peer.hello.worker, message.reason)
@@ -427,13 +463,15 @@ class Master:
             peer.identity,
             time.monotonic(),
             services=peer.hello.services,
-            grouped=peer.channels.entrance.group_only,
+            grouped=peer.grouped,
             ahead=peer.journal is not None,
             allowance=self._options.allowance,
         )
         peer.since = time.time()
         self._ready[peer.identity] = peer
-        self._fleet.worker_ready(peer.hello.pid)
+        if peer.grouped:
+            self._fleet.worker_ready(peer.hello.pid)
+        self._tell_watchers()
 
     def _on_results(
         self, peer: Peer, results: Sequence[protocol.Result], buffers: list[Frame]
@@ -499,7 +537,7 @@ class Master:
                 self._bury(peer, lost)
             _kill_queued(task for task in doomed if task is not lost)
             del self._ready[peer.identity]
-        if self._segments:
+        if self._segments and peer.grouped:
             self._segments.sweep(peer.hello.pid)
         peer.close()
 
@@ -512,7 +550,14 @@ class Master:
             task.kill()  # it died by itself before we came to it
         else:
             began = peer.journal.started if peer.journal else peer.sent_at
-            self._fleet.bury(task, peer.hello.pid, time.monotonic() - began)
+            seconds, pid = time.monotonic() - began, peer.hello.pid
+            if peer.grouped:
+                self._fleet.bury(task, pid, seconds)
+            else:
+                host = peer.hello.host
+                self._fail(
+                    task, lost_error(task.name, pid, None, seconds, replaced=False, host=host)
+                )
 
     def _fail(self, task: Task, error: BaseException) -> None:
         """A task has failed: the end of it, unless it is to be tried again."""
@@ -540,10 +585,20 @@ class Master:
             self._scheduler.drain(peer.state)  # until it is dead, it may look idle
         self._roster.kill(peer)
 
-    def _equip(self, setups: Sequence[bytes]) -> None:
-        for channels, setup in zip(self._channels, setups, strict=True):
-            channels.setup = setup
+    def _equip(self, setup: bytes) -> None:
+        for channels in self._channels:
+            if channels.setup is None:
+                channels.setup = setup
         self._roster.equipped()
+
+    def _want(self, workers: int) -> None:
+        """Have as many of the group's workers as this takes."""
+        others = sum(not peer.grouped for peer in self._ready.values())
+        self._scheduler.want(workers - others)
+
+    def _tell_watchers(self) -> None:
+        for news in self._watchers:
+            news.put(None)
 
     # ---------------------------------------------------------------- decisions
 
@@ -563,6 +618,13 @@ class Master:
         elif isinstance(decision, Expire):
             for task in decision.jobs:
                 task.fail(NoWorkerError(self._nobody_for(task.service)))
+        elif isinstance(decision, Deserted):
+            logger.warning(
+                "%d tasks wait for service %r, which no worker at %s offers; start one there",
+                decision.jobs,
+                decision.service,
+                self._options.entrances[-1].endpoint,
+            )
 
     def _nobody_for(self, service: str) -> str:
         """Why jobs that ask for this service cannot be done."""
@@ -646,6 +708,9 @@ class Master:
         self._closing = self._ended = True
         if kill:
             self._fleet.kill()
+        for peer in self._roster:
+            if peer.channels.entrance.python and peer.state and peer.state.held:
+                peer.tell(protocol.Die())  # nobody wants what it does
         for task in self._scheduler.cancel_queued():
             task.cancel()
         self._fail_held(reason)
@@ -653,6 +718,7 @@ class Master:
     def _break(self, reason: str) -> None:
         if self.broken is None:
             self.broken = BrokenPoolError(f"the pool cannot run tasks any more: {reason}")
+        self._tell_watchers()
         for task in self._scheduler.cancel_queued():
             task.fail(self.broken)
         self._fail_held(self.broken)
@@ -682,7 +748,7 @@ class Master:
             if self._fleet.group and not self._ended and not self.broken:
                 self._fleet.keep_no_more()
                 for peer in self._roster:
-                    if peer.channels.entrance.group_only:
+                    if peer.grouped:
                         peer.tell(protocol.Drain())
                 self._fleet.leave()
             self._fleet.stop()
@@ -692,6 +758,7 @@ class Master:
             for channels in self._channels:
                 channels.close()
             self._wakeup = None  # closed when no other thread is in the middle of using it
+            self._tell_watchers()
             self._drop_inbox()
             self._cleanup()
             self._let_go()

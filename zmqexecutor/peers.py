@@ -103,6 +103,11 @@ class Peer:
         self._shares: set[bytes] = set()
         self._forgotten: list[bytes] = []
 
+    @property
+    def grouped(self) -> bool:
+        """Whether it is a process of the master's own group."""
+        return self.channels.entrance.group_only
+
     def info(self) -> WorkerInfo:
         """The public view of this worker, once it is ready. Any thread may ask for it."""
         assert self.state is not None

@@ -114,6 +114,7 @@ class Control(threading.Thread):
         self._wakeup = Wakeup()
         self._outbox: deque[protocol.ControlFromWorker] = deque()
         self._ending = False
+        self._renew = False
         self._welcomed = False
         self._worker = ""
         self._journal: JournalWriter | None = None
@@ -127,6 +128,11 @@ class Control(threading.Thread):
     def send(self, message: protocol.ControlFromWorker) -> None:
         """Send this soon."""
         self._outbox.append(message)
+        self._wakeup.set()
+
+    def begin_again(self) -> None:
+        """Give this master up, soon, and look for one under a new name."""
+        self._renew = True
         self._wakeup.set()
 
     def end(self) -> None:
@@ -189,7 +195,10 @@ class Control(threading.Thread):
         ready = dict(self._poller.poll(timeout))
         if self._wakeup.fileno() in ready:
             self._wakeup.clear()
-        if self._monitor in ready:
+        if self._renew:
+            self._renew = False
+            self._begin_again()
+        elif self._monitor in ready:
             # Number and value, then an address; zmq.utils.monitor would load asyncio.
             event, _ = struct.unpack("=HI", self._monitor.recv_multipart()[0])
             self._on_connection(zmq.Event(event))

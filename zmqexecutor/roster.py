@@ -23,8 +23,6 @@ __all__ = ["Roster"]
 
 logger = logging.getLogger(__name__)
 
-PING_INTERVAL: Final = 5.0
-"""Seconds between two looks for the connection of a worker that may have been lost."""
 PINGS_PER_STEP: Final = 16
 """Workers that are pinged before other things have their turn."""
 
@@ -34,16 +32,19 @@ class Roster:
 
     def __init__(
         self,
+        ping_interval: float,
         fleet: Fleet,
         lose: Callable[[Peer, int | None], None],
     ) -> None:
         """Begin without any worker.
 
         Args:
+            ping_interval: seconds between two looks for the connection of a worker.
             fleet: the group, for entrances that let only its processes in.
             lose: called with a worker that is gone, and the job that it was running, if
                 that is known; it calls `remove`.
         """
+        self._ping_interval = ping_interval
         self._fleet = fleet
         self._lose = lose
         self._deaths = DeathWatch()
@@ -97,7 +98,7 @@ class Roster:
         self._peers[identity] = peer
         if not self._is_watched(peer):
             self._unwatched[identity] = peer
-            self.next_ping = self.next_ping or time.monotonic() + PING_INTERVAL
+            self.next_ping = self.next_ping or time.monotonic() + self._ping_interval
         if hello.workpoint is not None:
             try:
                 channels.work.connect(hello.workpoint)
@@ -183,7 +184,7 @@ class Roster:
         """The supervisor has died, who would have told of deaths: all are lost."""
         if self._deaths.fileno() == -1:
             for peer in self:
-                if peer.channels.entrance.group_only:
+                if peer.grouped:
                     self._lose(peer, None)
 
     def kill(self, peer: Peer) -> None:
@@ -197,7 +198,7 @@ class Roster:
         """Find out which workers have left without a word that would be told.
 
         A message to a worker whose connection has been lost cannot be sent. Many are
-        pinged a few at a time, each once in `PING_INTERVAL`.
+        pinged a few at a time, each once in an interval.
         """
         for peer in list(itertools.islice(self._unwatched.values(), PINGS_PER_STEP)):
             self._unwatched.move_to_end(peer.identity)
@@ -206,11 +207,11 @@ class Roster:
         self.next_ping = None
         if self._unwatched:
             steps = -(-len(self._unwatched) // PINGS_PER_STEP)
-            self.next_ping = now + PING_INTERVAL / steps
+            self.next_ping = now + self._ping_interval / steps
 
     def _is_watched(self, peer: Peer) -> bool:
         """Whether the death of its process is told, and is how its connection would end."""
-        return peer.channels.entrance.group_only and self._deaths.fileno() != -1
+        return peer.grouped and self._deaths.fileno() != -1
 
     def close(self) -> None:
         """Let all of them go."""

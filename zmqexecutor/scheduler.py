@@ -47,6 +47,7 @@ from .protocol import DEFAULT_SERVICE
 
 __all__ = [
     "Decision",
+    "Deserted",
     "Expire",
     "Recall",
     "Retire",
@@ -109,10 +110,18 @@ class Expire(Generic[J]):
     jobs: list[J]
 
 
+@dataclass(frozen=True, slots=True)
+class Deserted:
+    """So many jobs wait on for a service that no worker offers."""
+
+    service: str
+    jobs: int
+
+
 _SHORTEST: Final = AHEAD / 1000
 _UNKNOWN: Final = 1.0  # seconds; longer than any job that is sent ahead
 
-Decision: TypeAlias = Send[J] | Recall[J] | Retire[J] | Scale | Expire[J]
+Decision: TypeAlias = Send[J] | Recall[J] | Retire[J] | Scale | Expire[J] | Deserted
 
 
 class Scheduler(Generic[J]):
@@ -127,6 +136,7 @@ class Scheduler(Generic[J]):
         max_workers: int = 0,
         wanted: int = 0,
         patience: float | None = None,
+        lenient: bool = False,
         service: str = DEFAULT_SERVICE,
     ) -> None:
         """Start empty.
@@ -136,10 +146,13 @@ class Scheduler(Generic[J]):
             max_workers: how many workers of the group may be active; 0 without a group.
             patience: seconds that a job waits while no worker at all offers its
                 service, or None to wait without a limit.
+            lenient: whether it waits on after that, and `Deserted` tells; not for the
+                group's service, whose workers are being started.
             service: what the group's workers offer.
         """
         self._max_workers = max_workers
         self._patience = patience
+        self._lenient = lenient
         self.wanted = wanted
         self._lanes: dict[str, Lane[J]] = {}
         self._service = service
@@ -317,6 +330,11 @@ class Scheduler(Generic[J]):
                     self._desert(lane, now)
         return lost
 
+    def want(self, workers: int) -> None:
+        """Have at least so many workers of the group, as far as there may be."""
+        self.wanted = max(self.wanted, min(workers, self._max_workers))
+        self._fill_up()
+
     # --------------------------------------------------------------- decisions
 
     def decide(self, now: float) -> list[Decision[J]]:
@@ -440,7 +458,12 @@ class Scheduler(Generic[J]):
         self._expiry = None
         expired: list[J] = []
         for lane in list(self._deserted):
-            if lane.alone_since + self._patience <= now:
+            over = lane.alone_since + self._patience <= now
+            if over and self._lenient:
+                del self._deserted[lane]  # until the next job comes
+                decisions.append(Deserted(lane.service, len(lane.queue)))
+                continue
+            if over:
                 before = len(lane.queue)
                 waiting = [lane.queue.take_first() for _ in range(before)]
                 expired += [job for job in waiting if job.queued_at + self._patience <= now]
@@ -538,6 +561,8 @@ class Scheduler(Generic[J]):
 
     def _desert(self, lane: Lane[J], now: float) -> None:
         """It has jobs, and no worker from now on, or for this new job."""
+        if self._lenient and self._max_workers and lane.service == self._service:
+            return
         self._deserted[lane] = None
         if self._expiry is None and self._patience is not None:
             self._expiry = now + self._patience  # whatever came before is in it already

@@ -31,6 +31,8 @@ INCOMING = 1000
 """Messages of one peer that wait to be read by a master."""
 DESCRIPTORS = 32
 """File descriptors that a master and its supervisor need, and some more."""
+SILENCE = 5.0
+"""Seconds; see `socket`."""
 UNLOCKED_FOR = 60.0
 """Seconds after which a private directory without a lock has been left behind."""
 
@@ -292,13 +294,17 @@ def _has_listener(path: str) -> bool:
         return True
 
 
-def socket(context: zmq.Context[zmq.Socket[bytes]], kind: int, address: str) -> zmq.Socket[bytes]:
+def socket(
+    context: zmq.Context[zmq.Socket[bytes]], kind: int, address: str, silence: float = SILENCE
+) -> zmq.Socket[bytes]:
     """Make a socket with the options that all our sockets share.
 
     Args:
         context: a context of our own, never the process-wide one.
         kind: `zmq.ROUTER` or `zmq.DEALER`.
         address: what it will be bound or connected to.
+        silence: seconds without a sign of life after which a connection to another host
+            counts as lost, at both ends if this is a master's socket.
     """
     made = context.socket(kind)
     made.linger = 0
@@ -308,12 +314,15 @@ def socket(context: zmq.Context[zmq.Socket[bytes]], kind: int, address: str) -> 
     made.setsockopt(zmq.IPV6, 1)
     remote = not address.startswith("ipc://")
     if remote:
-        # A dead connection of a remote peer shows within about ten seconds, even
-        # while its interpreter is busy: the I/O thread answers. On this machine the
-        # kernel tells, and a process that is stopped for a while (Ctrl-Z, a debugger)
-        # is not dead.
-        made.setsockopt(zmq.HEARTBEAT_IVL, 3000)
-        made.setsockopt(zmq.HEARTBEAT_TIMEOUT, 10000)
+        # A dead connection of a remote peer shows even while its interpreter is busy:
+        # the I/O thread answers. On this machine the kernel tells, and a process that
+        # is stopped for a while (Ctrl-Z, a debugger) is not dead.
+        made.setsockopt(zmq.HEARTBEAT_IVL, int(silence * 300))
+        made.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(silence * 700))
+        if kind == zmq.ROUTER:
+            made.setsockopt(zmq.HEARTBEAT_TTL, int(silence * 1000))
+        else:
+            made.setsockopt(zmq.CONNECT_TIMEOUT, int(silence * 1000))
     if kind == zmq.ROUTER:
         # What a peer sends without end must wait with the peer; nothing is dropped.
         made.rcvhwm = INCOMING

@@ -52,6 +52,7 @@ class TaskOptions:
         priority: higher ones leave the queue first.
         name: for messages to people, in the place of the function's name.
         kill_on_cancel: whether `Future.cancel` ends a task that runs.
+        service: what its worker must be special for, or None.
     """
 
     timeout: float | None = None
@@ -61,6 +62,7 @@ class TaskOptions:
     priority: int = 0
     name: str | None = None
     kill_on_cancel: bool = False
+    service: str | None = None
 
 
 PLAIN: Final = TaskOptions()
@@ -74,6 +76,7 @@ def make_options(
     priority: int,
     name: str | None,
     kill_on_cancel: bool,
+    service: str | None,
 ) -> TaskOptions:
     """Check options as `ZmqExecutor.options` takes them.
 
@@ -100,7 +103,9 @@ def make_options(
         raise ValueError(f"retry_delay must be 0 seconds or more, not {retry_delay}")
     if name is not None and not isinstance(name, str):
         raise TypeError(f"name must be text, not {name!r}")
-    return TaskOptions(timeout, retries, classes, delay, priority, name, bool(kill_on_cancel))
+    return TaskOptions(
+        timeout, retries, classes, delay, priority, name, bool(kill_on_cancel), service
+    )
 
 
 def _number(seconds: float) -> float:

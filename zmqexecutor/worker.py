@@ -124,7 +124,13 @@ class Worker:
 
     @classmethod
     def with_handler(
-        cls, endpoint: str, handler: Handler, *, journals: str | None, patience: float
+        cls,
+        endpoint: str,
+        handler: Handler,
+        *,
+        journals: str | None,
+        patience: float,
+        once: bool = False,
     ) -> Worker:
         """A worker whose jobs mean something else than a call of a target.
 
@@ -133,9 +139,11 @@ class Worker:
             handler: what runs the jobs.
             journals: a private directory of the master's host, for the journal.
             patience: as for `Worker`; 0 ends the process with its master.
+            once: whether `run` returns when a master is lost that it has worked for.
         """
         worker = cls.__new__(cls)
         worker._init(endpoint, None, handler, patience, journals)
+        worker._once = once
         return worker
 
     def _init(
@@ -155,10 +163,14 @@ class Worker:
         self._claims = Claims()
         self._stopping = False
         self._set_up = False
+        self._once = False
+        self.lost = False
+        """Whether the last master has gone, or has taken this worker for lost."""
         self._queue: deque[tuple[Job | None, list[Frame], protocol.Jobs | None]] = deque()
         self._unsent: list[msgspec.Raw] = []
         self._unsent_buffers: list[Frame] = []
         self._unsent_since = 0.0
+        self._cut: zmq.Socket[bytes] | None = None  # tells that the work connection is lost
         self._journal: JournalWriter | None = None
         self._confirmed = 0  # position of the journal
         self._needed = 0  # position to be confirmed before the next job starts
@@ -220,11 +232,12 @@ class Worker:
         """Wait for a master; None if the worker should end."""
         while True:
             self._wakeup.clear()  # before the looks that it would have us take
-            if self._stopping:
+            if self._stopping or (self._once and self.lost):
                 return None
             while self._control.events:
                 event = self._control.events.popleft()
                 if isinstance(event, Session):
+                    self.lost = False
                     return event
                 if isinstance(event, RegistrationError):
                     raise event
@@ -232,13 +245,21 @@ class Worker:
 
     def _wait(self, work: zmq.Socket[bytes] | None) -> None:
         """Sleep until a message, or an event of the control thread, or `stop`."""
+        self._poll([] if work is None else [(work, zmq.POLLIN)])
+
+    def _poll(self, sources: list[tuple[Any, int]]) -> None:
+        """Sleep until one of these is ready, or there is other news."""
         wakeup = self._wakeup.fileno()
-        sources: list[tuple[Any, int]] = [(wakeup, zmq.POLLIN)]
-        if work is not None:
-            sources.append((work, zmq.POLLIN))
+        sources.append((wakeup, zmq.POLLIN))
+        if self._cut:
+            sources.append((self._cut, zmq.POLLIN))
         for source, _ in zmq.zmq_poll(sources, -1):
             if source == wakeup:
                 self._wakeup.clear()
+            elif source is self._cut:
+                # A message may be lost, of which nobody would ever know.
+                self._cut.recv_multipart()
+                self._control.begin_again()
 
     def _serve(self, context: zmq.Context[zmq.Socket[bytes]], session: Session) -> None:
         """Run the jobs of one master until it is lost, or lets this worker go."""
@@ -250,6 +271,9 @@ class Worker:
         self._claims.reset()
         self._work = security.socket(context, zmq.DEALER, self._workpoint or session.work)
         self._work.routing_id = session.worker.encode()
+        # On one machine it is only lost together with the control connection.
+        remote = not (self._workpoint or session.work).startswith("ipc://")
+        self._cut = self._work.get_monitor_socket(zmq.Event.DISCONNECTED) if remote else None
         try:
             if self._workpoint is not None:
                 security.bind(self._work, self._workpoint)
@@ -269,6 +293,9 @@ class Worker:
             finally:
                 self._say_goodbye()
         finally:
+            if self._cut:
+                self._work.disable_monitor()
+                self._cut.close()
             security.close(self._work, self._workpoint)
             if self._journal:
                 self._journal.close()
@@ -303,7 +330,8 @@ class Worker:
         events = self._control.events
         while events:
             if events[0] != "drain":
-                return True  # lost, or given up; `_next_session` goes on from there
+                self.lost = True
+                return True  # or given up; `_next_session` goes on from there
             events.popleft()
             self._stopping = True
         if self._stopping:
@@ -421,12 +449,7 @@ class Worker:
             except zmq.Again:  # it has not connected yet, or is gone
                 if self._stopping or self._control.events:
                     return False
-            sources: list[tuple[Any, int]] = [
-                (self._work, zmq.POLLOUT),
-                (self._wakeup.fileno(), zmq.POLLIN),
-            ]
-            zmq.zmq_poll(sources, -1)
-            self._wakeup.clear()
+            self._poll([(self._work, zmq.POLLOUT)])
 
     def _await_confirmation(self) -> None:
         """Wait until the master has what only a message holds, or is lost."""

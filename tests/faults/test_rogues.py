@@ -19,7 +19,8 @@ import psutil
 import pytest
 import zmq
 
-from zmqexecutor import JobRunner, WorkerLostError, ZmqExecutor, protocol, roster
+from zmqexecutor import JobRunner, WorkerLostError, ZmqExecutor, protocol
+from zmqexecutor import master as master_module
 from zmqexecutor.machine import machine_id
 from zmqexecutor.master import Master
 
@@ -117,7 +118,7 @@ class Runner(Target):
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roster, "PING_INTERVAL", 0.1)
+    monkeypatch.setattr(master_module, "PINGED_AFTER", 0.01)
 
 
 @pytest.fixture(params=["executor", "job runner"])
@@ -281,7 +282,7 @@ def test_the_name_of_a_living_worker(target: Target, rogue: Rogue, tmp_path: Pat
     assert not running.done()
     (tmp_path / "gate").touch()
     assert (int(running.result(60)), int(queued.result(60))) == (49, 64)
-    assert target.master.workers == (worker,)
+    assert [there.id for there in target.master.workers] == [worker.id]
 
 
 class Silent(Target):

@@ -13,7 +13,10 @@ from zmqexecutor.protocol import Frame, Jobs
 from zmqexecutor.roster import Roster
 from zmqexecutor.tasks import Task
 
-__all__ = ["BareMaster"]
+__all__ = ["PING_INTERVAL", "BareMaster"]
+
+
+PING_INTERVAL = 5.0
 
 
 class FakeSocket:
@@ -50,9 +53,9 @@ class BareMaster:
 
     def __init__(self) -> None:
         self.channels = FakeChannels()
-        self.master = Master(MasterOptions([self.channels.entrance], b""))
+        self.master = Master(MasterOptions([self.channels.entrance]))
         self.master._channels = [cast(Channels, self.channels)]
-        self.master._roster = Roster(self.master._fleet, self.master._lose)
+        self.master._roster = Roster(PING_INTERVAL, self.master._fleet, self.master._lose)
         self.futures: list[Future[Any]] = []
 
     def submit(self) -> None:
