@@ -300,7 +300,7 @@ def test_a_job_runner_has_no_work_for_it(endpoint: str, start_worker: Start) -> 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"max_workers": 0}, ValueError, "or 0 with an endpoint"),
+        ({"max_workers": 0}, ValueError, "must be greater than 0"),
         ({"endpoint": "nowhere"}, ValueError, "expected ipc"),
         ({"endpoint": 5}, TypeError, "endpoint must be text"),
         ({"work_address": "ipc:///tmp/w"}, ValueError, "give that too"),

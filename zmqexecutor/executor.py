@@ -446,10 +446,7 @@ def _check_max_workers(max_workers: int | None, endpoint: str | None) -> int:
     if max_workers == 0 and endpoint is not None:
         return 0
     if max_workers <= 0:
-        raise ValueError(
-            "max_workers must be greater than 0"
-            + (", or 0 with an endpoint where workers can join" if max_workers == 0 else "")
-        )
+        raise ValueError("max_workers must be greater than 0")
     return max_workers
 
 

@@ -415,6 +415,7 @@ class Master:
             self._expel(channels, identity)
         elif isinstance(message, protocol.Unready):
             if peer.grouped:
+                self._fleet.stop()  # first: then all that it has logged is there
                 self._break(message.reason)
             else:
                 logger.warning("worker %s left: %s", peer.hello.worker, message.reason)

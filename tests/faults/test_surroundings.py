@@ -188,7 +188,7 @@ def test_the_clock_on_the_wall_is_for_people_and_files() -> None:
     }
     assert {name: number for name, number in readers.items() if number} == {
         "master.py": 1,  # since when a worker is there, for people
-        "peers.py": 1,
+        "peers.py": 2,
         "security.py": 1,  # how old a directory without an owner is
         "buffers.py": 1,  # how long a free segment has been one
     }
