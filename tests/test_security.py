@@ -180,6 +180,18 @@ def test_a_directory_that_is_just_being_made_is_left_alone(base: Path) -> None:
     assert unlocked.is_dir()
 
 
+def test_it_is_left_alone_whatever_the_clock_says_here(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    PrivateDirectory().close()
+    unlocked = root_of(base) / "4711-new"
+    unlocked.mkdir()
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 1_000_000)
+    PrivateDirectory().close()
+    assert unlocked.is_dir()
+
+
 def test_what_was_never_locked_is_swept_when_it_is_old(base: Path) -> None:
     PrivateDirectory().close()
     unlocked = root_of(base) / "4711-dead"
