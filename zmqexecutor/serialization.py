@@ -109,11 +109,13 @@ class _Failure(NamedTuple):
         message: if not empty, what went wrong beside the task: the exception
             is a SerializationError with this message, caused by the pickled one.
         exception: the pickled exception, or nothing if it could not be pickled.
+        raised: whether the task raised it.
     """
 
     text: str
     message: str
     exception: bytes
+    raised: bool
 
 
 # ---------------------------------------------------------------------- buffers
@@ -422,7 +424,7 @@ class CallPickler:
 
     def load_exception(self, data: Buffer) -> BaseException:
         """Return the exception in the data of an outcome that is not ok. Never raises."""
-        text, message, pickled = _Failure(*pickle.loads(data))
+        text, message, pickled, raised = _Failure(*pickle.loads(data))
         cause: BaseException = _remote_traceback(text)
         if pickled:
             try:
@@ -430,11 +432,13 @@ class CallPickler:
                 if not isinstance(error, BaseException):
                     raise TypeError(f"unpickling made {type(error)!r} of an exception")
             except BaseException as problem:
-                return _serialization_error(
+                failure = _serialization_error(
                     f"The task's exception cannot be unpickled: {_describe(problem)}. "
                     f"The traceback in the worker was:\n\n{text}",
                     problem,
                 )
+                failure.task_raised = raised
+                return failure
             error.__cause__ = cause
             if not message:
                 return error
@@ -443,6 +447,7 @@ class CallPickler:
 
         failure = SerializationError(message)
         failure.__cause__ = cause
+        failure.task_raised = raised
         return failure
 
 
@@ -623,4 +628,4 @@ def _dump_failure(stage: str, error: BaseException, note: Callable[[BaseExceptio
                 f"that cannot be pickled ({_describe(problem)}). "
                 f"The traceback in the worker was:\n\n{text}"
             )
-    return pickle.dumps((text, message, pickled), 5)
+    return pickle.dumps((text, message, pickled, stage == _RUN), 5)
