@@ -174,8 +174,11 @@ def _sweep_unlocked(path: str) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def check_descriptors() -> None:
-    """Make sure that a master can be started: ZeroMQ ends the process if it cannot.
+def check_descriptors(needed: int = DESCRIPTORS) -> None:
+    """Make sure that so many can be opened: ZeroMQ ends the process if it cannot open one.
+
+    Args:
+        needed: how many; by default what it takes to start a master.
 
     Raises:
         OSError: this process may open too few files.
@@ -183,12 +186,12 @@ def check_descriptors() -> None:
     spare: list[int] = []
     try:
         spare.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
-        while len(spare) < DESCRIPTORS:
+        while len(spare) < needed:
             spare.append(os.dup(spare[0]))
     except OSError as error:
         raise OSError(
             error.errno,
-            f"{error.strerror}: fewer than {DESCRIPTORS} more can be opened by this process; "
+            f"{error.strerror}: fewer than {needed} more can be opened by this process; "
             "raise its limit (ulimit -n), or close some",
         ) from None
     finally:

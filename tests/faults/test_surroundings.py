@@ -228,6 +228,49 @@ def test_descriptors_that_just_suffice(run_script: Run) -> None:
     assert (done.stdout, done.stderr) == ("done\n", "")
 
 
+NONE_LEFT = """
+    import logging, os, resource, sys, time
+    from zmqexecutor import ZmqExecutor, WorkerLostError
+    logging.basicConfig(format="%(levelname)s", stream=sys.stdout)
+    def take():
+        while True:
+            try:
+                taken.append(os.dup(0))
+            except OSError:
+                return
+    taken = []
+    if __name__ == "__main__":
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        with ZmqExecutor(1) as pool:
+            pid = pool.submit(os.getpid).result(60)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+            taken = []
+            take()
+            assert isinstance(pool.submit(os._exit, 3).exception(60), WorkerLostError)
+            take()  # also those of the worker that has died
+            queued = pool.submit(os.getpid)
+            deadline = time.monotonic() + 60
+            while pool._master._fleet._look_at is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            try:
+                queued.result(2)  # its successor has tried to connect by then
+            except TimeoutError:
+                print("waits")
+            for descriptor in taken:
+                os.close(descriptor)
+            assert queued.result(60) != pid
+        print("done")
+"""
+
+
+def test_a_program_whose_descriptors_are_all_taken_goes_on(run_script: Run) -> None:
+    """ZeroMQ would end it when the next worker connects."""
+    done = run_script(NONE_LEFT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == ["WARNING", "waits", "done"]
+
+
 def test_no_descriptor_left_while_it_runs() -> None:
     """What is there goes on; a new worker comes in when there are descriptors again."""
     taken: list[int] = []
