@@ -356,6 +356,78 @@ def test_other_failures_are_not_tried_again(executor: ZmqExecutor, tmp_path: Pat
     assert runs(tries) == 1
 
 
+def unpicklable_result(tries: Path) -> Any:
+    touch(tries)
+    return threading.Lock()
+
+
+@pytest.mark.parametrize(
+    ("retry_on", "expected"),
+    [
+        (Exception, 1),
+        ((OSError, pickle.PicklingError), 1),
+        (SerializationError, 3),
+        ((OSError, SerializationError), 3),
+    ],
+)
+def test_what_cannot_be_pickled_is_tried_again_only_if_that_is_named(
+    executor: ZmqExecutor, tmp_path: Path, retry_on: Any, expected: int
+) -> None:
+    tries = tmp_path / "tries"
+    patient = executor.options(retries=2, retry_on=retry_on, retry_delay=0)
+    with pytest.raises(SerializationError, match="result cannot be pickled") as caught:
+        patient.submit(unpicklable_result, tries).result(60)
+    assert not caught.value.task_raised
+    assert runs(tries) == expected
+
+
+class UnpicklableError(Exception):
+    def __reduce__(self) -> Any:
+        raise TypeError("not this one")
+
+
+class OneWayError(Exception):
+    def __init__(self, first: int, second: int) -> None:
+        super().__init__("two are needed")
+
+
+def raise_unpicklable() -> None:
+    raise UnpicklableError("not now")
+
+
+def raise_one_way() -> None:
+    raise OneWayError(1, 2)
+
+
+@pytest.mark.parametrize("how", [raise_unpicklable, raise_one_way])
+def test_a_task_is_tried_again_though_its_exception_cannot_travel(
+    executor: ZmqExecutor, tmp_path: Path, how: Callable[[], object]
+) -> None:
+    patient = executor.options(retries=2, retry_delay=0)
+    assert patient.submit(fail_until, tmp_path / "tries", 2, how).result(60) == 3
+    with pytest.raises(SerializationError) as caught:
+        executor.submit(how).result(60)
+    assert caught.value.task_raised
+
+
+def test_options_of_map_count_for_a_chunk(executor: ZmqExecutor, tmp_path: Path) -> None:
+    tries = tmp_path / "tries"
+
+    def fail_at_first(number: int) -> int:
+        touch(tries)
+        if runs(tries) == 2:
+            raise_error()
+        return number
+
+    patient = executor.options(retries=1, retry_delay=0)
+    assert list(patient.map(fail_at_first, range(3), chunksize=3)) == [0, 1, 2]
+    assert runs(tries) == 2 + 3, "all calls of the chunk were made again"
+    executor.submit(own_pid).result()
+    hurried = executor.options(timeout=0.5)
+    with pytest.raises(TaskTimeoutError, match=r"^sleep was ended"):
+        list(hurried.map(time.sleep, [0.2] * 10, chunksize=10))
+
+
 def test_retries_wait_longer_each_time(executor: ZmqExecutor, tmp_path: Path) -> None:
     times = tmp_path / "times"
 

@@ -180,6 +180,18 @@ def test_a_directory_that_is_just_being_made_is_left_alone(base: Path) -> None:
     assert unlocked.is_dir()
 
 
+def test_it_is_left_alone_whatever_the_clock_says_here(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    PrivateDirectory().close()
+    unlocked = root_of(base) / "4711-new"
+    unlocked.mkdir()
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 1_000_000)
+    PrivateDirectory().close()
+    assert unlocked.is_dir()
+
+
 def test_what_was_never_locked_is_swept_when_it_is_old(base: Path) -> None:
     PrivateDirectory().close()
     unlocked = root_of(base) / "4711-dead"
@@ -592,7 +604,7 @@ def test_sockets_drop_nothing_and_delay_no_exit(make: Make) -> None:
 def test_only_a_remote_peer_is_gone_when_it_is_silent(make: Make, kind: int) -> None:
     """On this machine it may be stopped, by Ctrl-Z or a debugger; the kernel tells its end."""
     assert make(kind, "ipc://x").getsockopt(zmq.HEARTBEAT_IVL) == 0
-    assert make(kind, "tcp://127.0.0.1:*").getsockopt(zmq.HEARTBEAT_IVL) == 3000
+    assert make(kind, "tcp://127.0.0.1:*").getsockopt(zmq.HEARTBEAT_IVL) > 0
 
 
 def test_few_descriptors_are_told_before_zeromq_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -346,7 +346,7 @@ def total(array: Any) -> Any:
 )
 def test_big_buffers_travel_beside_the_data(pair: Pair, array: Any, count: int) -> None:
     call = pair.pickler.dump_call(first, (array,), {})
-    assert len(call.buffers) == count
+    assert len(call.buffers) == count + (not call.data)  # a big pickle is a buffer too
     assert all(view.nbytes >= OUT_OF_BAND for view in call.buffers)
     outcome = pair.run(call)
     result = pair.pickler.load_outcome(*outcome)

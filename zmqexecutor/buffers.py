@@ -111,17 +111,22 @@ class Segments:
 
     # ------------------------------------------------------------------ storing
 
-    def store(self, views: Sequence[memoryview], *, reused: bool = True) -> Segment | None:
+    def store(
+        self, views: Sequence[memoryview], *, first: Sequence[bytes] = (), reused: bool = True
+    ) -> Segment | None:
         """Copy buffers into a segment; None if there is no room.
 
         Args:
             views: contiguous bytes.
+            first: what another buffer before them is to be put together from.
             reused: whether a free segment may be taken, which may be larger.
         """
         # Not at the top: it takes with it what unpickling alone does not need.
         from .protocol import Segment
 
         sizes = [view.nbytes for view in views]
+        if first:
+            sizes.insert(0, sum(map(len, first)))
         offsets, size = _layout(sizes)
         name = (reused and self._take(size)) or self._make_room(size)
         if not name:
@@ -130,7 +135,10 @@ class Segments:
         try:
             file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
-                for view, offset in zip(views, offsets, strict=True):
+                end = 0
+                for piece in first:
+                    end = _write(file, memoryview(piece), end)
+                for view, offset in zip(views, offsets[bool(first) :], strict=True):
                     _write(file, view, offset)
             finally:
                 os.close(file)
@@ -361,11 +369,13 @@ def _size(name: str) -> int:
     return int(name.partition("-")[0])
 
 
-def _write(file: int, view: memoryview, offset: int) -> None:
+def _write(file: int, view: memoryview, offset: int) -> int:
+    """Write at this offset; where it ends."""
     view = view.cast("B") if view.format != "B" or view.ndim != 1 else view
     done = 0
     while done < view.nbytes:
         done += os.pwrite(file, view[done:], offset + done)
+    return offset + done
 
 
 def _map(file: int, size: int, readonly: bool) -> mmap.mmap:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
@@ -172,6 +174,18 @@ class Channels:
     ) -> bool:
         """Send jobs; False if there is no way to the worker."""
         return _send(self.work, [identity, protocol.encode(message), *buffers])
+
+    def bar(self, barred: bool) -> None:
+        """Let no more workers connect, or let them again. Those that have, stay.
+
+        Local addresses only: their files get other names for a while.
+        """
+        for address in self._bound.values():
+            if address.startswith("ipc://"):
+                path = address.removeprefix("ipc://")
+                names = path, f"{path}.barred"
+                with contextlib.suppress(OSError):  # the directory has been removed
+                    os.rename(*names if barred else reversed(names))
 
     def close(self) -> None:
         """Close the sockets. What has not been sent is dropped."""

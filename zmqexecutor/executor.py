@@ -215,10 +215,11 @@ class ZmqExecutor(MappingExecutor):
             timeout: seconds that a task may run, counted from when a worker begins with
                 it (to load its function and arguments is a part of it). Then its worker
                 is killed and replaced, and the task fails with TaskTimeoutError, which
-                shows where it was. None for no limit.
+                shows where it was. None for no limit. With `map`, a chunk is a task.
             retries: how often a task is tried again after a failure, 0 for never.
             retry_on: the failures that are worth another try: classes of exceptions
-                that tasks raise, TaskTimeoutError, WorkerLostError.
+                that tasks raise, TaskTimeoutError, WorkerLostError. What could not be
+                pickled is not, unless SerializationError itself is named.
             retry_delay: seconds before the first other try; the wait is doubled before
                 each further one, up to a minute.
             priority: tasks of higher priority leave the queue first; may be negative.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import sys
@@ -12,9 +13,12 @@ from typing import Final, Protocol
 
 from .certificate import ending, lost_error
 from .protocol import GroupFailed, Reaped, Spawned
+from .security import check_descriptors
 from .tasks import Task
 
 __all__ = ["Fleet", "Group"]
+
+logger = logging.getLogger(__name__)
 
 STARTS_BEFORE_BROKEN: Final = 3
 """Workers in a row that may die before they are ready."""
@@ -23,6 +27,12 @@ SUPERVISORS_BEFORE_BROKEN: Final = 3
 SUPERVISOR_PERIOD: Final = 60.0
 WAIT_FOR_EXIT_STATUS: Final = 1.0
 """Seconds that a lost task waits for the supervisor's word on how its worker died."""
+DESCRIPTORS_OF_A_WORKER: Final = 3
+"""What a worker takes in this process: two connections, and one to learn of its death."""
+SPARE_DESCRIPTORS: Final = 4
+"""For what other threads may open while workers connect."""
+LOOK_FOR_DESCRIPTORS: Final = 0.5
+"""Seconds between two looks for file descriptors, while there are too few."""
 WAIT_FOR_EXIT: Final = 5.0
 """Seconds that idle workers have at shutdown for their exit handlers."""
 
@@ -64,15 +74,21 @@ class Fleet:
     """Used by the master thread only. Without a group it never has any news."""
 
     def __init__(
-        self, group: Group | None, fail: Callable[[Task, BaseException], None] = Task.fail
+        self,
+        group: Group | None,
+        fail: Callable[[Task, BaseException], None] = Task.fail,
+        bar: Callable[[bool], object] = bool,
     ) -> None:
         """Prepare.
 
         Args:
             group: the workers, if any are ours.
             fail: called with a task whose worker died, and what that means for it.
+            bar: called with whether new workers must not connect.
         """
         self._fail_task = fail
+        self._bar = bar
+        self._look_at: float | None = None  # for descriptors; while there are too few
         self.group = group
         self.polled = -1
         """The descriptor that the master's poll watches."""
@@ -120,6 +136,7 @@ class Fleet:
         for event in events:
             if isinstance(event, Spawned):
                 self._alive.add(event.pid)
+                self._look_for_descriptors()
             elif isinstance(event, GroupFailed):
                 self.failure = event.reason
         return events
@@ -142,6 +159,8 @@ class Fleet:
             # off the replacement of workers that die young one after the other.
             self.scale(self._wanted)
             return
+        if self._look_at is not None:
+            return  # it could not connect
         self._failed_starts += 1
         if self._failed_starts == STARTS_BEFORE_BROKEN:  # more may have died by now
             self.failure = (
@@ -168,10 +187,31 @@ class Fleet:
     def next_deadline(self) -> float | None:
         """When `check_deadlines` must be called, even if nothing happens."""
         # All wait equally long, so the first one lost is the first one due.
-        return next((deadline for _, _, deadline in self._lost.values()), None)
+        first = next((deadline for _, _, deadline in self._lost.values()), None)
+        if first is None or self._look_at is None:
+            return self._look_at if first is None else first
+        return min(first, self._look_at)
+
+    def _look_for_descriptors(self) -> None:
+        """Let a new worker connect only if this process has descriptors for it.
+
+        If ZeroMQ has none left when it accepts a connection, it ends the process.
+        """
+        before, self._look_at = self._look_at, None
+        try:
+            starting = max(1, len(self._alive) - len(self._ready))
+            check_descriptors(starting * DESCRIPTORS_OF_A_WORKER + SPARE_DESCRIPTORS)
+        except OSError as error:
+            self._look_at = time.monotonic() + LOOK_FOR_DESCRIPTORS
+            if before is None:
+                logger.warning("new workers cannot connect for now, tasks may wait: %s", error)
+        if (before is None) != (self._look_at is None):
+            self._bar(self._look_at is not None)
 
     def check_deadlines(self, now: float) -> None:
-        """Wait no longer for exit statuses that are overdue."""
+        """Wait no longer for exit statuses that are overdue, and look what else is due."""
+        if self._look_at is not None and self._look_at <= now:
+            self._look_for_descriptors()
         for pid in [pid for pid, (*_, deadline) in self._lost.items() if deadline <= now]:
             task, seconds, _ = self._lost.pop(pid)
             self._fail(task, pid, None, seconds)

@@ -35,7 +35,9 @@ class MappingExecutor(Executor):
             fn: called with as many arguments as there are iterables.
             iterables: where the arguments come from; the shortest one ends it.
             timeout: seconds from this call after which waiting for a result raises.
-            chunksize: how many calls travel and run together as one task.
+            chunksize: how many calls travel and run together as one task. Options of
+                `ZmqExecutor.options` are those of a task: a timeout counts for a whole
+                chunk, and another try is one of all its calls.
             buffersize: how many tasks may be submitted ahead of the result that is
                 being waited for; the iterables are then consumed as results are.
                 None consumes them at once.
@@ -60,6 +62,8 @@ class MappingExecutor(Executor):
             submits = (partial(self.submit, fn, *args) for args in arguments)
             return results(submits, deadline, buffersize)
         run = partial(_run_chunk, fn)
+        # What errors call the task.
+        vars(run)["__qualname__"] = getattr(fn, "__qualname__", None) or type(fn).__name__
         chunks = iter(lambda: tuple(itertools.islice(arguments, chunksize)), ())
         chunked = (partial(self.submit, run, chunk) for chunk in chunks)
         lists: Iterator[list[T]] = results(chunked, deadline, buffersize)

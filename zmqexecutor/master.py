@@ -106,7 +106,7 @@ class Master:
             lenient=options.lenient,
             service=options.service,
         )
-        self._fleet = Fleet(group, self._fail)
+        self._fleet = Fleet(group, self._fail, self._bar)
         self._retries = Retries()
         self._stops = Stops(
             read_journal=self._read_journal,
@@ -292,6 +292,12 @@ class Master:
             self._check_deadlines(now)
         self._decide(now)
         self._confirm()
+
+    def _bar(self, barred: bool) -> None:
+        """Whether the group's workers must not connect for now."""
+        for channels in self._channels:
+            if channels.entrance.group_only:
+                channels.bar(barred)
 
     def _check_deadlines(self, now: float) -> None:
         self._fleet.check_deadlines(now)

@@ -21,7 +21,7 @@ import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from enum import Enum
-from typing import IO, Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from cloudpickle import cloudpickle as cp
 
@@ -44,6 +44,9 @@ from .namespaces import (
     travels_by_value,
 )
 from .shares import Share, SharedObject, take
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 __all__ = [
     "ArgumentPickler",
@@ -69,7 +72,9 @@ class ValuePickler(pickle.Pickler, ABC):
     _finish_class = staticmethod(byvalue.set_class_state)
 
     def __init__(
-        self, file: IO[bytes], buffer_callback: Callable[[pickle.PickleBuffer], Any] | None = None
+        self,
+        file: SupportsWrite[bytes],
+        buffer_callback: Callable[[pickle.PickleBuffer], Any] | None = None,
     ) -> None:
         super().__init__(file, protocol=5, buffer_callback=buffer_callback)
         self.by_value = False
@@ -171,7 +176,9 @@ class ArgumentPickler(ValuePickler):
     _keys: dict[int, Key] | None = None
 
     def __init__(
-        self, file: IO[bytes], buffer_callback: Callable[[pickle.PickleBuffer], Any] | None = None
+        self,
+        file: SupportsWrite[bytes],
+        buffer_callback: Callable[[pickle.PickleBuffer], Any] | None = None,
     ) -> None:
         super().__init__(file, buffer_callback)
         self.shares: dict[bytes, Share] = {}

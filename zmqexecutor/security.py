@@ -15,7 +15,6 @@ import shutil
 import socket as stdlib_socket
 import stat
 import tempfile
-import time
 import weakref
 from collections.abc import Iterator
 
@@ -33,6 +32,8 @@ DESCRIPTORS = 32
 """File descriptors that a master and its supervisor need, and some more."""
 SILENCE = 5.0
 """Seconds; see `socket`."""
+FILES = 16
+"""Files that a private directory must have room for; journals and segments can do without."""
 UNLOCKED_FOR = 60.0
 """Seconds after which a private directory without a lock has been left behind."""
 
@@ -64,6 +65,7 @@ class PrivateDirectory:
             try:
                 root = _root(base)
                 _sweep(root)
+                _check_room(root)
                 self._make(root)
                 break
             except OSError as error:
@@ -128,6 +130,13 @@ def _root(base: str) -> str:
     return root
 
 
+def _check_room(root: str) -> None:
+    """Make sure that a few files can be made there: nothing can take the place of sockets."""
+    status = os.statvfs(root)
+    if status.f_files > 0 and status.f_favail < FILES:  # else there is no such limit
+        raise OSError(errno.ENOSPC, f"fewer than {FILES} more files can be made", root)
+
+
 def _sweep(root: str) -> None:
     """Remove the directories whose owners are gone."""
     for name in os.listdir(root):
@@ -156,12 +165,20 @@ def _sweep_unlocked(path: str) -> None:
     """
     with contextlib.suppress(OSError):
         status = os.lstat(path)
-        if stat.S_ISDIR(status.st_mode) and time.time() - status.st_mtime > UNLOCKED_FOR:
+        if not stat.S_ISDIR(status.st_mode):
+            return
+        # Both by the clock of the kernel: the directory above is changed now.
+        root = os.path.dirname(path)
+        os.utime(root)
+        if os.stat(root).st_mtime - status.st_mtime > UNLOCKED_FOR:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def check_descriptors() -> None:
-    """Make sure that a master can be started: ZeroMQ ends the process if it cannot.
+def check_descriptors(needed: int = DESCRIPTORS) -> None:
+    """Make sure that so many can be opened: ZeroMQ ends the process if it cannot open one.
+
+    Args:
+        needed: how many; by default what it takes to start a master.
 
     Raises:
         OSError: this process may open too few files.
@@ -169,12 +186,12 @@ def check_descriptors() -> None:
     spare: list[int] = []
     try:
         spare.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
-        while len(spare) < DESCRIPTORS:
+        while len(spare) < needed:
             spare.append(os.dup(spare[0]))
     except OSError as error:
         raise OSError(
             error.errno,
-            f"{error.strerror}: fewer than {DESCRIPTORS} more can be opened by this process; "
+            f"{error.strerror}: fewer than {needed} more can be opened by this process; "
             "raise its limit (ulimit -n), or close some",
         ) from None
     finally:

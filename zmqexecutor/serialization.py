@@ -22,8 +22,9 @@ gets into one is told in `definitions`. Master and worker carry bytes:
   the data, says whether it is read-only. Arguments are copied when the call is
   made: the caller may go on to change them. Results are not: send them before
   the next call runs.
-- Where there are `Segments`, buffers are copied into one of them, results too. A
-  pickle that is itself that big is the first buffer, and the data is empty.
+- A pickle that is itself that big, of big bytes for example, is the first buffer, and
+  the data is empty.
+- Where there are `Segments`, buffers are copied into one of them, results too.
 - Every failure ends up as the outcome of its call, an exception that the user's
   process can load whatever its own pickle does: the text of the traceback
   travels beside it.
@@ -36,8 +37,8 @@ import io
 import pickle
 import traceback
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeGuard, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import msgspec
 
@@ -108,11 +109,13 @@ class _Failure(NamedTuple):
         message: if not empty, what went wrong beside the task: the exception
             is a SerializationError with this message, caused by the pickled one.
         exception: the pickled exception, or nothing if it could not be pickled.
+        raised: whether the task raised it.
     """
 
     text: str
     message: str
     exception: bytes
+    raised: bool
 
 
 # ---------------------------------------------------------------------- buffers
@@ -158,25 +161,18 @@ def _take_any_buffer(into: list[memoryview], buffer: pickle.PickleBuffer) -> boo
     return False
 
 
-class _Bytes:
-    """Big bytes, which travel as a buffer if they are pickled as this."""
+class _Pieces:
+    """What a pickler writes to. A pickle of less than `OUT_OF_BAND` bytes is one piece.
 
-    def __init__(self, value: bytes) -> None:
-        self._value = value
+    Big bytes are a piece as they are: they are not copied before they go into a segment.
+    """
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return bytes, (pickle.PickleBuffer(self._value),)
+    def __init__(self) -> None:
+        self.pieces: list[bytes] = []
 
-
-def _is_big(value: object) -> TypeGuard[bytes]:
-    return type(value) is bytes and len(value) >= OUT_OF_BAND
-
-
-def _beside(values: Iterable[Any]) -> Iterator[Any]:
-    """Put big bytes into a form that travels as a buffer; the same ones once."""
-    made: dict[int, _Bytes] = {}
-    for value in values:
-        yield made.setdefault(id(value), _Bytes(value)) if _is_big(value) else value
+    def write(self, piece: bytes | bytearray) -> None:
+        # Of a bytearray the size is in the pickle already, and another thread may change it.
+        self.pieces.append(bytes(piece) if isinstance(piece, bytearray) else piece)
 
 
 _P = TypeVar("_P", bound=ValuePickler)
@@ -189,45 +185,43 @@ class _ReusedPickler(Generic[_P]):
     """
 
     def __init__(
-        self, kind: Callable[[io.BytesIO, Callable[[pickle.PickleBuffer], bool]], _P], copy: bool
+        self, kind: Callable[[_Pieces, Callable[[pickle.PickleBuffer], bool]], _P], copy: bool
     ) -> None:
-        self._file = io.BytesIO()
+        file = _Pieces()
+        self._pieces = file.pieces
         self._buffers: list[memoryview] = []
         self._copy = copy
-        self.pickler = kind(self._file, functools.partial(_take_buffer, self._buffers))
+        self.pickler = kind(file, functools.partial(_take_buffer, self._buffers))
         self._dump = self.pickler.dump
         self._clear_memo = self.pickler.clear_memo
 
     def dumps(self, obj: object, segments: Segments | None = None) -> _Packed:
         """Pickle an object; `take_keys` has to follow."""
-        file = self._file
+        pieces = self._pieces
         self._dump(obj)
-        if self._buffers or file.tell() >= OUT_OF_BAND:
+        if self._buffers or len(pieces) > 1 or len(pieces[0]) >= OUT_OF_BAND:
             packed = self._pack(segments)
         else:
-            packed = _Packed(file.getvalue(), [])
+            packed = _Packed(pieces[0], [])
         self._clear_memo()
-        file.seek(0)
-        file.truncate()
+        pieces.clear()
         return packed
 
     def _pack(self, segments: Segments | None) -> _Packed:
-        file = self._file
-        views = self._buffers[:]
+        pieces, views = self._pieces, self._buffers[:]
         self._buffers.clear()
-        file.write(bytes(view.readonly for view in views))
-        if segments is not None:
-            with file.getbuffer() as pickled:
-                beside = pickled.nbytes >= OUT_OF_BAND
-                stored = [pickled, *views] if beside else views
-                if sum(view.nbytes for view in stored) >= IN_SEGMENT:
-                    segment = segments.store(stored)
-                    if segment is not None:
-                        return _Packed(b"" if beside else bytes(pickled), [], segment)
-                stored = []
+        pieces.append(bytes(view.readonly for view in views))
+        size = sum(map(len, pieces))
+        beside = size >= OUT_OF_BAND
+        total = sum(view.nbytes for view in views) + (size if beside else 0)
+        if segments is not None and total >= IN_SEGMENT:
+            segment = segments.store(views, first=pieces if beside else ())
+            if segment is not None:
+                return _Packed(b"" if beside else b"".join(pieces), [], segment)
         if self._copy:
             views = [_snapshot(view) for view in views]
-        return _Packed(file.getvalue(), views)
+        pickled = b"".join(pieces)
+        return _Packed(b"", [memoryview(pickled), *views]) if beside else _Packed(pickled, views)
 
     def take_keys(self) -> frozenset[Key]:
         """Return what the last pickle refers to, and forget it."""
@@ -326,10 +320,6 @@ class CallPickler:
         except IndexError:
             pickler = _ReusedPickler(ArgumentPickler, copy=True)
         try:
-            if any(map(_is_big, args)):
-                args = tuple(_beside(args))
-            if kwargs and any(map(_is_big, kwargs.values())):
-                kwargs = dict(zip(kwargs, _beside(kwargs.values()), strict=True))
             packed = pickler.dumps((args, kwargs), self.segments)
             # From here on it ends with this lease, whatever happens.
             lease = self._lease(packed.segment)
@@ -355,13 +345,12 @@ class CallPickler:
         """
         views: list[memoryview] = []
         try:
-            with io.BytesIO() as file:
-                pickler = ArgumentPickler(file, functools.partial(_take_any_buffer, views))
-                pickler.dump(_Bytes(obj) if _is_big(obj) else obj)
-                views.insert(0, memoryview(file.getvalue()))
+            file = _Pieces()
+            pickler = ArgumentPickler(file, functools.partial(_take_any_buffer, views))
+            pickler.dump(obj)
             keys = frozenset(pickler.refs | pickler.names)
             needs = pickler.take_shares()
-            data, lease = self._pack_share(views)
+            data, lease = self._pack_share(file.pieces, views)
         except KeyboardInterrupt:
             raise
         except BaseException as error:
@@ -372,13 +361,17 @@ class CallPickler:
             return Share(data, lease, self._pool, keys, needs)
         raise failure
 
-    def _pack_share(self, views: list[memoryview]) -> tuple[bytes, Lease | None]:
-        if self.segments is not None and sum(view.nbytes for view in views) >= IN_SEGMENT:
-            segment = self.segments.store(views, reused=False)
+    def _pack_share(
+        self, pieces: list[bytes], views: list[memoryview]
+    ) -> tuple[bytes, Lease | None]:
+        total = sum(map(len, pieces)) + sum(view.nbytes for view in views)
+        if self.segments is not None and total >= IN_SEGMENT:
+            segment = self.segments.store(views, first=pieces, reused=False)
             if segment is not None:
                 lease = self.segments.lease(segment)
                 return msgspec.msgpack.encode(Contents([], segment)), lease
-        data = msgspec.msgpack.encode(Contents([bytes(view) for view in views]))
+        parts = [b"".join(pieces), *map(bytes, views)]
+        data = msgspec.msgpack.encode(Contents(parts))
         if len(data) > LARGEST_DATA:
             raise ValueError(
                 f"its {len(data) / 2**30:.1f} GiB would have to travel in messages of at most "
@@ -431,7 +424,7 @@ class CallPickler:
 
     def load_exception(self, data: Buffer) -> BaseException:
         """Return the exception in the data of an outcome that is not ok. Never raises."""
-        text, message, pickled = _Failure(*pickle.loads(data))
+        text, message, pickled, raised = _Failure(*pickle.loads(data))
         cause: BaseException = _remote_traceback(text)
         if pickled:
             try:
@@ -439,11 +432,13 @@ class CallPickler:
                 if not isinstance(error, BaseException):
                     raise TypeError(f"unpickling made {type(error)!r} of an exception")
             except BaseException as problem:
-                return _serialization_error(
+                failure = _serialization_error(
                     f"The task's exception cannot be unpickled: {_describe(problem)}. "
                     f"The traceback in the worker was:\n\n{text}",
                     problem,
                 )
+                failure.task_raised = raised
+                return failure
             error.__cause__ = cause
             if not message:
                 return error
@@ -452,6 +447,7 @@ class CallPickler:
 
         failure = SerializationError(message)
         failure.__cause__ = cause
+        failure.task_raised = raised
         return failure
 
 
@@ -606,7 +602,7 @@ class CallRunner:
             pickler = self._spare.pop()
         except IndexError:
             pickler = _ReusedPickler(ResultPickler, copy=False)
-        dumped = pickler.dumps(_Bytes(result) if _is_big(result) else result, self.segments)
+        dumped = pickler.dumps(result, self.segments)
         pickler.take_keys()
         self._spare.append(pickler)
         return dumped
@@ -632,4 +628,4 @@ def _dump_failure(stage: str, error: BaseException, note: Callable[[BaseExceptio
                 f"that cannot be pickled ({_describe(problem)}). "
                 f"The traceback in the worker was:\n\n{text}"
             )
-    return pickle.dumps((text, message, pickled), 5)
+    return pickle.dumps((text, message, pickled, stage == _RUN), 5)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 from .buffers import Lease
-from .errors import BrokenPoolError, TaskKilledError
+from .errors import BrokenPoolError, SerializationError, TaskKilledError
 from .lanes import Job
 from .protocol import DEFAULT_SERVICE, Frame, Result, Segment
 from .shares import Share
@@ -214,6 +214,9 @@ class Task(Job):
             return None
         if isinstance(error, (BrokenPoolError, TaskKilledError)):
             return None
+        named = any(issubclass(kind, SerializationError) for kind in options.retry_on)
+        if isinstance(error, SerializationError) and not error.task_raised and not named:
+            return None  # it would fail again
         self.tries += 1
         return min(LONGEST_RETRY_DELAY, options.retry_delay * 2.0 ** min(self.tries - 1, 64))
 

@@ -23,7 +23,12 @@ class SerializationError(ZmqExecutorError, PicklingError):
     """Something on its way to or from a worker could not be pickled or unpickled.
 
     The exception that stopped it is the `__cause__`.
+
+    Attributes:
+        task_raised: whether the task raised an exception, and that is what it was.
     """
+
+    task_raised = False
 
 
 class ProtocolError(ZmqExecutorError, ValueError):

@@ -81,15 +81,19 @@ FULL = "dd if=/dev/zero of={0}/filler bs=64k 2>/dev/null || true"
     "commands",
     {
         "a full /dev/shm": f"mount -t tmpfs -o size=1m none /dev/shm; {FULL.format('/dev/shm')}",
-        "two files in /dev/shm": "mount -t tmpfs -o nr_inodes=3 none /dev/shm",
+        **{
+            f"{files} files in /dev/shm": f"mount -t tmpfs -o nr_inodes={files} none /dev/shm"
+            for files in (1, 2, 3, 4, 5, 7, 9, 17, 19, 24)
+        },
         "a read-only /dev/shm": "mount -t tmpfs -o ro none /dev/shm",
         "room for one journal": "mount -t tmpfs -o size=400k none /dev/shm",
         "64 MiB, as in a container": "mount -t tmpfs -o size=64m none /dev/shm",
-    }.values(),
+    }.items(),
+    ids=lambda named: named[0],
 )
-def test_shared_memory_that_is_short(in_namespace: Run, commands: str) -> None:
+def test_shared_memory_that_is_short(in_namespace: Run, commands: tuple[str, str]) -> None:
     """It goes on in another place, or without journals and segments."""
-    done = in_namespace(commands)
+    done = in_namespace(commands[1])
     assert (done.stdout, done.stderr) == ("done\n", "")
 
 
@@ -188,8 +192,7 @@ def test_the_clock_on_the_wall_is_for_people_and_files() -> None:
     }
     assert {name: number for name, number in readers.items() if number} == {
         "master.py": 1,  # since when a worker is there, for people
-        "peers.py": 2,
-        "security.py": 1,  # how old a directory without an owner is
+        "peers.py": 2,  # the same, and for how long
         "buffers.py": 1,  # how long a free segment has been one
     }
 
@@ -223,6 +226,49 @@ def test_few_descriptors_from_the_start(run_script: Run, spare: int) -> None:
 def test_descriptors_that_just_suffice(run_script: Run) -> None:
     done = run_script(FEW, "40")
     assert (done.stdout, done.stderr) == ("done\n", "")
+
+
+NONE_LEFT = """
+    import logging, os, resource, sys, time
+    from zmqexecutor import ZmqExecutor, WorkerLostError
+    logging.basicConfig(format="%(levelname)s", stream=sys.stdout)
+    def take():
+        while True:
+            try:
+                taken.append(os.dup(0))
+            except OSError:
+                return
+    taken = []
+    if __name__ == "__main__":
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        with ZmqExecutor(1) as pool:
+            pid = pool.submit(os.getpid).result(60)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+            taken = []
+            take()
+            assert isinstance(pool.submit(os._exit, 3).exception(60), WorkerLostError)
+            take()  # also those of the worker that has died
+            queued = pool.submit(os.getpid)
+            deadline = time.monotonic() + 60
+            while pool._master._fleet._look_at is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            try:
+                queued.result(2)  # its successor has tried to connect by then
+            except TimeoutError:
+                print("waits")
+            for descriptor in taken:
+                os.close(descriptor)
+            assert queued.result(60) != pid
+        print("done")
+"""
+
+
+def test_a_program_whose_descriptors_are_all_taken_goes_on(run_script: Run) -> None:
+    """ZeroMQ would end it when the next worker connects."""
+    done = run_script(NONE_LEFT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == ["WARNING", "waits", "done"]
 
 
 def test_no_descriptor_left_while_it_runs() -> None:
