@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import traceback
 from concurrent.futures import Future
 from typing import Final
 
@@ -106,10 +107,11 @@ class Gatekeeper:
             if zap in ready:
                 zap.send_multipart(self._answer(zap.recv_multipart()))
             for monitor, name in monitors.items():
-                if monitor in ready:
-                    event, value = read_event(monitor.recv_multipart())
-                    if (reason := handshakes[monitor].happened(event, value)) is not None:
-                        self._refuse(f"a peer at the {name}", reason)
+                if monitor not in ready:
+                    continue
+                event, value = read_event(monitor.recv_multipart())
+                if (reason := handshakes[monitor].happened(event, value)) is not None:
+                    self._refuse(f"a peer at the {name}", reason)
 
     def _answer(self, request: list[bytes]) -> list[bytes]:
         """The answer to a question of ZeroMQ's: who has this key, if it is admitted."""
@@ -134,4 +136,9 @@ class Gatekeeper:
         count = self.refused.get(reason, 0) + 1
         self.refused = {**self.refused, reason: count}
         level = logging.WARNING if count == 1 else logging.DEBUG
-        logger.log(level, "refused %s: it %s (%d of this kind)", who, reason, count)
+        try:
+            logger.log(level, "refused %s: it %s (%d of this kind)", who, reason, count)
+        except Exception:
+            # Of a logging filter of the user's. Without this thread ZeroMQ's would stop:
+            # it waits for whoever reads its monitors.
+            traceback.print_exc()
