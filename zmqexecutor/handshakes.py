@@ -82,6 +82,7 @@ def _words(event: int, value: int) -> str | None:
     if event == zmq.Event.HANDSHAKE_FAILED_AUTH:
         return None  # told by the gatekeeper
     if event == zmq.Event.HANDSHAKE_FAILED_NO_DETAIL:
+        # Also one that speaks plain text, if it has been the first to notice.
         return "went away before it had shown a key"
     if value == _MISMATCH:
         return "has no keys: it speaks plain text"
@@ -131,10 +132,11 @@ def explain(event: int, value: int, endpoint: str, keys: Keys | None) -> Failure
                 f"has keys (in {keys.directory}) and does not: give the master its keys"
             )
         return Failure(reason, True)
-    if keys is None:
-        return Failure(f"what listens at {endpoint} ended the handshake", False)
-    return Failure(
-        f"what listens at {endpoint} ended the handshake: it is not the master "
-        f"whose key is {keys.directory / 'master.public'}, or not a master",
-        False,
+    # A mismatch too, if the other side has been the first to notice.
+    who = (
+        "it wants keys, which this worker does not have, or is not a master"
+        if keys is None
+        else f"it is not the master whose key is {keys.directory / 'master.public'}, "
+        "or that one has no keys"
     )
+    return Failure(f"what listens at {endpoint} ended the handshake: {who}", False)

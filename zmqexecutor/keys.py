@@ -156,7 +156,7 @@ class Keys:
         A master's ROUTER is the server of CURVE and a worker's DEALER its client, also
         where the worker binds and the master connects: each side proves its key.
         """
-        if socket.socket_type == zmq.ROUTER:
+        if socket.type == zmq.ROUTER:
             assert self._master_secret is not None
             socket.curve_server = True
             socket.curve_secretkey = self._master_secret
