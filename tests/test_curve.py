@@ -157,7 +157,7 @@ def test_keys_of_the_default_directory_are_used(
     start_worker(endpoint)
     with serving(JobRunner(endpoint)) as runner:
         assert runner.execute("1", "text", 20) == "text"
-        with pytest.raises(RegistrationError, match="this worker has no keys|it wants keys"):
+        with pytest.raises(RegistrationError, match=r"this worker has no keys|it wants keys"):
             plain.run()
 
 
