@@ -20,9 +20,20 @@ import pytest
 import zmq
 from zmq.utils import z85
 
-from zmqexecutor import JobRunner, RegistrationError, Worker, handshakes, protocol, security
-from zmqexecutor.handshakes import Handshakes
+from zmqexecutor import (
+    JobRunner,
+    RegistrationError,
+    Worker,
+    ZmqExecutor,
+    handshakes,
+    protocol,
+    security,
+)
+from zmqexecutor.calls import serve
+from zmqexecutor.channels import Channels, Handle
+from zmqexecutor.handshakes import Connections, Handshakes
 from zmqexecutor.keys import Keys, add_worker
+from zmqexecutor.protocol import Frame
 
 from .conftest import eventually
 from .test_jobrunner import free_port
@@ -93,7 +104,8 @@ def serving(runner: JobRunner, workers: int = 1) -> Iterator[JobRunner]:
 
 def work_address(runner: JobRunner) -> str:
     assert runner._master is not None
-    return runner._master._channels.work_address
+    [channels] = runner._master._channels
+    return channels.work_address
 
 
 # ------------------------------------------------------------------- who is admitted
@@ -152,13 +164,79 @@ def test_plain_text_from_anyone_if_the_user_says_so(start_worker: StartWorker) -
 def test_keys_of_the_default_directory_are_used(
     endpoint: str, keys: Keys, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = Worker(endpoint, target=print, patience=2)  # type: ignore[arg-type]
+    plain = Worker(endpoint, target=print, patience=2)
     monkeypatch.setenv("ZMQEXECUTOR_KEYS", str(keys.directory))
     start_worker(endpoint)
     with serving(JobRunner(endpoint)) as runner:
         assert runner.execute("1", "text", 20) == "text"
         with pytest.raises(RegistrationError, match=r"this worker has no keys|it wants keys"):
             plain.run()
+
+
+# --------------------------------------------------------------------- executors
+
+JOINING = """
+import sys
+from zmqexecutor.calls import serve
+try:
+    serve(sys.argv[1], patience=20, keys=sys.argv[2])
+except ConnectionError as error:
+    print(error)
+"""
+
+
+@pytest.fixture
+def start_joining(endpoint: str) -> Iterator[Callable[[Keys], subprocess.Popen[str]]]:
+    """Start a process with these keys that joins an executor; it is killed after the test."""
+    with ExitStack() as stack:
+
+        def start(keys: Keys) -> subprocess.Popen[str]:
+            command = [sys.executable, "-c", JOINING, endpoint, str(keys.directory)]
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            return process
+
+        yield start
+
+
+def test_an_executor_admits_workers_with_keys_only(
+    endpoint: str,
+    keys: Keys,
+    tmp_path: Path,
+    start_joining: Callable[[Keys], subprocess.Popen[str]],
+) -> None:
+    moved = add_worker(keys.directory, "alpha").rename(tmp_path / "alpha")
+    stranger = Keys.load(add_worker(keys.directory, "beta"))
+    (keys.directory / "authorized" / "beta.public").unlink()
+    with ZmqExecutor(1, endpoint=endpoint, keys=keys.directory) as executor:
+        executor.wait_for_workers(1, 60)  # its own, over ipc and without keys
+        joined = start_joining(Keys.load(moved))
+        refused = start_joining(stranger)
+        executor.wait_for_workers(2, 60)
+        assert joined.pid in [worker.pid for worker in executor.workers]
+        assert list(executor.map(abs, range(-50, 0))) == list(range(50, 0, -1))
+        out, _ = refused.communicate(timeout=60)
+        assert f"the master at {endpoint} refused this worker's key" in out
+        assert len(executor.workers) == 2
+        assert executor._master is not None
+        assert sum(executor._master.refused.values()) == 1
+
+
+def test_calls_do_not_travel_without_keys(endpoint: str, keys: Keys, tmp_path: Path) -> None:
+    """They are pickles: who can forge one runs code."""
+    with pytest.raises(ValueError, match="open to other users and hosts without auth"):
+        ZmqExecutor(0, endpoint=endpoint)
+    with pytest.raises(ValueError, match="open to other users and hosts without auth"):
+        serve(endpoint)
+    with pytest.raises(ValueError, match=r"work_address .* open to other users and hosts"):
+        ZmqExecutor(0, endpoint=f"ipc://{tmp_path}/e", work_address="tcp://127.0.0.1:5555")
+    with pytest.raises(ValueError, match="keys are for an endpoint"):
+        ZmqExecutor(1, keys=keys)
+    with pytest.raises(ValueError, match="contradict"):
+        ZmqExecutor(0, endpoint=endpoint, keys=keys, allow_plaintext_tcp_from_anyone=True)
+    with ZmqExecutor(0, endpoint=endpoint, allow_plaintext_tcp_from_anyone=True) as executor:
+        assert not executor.workers  # it is as the user has asked
 
 
 # --------------------------------------------------------------------- who is refused
@@ -256,17 +334,18 @@ def test_refused(
     """It is counted and told once, is heard by nobody, and disturbs nobody."""
     caplog.set_level(logging.DEBUG, "zmqexecutor")
     heard: list[object] = []
+    read = Channels.read
+
+    def read_and_note(self: Channels, socket: zmq.Socket[bytes], handle: Handle) -> None:
+        def note(identity: bytes, message: Frame, buffers: list[Frame]) -> None:
+            heard.append(identity)
+            handle(identity, message, buffers)
+
+        read(self, socket, note)
+
+    monkeypatch.setattr(Channels, "read", read_and_note)
     start_worker(endpoint, keys=keys)
     with serving(JobRunner(endpoint, keys=keys)) as runner:
-        assert runner._master is not None
-        for name in ("_on_work", "_on_control"):
-            handle = getattr(runner._master, name)
-
-            def note(identity: bytes, *rest: object, handle: Callable[..., None] = handle) -> None:
-                heard.append(identity)
-                handle(identity, *rest)
-
-            monkeypatch.setattr(runner._master, name, note)
         address = endpoint if channel == "endpoint" else work_address(runner)
         for count in (1, 2, 3):
             rogue(address)
@@ -348,9 +427,9 @@ def test_nobody_is_admitted_without_a_gatekeeper(
     keys: Keys, context: zmq.Context[zmq.Socket[bytes]]
 ) -> None:
     """ZeroMQ admits everybody if nobody can be asked, unless it is told not to."""
-    master = security.socket(context, zmq.ROUTER, "tcp://127.0.0.1:*", keys)
+    master = security.socket(context, zmq.ROUTER, "tcp://127.0.0.1:*", keys=keys)
     address = security.bind(master, "tcp://127.0.0.1:*")
-    worker = security.socket(context, zmq.DEALER, address, keys)
+    worker = security.socket(context, zmq.DEALER, address, keys=keys)
     monitor = worker.get_monitor_socket(handshakes.WATCHED)
     worker.connect(address)
     events: list[int] = []
@@ -443,7 +522,9 @@ def test_a_worker_can_be_stopped_while_it_is_refused(
 # ------------------------------------------------------------------------ workpoints
 
 
-@pytest.mark.parametrize("who", ["plain master", "plain worker", "other worker", "other master"])
+@pytest.mark.parametrize(
+    "who", ["plain master", "plain worker", "other worker", "other master", "http"]
+)
 def test_strangers_at_a_workpoint(
     endpoint: str,
     keys: Keys,
@@ -455,6 +536,13 @@ def test_strangers_at_a_workpoint(
     """Nobody but the master can give a worker jobs, or take its results."""
     workpoint = f"tcp://127.0.0.1:{free_port()}"
     start_worker(endpoint, workpoint, keys=keys)
+    if who == "http":
+        with serving(JobRunner(endpoint, keys=keys)) as runner:
+            for number in range(20):
+                with socket.create_connection(("127.0.0.1", int(workpoint.split(":")[2]))) as raw:
+                    raw.sendall(RAW["http"])
+                    assert runner.execute("1", str(number), 20) == str(number)
+        return
     if who.endswith("worker"):
         stranger = dealer(keys.master_public if who == "other worker" else None)
     else:
@@ -494,7 +582,7 @@ def test_a_workpoint_where_somebody_else_listens(
     ):
         assert runner._master is not None
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        liar = security.socket(context, zmq.DEALER, endpoint, keys)
+        liar = security.socket(context, zmq.DEALER, endpoint, keys=keys)
         liar.routing_id = b"liar"
         liar.connect(endpoint)
         workpoint = f"tcp://127.0.0.1:{server.getsockname()[1]}"
@@ -695,3 +783,34 @@ def test_which_connections_count_as_refused(events: list[tuple[int, int]], refus
     followed = Handshakes()
     reasons = [followed.happened(int(event), value) for event, value in events]
     assert len([reason for reason in reasons if reason]) == refusals
+
+
+@pytest.mark.parametrize(
+    ("events", "lost"),
+    [
+        ([(E.ACCEPTED, 5), (E.HANDSHAKE_SUCCEEDED, 0), (E.DISCONNECTED, 5)], True),
+        ([(E.CONNECTED, 5), (E.HANDSHAKE_SUCCEEDED, 0), (E.DISCONNECTED, 5)], True),
+        ([(E.ACCEPTED, 5), (E.DISCONNECTED, 5)], False),
+        ([(E.ACCEPTED, 5), (E.HANDSHAKE_SUCCEEDED, 0), (E.ACCEPTED, 6), (E.DISCONNECTED, 6)], False),
+        # It is not said which of the two has succeeded, but which has failed.
+        (
+            [(E.ACCEPTED, 5), (E.ACCEPTED, 6), (E.HANDSHAKE_SUCCEEDED, 0), MISMATCH,
+             (E.DISCONNECTED, 6)],
+            False,
+        ),
+        (
+            [(E.ACCEPTED, 5), (E.ACCEPTED, 6), (E.HANDSHAKE_SUCCEEDED, 0), MISMATCH,
+             (E.DISCONNECTED, 6), (E.DISCONNECTED, 5)],
+            True,
+        ),
+        (
+            [(E.CONNECTED, 5), (E.HANDSHAKE_SUCCEEDED, 0), (E.DISCONNECTED, 5), (E.CONNECTED, 5),
+             (E.DISCONNECTED, 5)],
+            False,
+        ),
+    ],
+)  # fmt: skip
+def test_which_end_of_a_connection_is_a_loss(events: list[tuple[int, int]], lost: bool) -> None:
+    followed = Connections()
+    *_, last = [followed.lost(int(event), value) for event, value in events]
+    assert last is lost

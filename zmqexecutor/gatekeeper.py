@@ -17,7 +17,7 @@ from typing import Final
 import zmq
 from zmq.utils import z85
 
-from .handshakes import WATCHED, Handshakes, read_event
+from .handshakes import WATCHED, Handshakes, open_monitor, read_event
 from .keys import Keys
 from .wakeup import Wakeup
 
@@ -88,11 +88,7 @@ class Gatekeeper:
         opened.append(self._context.socket(zmq.REP))
         opened[0].bind(_ADDRESS)
         for number in range(len(self._sockets)):
-            monitor = self._context.socket(zmq.PAIR)
-            opened.append(monitor)
-            # A full queue would stop ZeroMQ's I/O thread, and with it all peers.
-            monitor.rcvhwm = 0
-            monitor.connect(f"inproc://handshakes-{number}")
+            opened.append(open_monitor(self._context, f"inproc://handshakes-{number}"))
 
     def _serve(self, zap: zmq.Socket[bytes], monitors: dict[zmq.Socket[bytes], str]) -> None:
         poller = zmq.Poller()

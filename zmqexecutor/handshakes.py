@@ -14,7 +14,16 @@ import zmq
 if TYPE_CHECKING:
     from .keys import Keys
 
-__all__ = ["FAILED", "WATCHED", "Failure", "Handshakes", "explain", "read_event"]
+__all__ = [
+    "FAILED",
+    "WATCHED",
+    "Connections",
+    "Failure",
+    "Handshakes",
+    "explain",
+    "open_monitor",
+    "read_event",
+]
 
 FAILED: Final = (
     zmq.Event.HANDSHAKE_FAILED_AUTH
@@ -28,11 +37,20 @@ WATCHED: Final = (
     | zmq.Event.HANDSHAKE_SUCCEEDED
     | zmq.Event.DISCONNECTED
 )
-"""The events that `Handshakes` is to be told."""
+"""The events that `Handshakes` and `Connections` are to be told."""
 
 _WRONG_KEY: Final = 0x11000001  # ZMQ_PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC
 _MISMATCH: Final = 0x11000002  # ZMQ_PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH
 _REFUSED: Final = 400  # ZAP's code for credentials that are not accepted
+
+
+def open_monitor(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Socket[bytes]:
+    """Make the socket on which the events come that another one sends to this address."""
+    monitor = context.socket(zmq.PAIR)
+    # ZeroMQ's I/O thread, and with it every connection, would wait for a full queue.
+    monitor.rcvhwm = 0
+    monitor.connect(address)
+    return monitor
 
 
 def read_event(parts: list[bytes]) -> tuple[int, int]:
@@ -76,6 +94,40 @@ class Handshakes:
                 # ZeroMQ has no event for what does not even begin as its protocol does.
                 return "does not speak ZeroMQ's protocol, or an old version without security"
         return None
+
+
+class Connections:
+    """Follows the connections of a worker's socket: whether an established one was lost.
+
+    Strangers that come to a workpoint, and fail, are not the master's end.
+    """
+
+    def __init__(self) -> None:
+        self._under_way: set[int] = set()  # descriptors
+        self._established: set[int] = set()
+        self._failed = False
+
+    def lost(self, event: int, value: int) -> bool:
+        """Take note of an event; whether it is the end of an established connection.
+
+        Args:
+            event: its number.
+            value: what comes with it: a descriptor, or a code.
+        """
+        failed, self._failed = self._failed, bool(event & FAILED)
+        if event in (zmq.Event.ACCEPTED, zmq.Event.CONNECTED):
+            self._under_way.add(value)
+        elif event == zmq.Event.HANDSHAKE_SUCCEEDED:
+            # Which one it was is not said; a failure, as opposed to that, is told
+            # immediately before the end of its connection.
+            self._established |= self._under_way
+            self._under_way.clear()
+        elif event == zmq.Event.DISCONNECTED:
+            self._under_way.discard(value)
+            known = value in self._established
+            self._established.discard(value)
+            return known and not failed
+        return False
 
 
 def _words(event: int, value: int) -> str | None:

@@ -229,6 +229,7 @@ class Master:
             except RuntimeError:
                 continue  # one has just come or gone
 
+    @property
     def refused(self) -> Mapping[str, int]:
         """How many connections were refused over TCP with keys since `start`, by reason."""
         refused: Counter[str] = Counter()

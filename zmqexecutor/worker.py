@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 import zmq
 
-from . import protocol, security
+from . import handshakes, protocol, security
 from .handler import Handler, Outcome
 from .journal import JournalWriter
 from .protocol import DEFAULT_SERVICE, Frame, Job
@@ -191,7 +191,8 @@ class Worker:
         self._unsent: list[msgspec.Raw] = []
         self._unsent_buffers: list[Frame] = []
         self._unsent_since = 0.0
-        self._cut: zmq.Socket[bytes] | None = None  # tells that the work connection is lost
+        self._cut: zmq.Socket[bytes] | None = None  # tells of the work connection
+        self._connections = handshakes.Connections()
         self._journal: JournalWriter | None = None
         self._confirmed = 0  # position of the journal
         self._needed = 0  # position to be confirmed before the next job starts
@@ -279,9 +280,10 @@ class Worker:
             if source == wakeup:
                 self._wakeup.clear()
             elif source is self._cut:
-                # A message may be lost, of which nobody would ever know.
-                self._cut.recv_multipart()
-                self._control.begin_again()
+                event, value = handshakes.read_event(self._cut.recv_multipart())
+                if self._connections.lost(event, value):
+                    # A message may be lost, of which nobody would ever know.
+                    self._control.begin_again()
 
     def _serve(self, context: zmq.Context[zmq.Socket[bytes]], session: Session) -> None:
         """Run the jobs of one master until it is lost, or lets this worker go."""
@@ -296,7 +298,12 @@ class Worker:
         self._work.routing_id = session.worker.encode()
         # On one machine it is only lost together with the control connection.
         remote = not address.startswith("ipc://")
-        self._cut = self._work.get_monitor_socket(zmq.Event.DISCONNECTED) if remote else None
+        self._connections = handshakes.Connections()
+        self._cut = None
+        if remote:
+            monitor = f"inproc://work-{session.worker}"
+            self._work.monitor(monitor, handshakes.WATCHED)
+            self._cut = handshakes.open_monitor(context, monitor)
         try:
             if self._workpoint is not None:
                 security.bind(self._work, self._workpoint)
