@@ -791,7 +791,11 @@ def test_which_connections_count_as_refused(events: list[tuple[int, int]], refus
         ([(E.ACCEPTED, 5), (E.HANDSHAKE_SUCCEEDED, 0), (E.DISCONNECTED, 5)], True),
         ([(E.CONNECTED, 5), (E.HANDSHAKE_SUCCEEDED, 0), (E.DISCONNECTED, 5)], True),
         ([(E.ACCEPTED, 5), (E.DISCONNECTED, 5)], False),
-        ([(E.ACCEPTED, 5), (E.HANDSHAKE_SUCCEEDED, 0), (E.ACCEPTED, 6), (E.DISCONNECTED, 6)], False),
+        (
+            [(E.ACCEPTED, 5), (E.HANDSHAKE_SUCCEEDED, 0), (E.ACCEPTED, 6),
+             (E.DISCONNECTED, 6)],
+            False,
+        ),
         # It is not said which of the two has succeeded, but which has failed.
         (
             [(E.ACCEPTED, 5), (E.ACCEPTED, 6), (E.HANDSHAKE_SUCCEEDED, 0), MISMATCH,

@@ -88,7 +88,8 @@ class Gatekeeper:
         opened.append(self._context.socket(zmq.REP))
         opened[0].bind(_ADDRESS)
         for number in range(len(self._sockets)):
-            opened.append(open_monitor(self._context, f"inproc://handshakes-{number}"))
+            monitor = open_monitor(self._context, f"inproc://handshakes-{number}")
+            opened.append(monitor)
 
     def _serve(self, zap: zmq.Socket[bytes], monitors: dict[zmq.Socket[bytes], str]) -> None:
         poller = zmq.Poller()
