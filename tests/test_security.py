@@ -409,14 +409,14 @@ def test_local_addresses_are_permitted(address: str) -> None:
         ("tcp://127.0.0.1:\N{SUPERSCRIPT TWO}", "expected tcp://host:port"),
         ("tcp://127.0.0.1:\N{ARABIC-INDIC DIGIT FIVE}", "expected tcp://host:port"),
         ("tcp://*:5555", "open to other hosts"),
-        ("tcp://:5555", "open to other hosts"),
+        ("tcp://:5555", "with one host"),
         ("tcp://0.0.0.0:5555", "open to other hosts"),
         ("tcp://[::]:5555", "open to other hosts"),
         ("tcp://192.168.1.2:5555", "open to other hosts"),
         ("tcp://eth0:5555", "open to other hosts"),
         ("tcp://example.org:5555", "open to other hosts"),
         ("tcp://localhost.example.org:5555", "open to other hosts"),
-        ("tcp://127.0.0.1:0;192.168.1.2:5555", "open to other hosts"),
+        ("tcp://127.0.0.1:0;192.168.1.2:5555", "with one host"),
         ("ipc://*", "endpoint"),
     ],
 )
@@ -604,7 +604,7 @@ def test_sockets_drop_nothing_and_delay_no_exit(make: Make) -> None:
 def test_only_a_remote_peer_is_gone_when_it_is_silent(make: Make, kind: int) -> None:
     """On this machine it may be stopped, by Ctrl-Z or a debugger; the kernel tells its end."""
     assert make(kind, "ipc://x").getsockopt(zmq.HEARTBEAT_IVL) == 0
-    assert make(kind, "tcp://127.0.0.1:*").getsockopt(zmq.HEARTBEAT_IVL) > 0
+    assert make(kind, "tcp://127.0.0.1:*").getsockopt(zmq.HEARTBEAT_IVL) != 0
 
 
 def test_few_descriptors_are_told_before_zeromq_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:

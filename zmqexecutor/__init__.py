@@ -17,6 +17,7 @@ __all__ = [
     "ForkedExecutorError",
     "JobFailedError",
     "JobRunner",
+    "Keys",
     "NoWorkerError",
     "ProtocolError",
     "RegistrationError",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from .executor import ZmqExecutor
     from .futures import TaskFuture
     from .jobrunner import JobRunner
+    from .keys import Keys
     from .shares import SharedObject
     from .worker import Worker
     from .workers import Workers
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
 # imported when it is first asked for (PEP 562).
 _HOMES = {
     "JobRunner": "jobrunner",
+    "Keys": "keys",
     "SharedObject": "shares",
     "TaskFuture": "futures",
     "Worker": "worker",

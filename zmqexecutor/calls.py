@@ -11,11 +11,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from multiprocessing import process
 from multiprocessing.process import current_process
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from . import buffers, interpreter
+from . import buffers, interpreter, security
 from .buffers import Segments
 from .handler import Outcome
 from .inheritance import Descriptor, share_tracker, tracker
@@ -26,6 +26,9 @@ from .serialization import CallPickler, CallRunner
 from .shares import is_share
 from .worker import PATIENCE, Worker
 from .worker_errors import RegistrationError
+
+if TYPE_CHECKING:
+    from .keys import Keys
 
 __all__ = ["CALLS", "Initializer", "Setup", "boot_code", "call_service", "main", "serve"]
 
@@ -294,6 +297,8 @@ def serve(
     services: Sequence[str] = (),
     *,
     patience: float = PATIENCE,
+    keys: Keys | str | os.PathLike[str] | None = None,
+    allow_plaintext_tcp_from_anyone: bool = False,
 ) -> bool:
     """Be a worker of the `ZmqExecutor` at this endpoint, until it is gone, or lets us go.
 
@@ -305,6 +310,9 @@ def serve(
         services: what this worker is special for (see `ZmqExecutor.options`); it makes
             only calls that ask for one of these. By default those that ask for none.
         patience: seconds to look for the executor.
+        keys: as for `ZmqExecutor`, but a worker's.
+        allow_plaintext_tcp_from_anyone: use tcp:// without keys: whoever can pose as
+            the executor can run any code in this process.
 
     Returns:
         Whether the executor went away, or had taken this worker for lost; then another
@@ -313,10 +321,21 @@ def serve(
 
     Raises:
         RegistrationError: no executor was found in time, or it refused this worker.
+        ValueError: the endpoint cannot be used, or not without keys.
+        OSError: keys are missing, or other users could read them.
     """
+    access = security.Access.decide(
+        endpoint,
+        "worker",
+        keys,
+        allow_plaintext_tcp_from_anyone=allow_plaintext_tcp_from_anyone,
+        allow_plaintext_loopback=False,
+    )
     interpreter.depth += 1
     _tell_of_crashes()
     handler = CallHandler(None, {}, [call_service(name) for name in services] or [CALLS])
-    worker = Worker.with_handler(endpoint, handler, journals=None, patience=patience, once=True)
+    worker = Worker.with_handler(
+        endpoint, handler, journals=None, patience=patience, once=True, keys=access.keys
+    )
     worker.run()
     return worker.lost

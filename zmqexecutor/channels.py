@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
 import zmq
 
 from . import protocol, security
 from .errors import ProtocolError
+from .gatekeeper import Gatekeeper
 from .protocol import Frame
 
 __all__ = ["LOST_AFTER", "Channels", "Entrance", "joining_entrance"]
@@ -45,6 +46,7 @@ class Entrance:
         calls: whether clients may send jobs.
         lost_after: seconds after which a worker that is not heard of is taken for lost;
             on this machine the kernel tells.
+        access: who may connect.
     """
 
     endpoint: str
@@ -54,23 +56,25 @@ class Entrance:
     python: str = ""
     calls: bool = False
     lost_after: float = LOST_AFTER
+    access: security.Access = field(default_factory=security.Access)
 
 
-def joining_entrance(endpoint: str, work: str | None, lost_after: float) -> Entrance:
+def joining_entrance(
+    endpoint: str, work: str | None, lost_after: float, access: security.Access
+) -> Entrance:
     """Where workers can join that somebody else has started.
 
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: an address cannot be used, or a number is out of range.
     """
-    security.check_address(endpoint, "endpoint")
     if work is not None:
-        security.check_address(work, "work_address")
+        access.check(work, "work_address")
     elif endpoint.startswith("tcp://"):
         work = endpoint.rpartition(":")[0] + ":*"
     else:
         work = endpoint + ".work"
-    return Entrance(endpoint, work, lost_after=_check_lost_after(lost_after))
+    return Entrance(endpoint, work, lost_after=_check_lost_after(lost_after), access=access)
 
 
 def _check_lost_after(seconds: float) -> float:
@@ -113,14 +117,19 @@ class Channels:
         endpoint, work = entrance.endpoint, entrance.work
         security.check_descriptors()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        keys = entrance.access.keys
         silence = entrance.lost_after / 2
-        self.control = security.socket(self._context, zmq.ROUTER, endpoint, silence)
+        self.control = security.socket(self._context, zmq.ROUTER, endpoint, silence, keys)
         self.control.setsockopt(zmq.MAXMSGSIZE, LARGEST_CONTROL_MESSAGE)
-        self.work = security.socket(self._context, zmq.ROUTER, work, silence)
+        self.work = security.socket(self._context, zmq.ROUTER, work, silence, keys)
         self.control_fd = self.control.fileno()
         self.work_fd = self.work.fileno()
         self._bound: dict[zmq.Socket[bytes], str] = {}
+        self._gatekeeper: Gatekeeper | None = None
         try:
+            if keys is not None:
+                sockets = {"endpoint": self.control, "work address": self.work}
+                self._gatekeeper = Gatekeeper(self._context, keys, sockets)
             self._bound[self.control] = security.bind(self.control, endpoint)
             self.work_address = self._bound[self.work] = security.bind(self.work, work)
         except BaseException:
@@ -187,8 +196,15 @@ class Channels:
                 with contextlib.suppress(OSError):  # the directory has been removed
                     os.rename(*names if barred else reversed(names))
 
+    @property
+    def refused(self) -> Mapping[str, int]:
+        """How many connections were refused over TCP with keys, by reason. Any thread."""
+        return self._gatekeeper.refused if self._gatekeeper else {}
+
     def close(self) -> None:
         """Close the sockets. What has not been sent is dropped."""
+        if self._gatekeeper:
+            self._gatekeeper.close()
         for socket in (self.control, self.work):
             security.close(socket, self._bound.get(socket))
         self._context.term()

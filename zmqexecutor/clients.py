@@ -64,6 +64,7 @@ def report(
         services=sorted(services, key=lambda service: service.name),
         workers=[_worker(peer) for peer in ready],
         dropped=sum(entrance.dropped for entrance in channels),
+        refused=sum(sum(entrance.refused.values()) for entrance in channels),
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import msgspec
 
-from . import interpreter
+from . import interpreter, security
 from .buffers import Segments
 from .calls import CALLS, Initializer, Setup, boot_code, call_service
 from .channels import LOST_AFTER, Entrance, joining_entrance
@@ -22,6 +22,7 @@ from .errors import BrokenPoolError, ForkedExecutorError, SerializationError
 from .futures import TaskFuture
 from .inheritance import inheritable
 from .interpreter import python_command, start_path
+from .keys import Keys
 from .limits import check_rlimits
 from .machine import usable_cpus
 from .mapping import MappingExecutor
@@ -65,6 +66,8 @@ class ZmqExecutor(MappingExecutor):
         endpoint: str | None = None,
         work_address: str | None = None,
         lost_after: float = LOST_AFTER,
+        keys: Keys | str | os.PathLike[str] | None = None,
+        allow_plaintext_tcp_from_anyone: bool = False,
     ) -> None:
         """Start the pool in the background, and return at once.
 
@@ -100,6 +103,12 @@ class ZmqExecutor(MappingExecutor):
                 of the same host, or a file beside that of the endpoint.
             lost_after: seconds after which a worker that joined from another host, and
                 is not heard of any more, is taken for lost, with the task that it runs.
+            keys: for an endpoint on tcp://, the master's keys or their directory. None
+                means those in the default directory, if it is there. Without keys
+                tcp:// is refused, also on the loopback interface.
+            allow_plaintext_tcp_from_anyone: use tcp:// without keys: whoever can reach
+                the endpoint, or is on the way, can run any code as you, here and in the
+                workers.
 
         Raises:
             ValueError: a number is not positive, there is no such resource limit, or an
@@ -119,9 +128,18 @@ class ZmqExecutor(MappingExecutor):
         self._max_workers = _check_max_workers(max_workers, endpoint)
         joining = None
         if endpoint is not None:
-            joining = joining_entrance(endpoint, work_address, lost_after)
+            access = security.Access.decide(
+                endpoint,
+                "master",
+                keys,
+                allow_plaintext_tcp_from_anyone=allow_plaintext_tcp_from_anyone,
+                allow_plaintext_loopback=False,
+            )
+            joining = joining_entrance(endpoint, work_address, lost_after, access)
         elif work_address is not None:
             raise ValueError("work_address is the second address of an endpoint: give that too")
+        elif keys is not None or allow_plaintext_tcp_from_anyone:
+            raise ValueError("keys are for an endpoint on tcp://: give that too")
         if initializer is not None and not callable(initializer):
             raise TypeError("initializer must be a callable")
         if max_tasks_per_child is not None:

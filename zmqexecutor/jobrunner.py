@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import replace
 from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, TypeAlias
 
-from . import codecs
+from . import codecs, security
 from .channels import LOST_AFTER, joining_entrance
 from .errors import JobFailedError, TaskTimeoutError
+from .keys import Keys
 from .master import Master, MasterOptions
 from .peers import WorkerInfo
 from .protocol import DEFAULT_SERVICE, Frame, Result
@@ -44,6 +46,8 @@ class JobRunner:
         patience: float | None = PATIENCE,
         work_address: str | None = None,
         lost_after: float = LOST_AFTER,
+        keys: Keys | str | os.PathLike[str] | None = None,
+        allow_plaintext_tcp_from_anyone: bool = False,
     ) -> None:
         """Check the arguments; nothing is opened before `start`.
 
@@ -56,12 +60,24 @@ class JobRunner:
                 endpoint.
             lost_after: seconds after which a worker on another host, from which nothing
                 is heard any more, is taken for lost.
+            keys: for tcp://, the master's keys or their directory. None means those in
+                the default directory, if it is there; without keys only addresses of
+                the loopback interface can be used, in plain text.
+            allow_plaintext_tcp_from_anyone: use tcp:// without keys at any address:
+                whoever can reach it can read and forge all that is sent.
 
         Raises:
-            TypeError: the endpoint is not text.
-            ValueError: the endpoint cannot be used.
+            TypeError: an argument has the wrong type.
+            ValueError: the endpoint cannot be used, or not without keys.
+            OSError: keys are missing, or other users could read them.
         """
-        joining = joining_entrance(endpoint, work_address, lost_after)
+        access = security.Access.decide(
+            endpoint,
+            "master",
+            keys,
+            allow_plaintext_tcp_from_anyone=allow_plaintext_tcp_from_anyone,
+        )
+        joining = joining_entrance(endpoint, work_address, lost_after, access)
         self._entrance = replace(joining, calls=True)
         self._patience = patience
         self._lock = threading.Lock()
@@ -97,6 +113,12 @@ class JobRunner:
         """The workers that are registered and ready, oldest first."""
         master = self._master
         return master.workers if master else ()
+
+    @property
+    def refused(self) -> Mapping[str, int]:
+        """How many connections were refused over TCP with keys, since `start`, by reason."""
+        master = self._master
+        return master.refused if master else {}
 
     def wait_for_workers(self, number: int, timeout: float | None = None) -> None:
         """Return when at least so many workers are registered and ready.

@@ -22,8 +22,8 @@ import sys
 import threading
 import time
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -228,6 +228,14 @@ class Master:
                 return tuple(peer.info() for peer in self._ready.values())
             except RuntimeError:
                 continue  # one has just come or gone
+
+    @property
+    def refused(self) -> Mapping[str, int]:
+        """How many connections were refused over TCP with keys since `start`, by reason."""
+        refused: Counter[str] = Counter()
+        for channels in self._channels:
+            refused.update(channels.refused)
+        return refused
 
     def join(self, timeout: float | None = None) -> bool:
         """Wait for the end of the thread, at most `timeout` seconds; say if it came."""

@@ -6,7 +6,6 @@ import os
 import platform
 import signal
 import socket
-import struct
 import sys
 import threading
 import time
@@ -14,17 +13,23 @@ import uuid
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 import zmq
 
-from . import protocol, security
+from . import handshakes, protocol, security
 from .journal import JournalWriter
 from .machine import machine_id
 from .wakeup import Wakeup
 from .worker_errors import ProtocolError, RegistrationError
 
+if TYPE_CHECKING:
+    from .keys import Keys
+
 __all__ = ["Claims", "Control", "Session"]
+
+RETRY_AFTER: Final = 200
+"""Milliseconds between two handshakes, if the first has failed."""
 
 
 class Claims:
@@ -89,6 +94,7 @@ class Control(threading.Thread):
         services: Sequence[str],
         patience: float,
         journals: str | None,
+        keys: Keys | None = None,
     ) -> None:
         """Prepare the thread.
 
@@ -101,6 +107,7 @@ class Control(threading.Thread):
             services: what the worker offers.
             patience: seconds to look for a master; 0 ends the process with its master.
             journals: directory for the journal, or None for no journal.
+            keys: what protects the connection, or None if nothing does.
         """
         super().__init__(name="zmqexecutor-control", daemon=True)
         self._context = context
@@ -111,6 +118,9 @@ class Control(threading.Thread):
         self._services = services
         self._patience = patience
         self._journals = journals
+        self._keys = keys
+        self._connected = False
+        self._failure = ""  # why the last handshake failed
         self._wakeup = Wakeup()
         self._outbox: deque[protocol.ControlFromWorker] = deque()
         self._ending = False
@@ -167,13 +177,14 @@ class Control(threading.Thread):
         What is still under way from this worker to an earlier master, whose place
         at the same addresses another one has taken, then means nothing to that one.
         """
+        self._connected = False
         self._worker = uuid.uuid4().hex
-        self._socket = security.socket(self._context, zmq.DEALER, self._endpoint)
+        self._socket = security.socket(self._context, zmq.DEALER, self._endpoint, keys=self._keys)
         # Nothing is kept for a master that is not there: it would come too late.
         self._socket.immediate = True
         self._socket.routing_id = self._worker.encode()
         self._monitor = self._socket.get_monitor_socket(
-            zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
+            zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED | handshakes.FAILED
         )
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
@@ -199,9 +210,7 @@ class Control(threading.Thread):
             self._renew = False
             self._begin_again()
         elif self._monitor in ready:
-            # Number and value, then an address; zmq.utils.monitor would load asyncio.
-            event, _ = struct.unpack("=HI", self._monitor.recv_multipart()[0])
-            self._on_connection(zmq.Event(event))
+            self._on_connection(*handshakes.read_event(self._monitor.recv_multipart()))
         elif self._socket in ready:
             self._on_message(self._socket.recv_multipart())
         self._send_outbox()
@@ -221,12 +230,22 @@ class Control(threading.Thread):
         self._main.set()
 
     def _give_up(self, reason: str) -> None:
+        if self._failure:
+            raise RegistrationError(f"{self._failure} (tried for {self._patience:g} s)")
         raise RegistrationError(f"{reason} within {self._patience:g} s; is a master running there?")
 
     # ------------------------------------------------------------------ events
 
-    def _on_connection(self, event: zmq.Event) -> None:
-        if event is zmq.Event.HANDSHAKE_SUCCEEDED:
+    def _on_connection(self, event: int, value: int) -> None:
+        if event & handshakes.FAILED:
+            failure = handshakes.explain(event, value, self._endpoint, self._keys)
+            if failure.final:
+                raise RegistrationError(failure.reason)
+            self._failure = failure.reason
+            return  # what comes next is the disconnection
+        if event == zmq.Event.HANDSHAKE_SUCCEEDED:
+            self._connected = True
+            self._failure = ""
             self._register()
             if not self._patience:
                 self._deadline = None  # we are that master's own; it welcomes us when it wants
@@ -242,6 +261,9 @@ class Control(threading.Thread):
             self._deadline = time.monotonic() + self._patience
             self._tell("lost")
         self._disconnect()
+        if not self._connected:
+            # Not at once again and again, if what listens there is not a master.
+            zmq.zmq_poll([(self._wakeup.fileno(), zmq.POLLIN)], RETRY_AFTER)
         self._connect()
 
     def _register(self) -> None:
@@ -295,7 +317,8 @@ class Control(threading.Thread):
             journal.unlink()  # the master has mapped it; no file is left to clean up
         self._welcomed = True
         self._deadline = None
-        self._tell(Session(self._worker, message.work, message.setup, journal))
+        work = security.reachable(message.work, self._endpoint)
+        self._tell(Session(self._worker, work, message.setup, journal))
 
 
 def _stack_of(thread: int) -> str:

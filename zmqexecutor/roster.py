@@ -11,7 +11,7 @@ from typing import Final
 
 import zmq
 
-from . import protocol, security
+from . import protocol
 from .channels import Channels
 from .errors import ProtocolError
 from .fleet import Fleet
@@ -89,7 +89,7 @@ class Roster:
             raise ProtocolError("a worker must offer a service")
         if hello.workpoint is not None:
             try:
-                security.check_address(hello.workpoint, "workpoint")
+                channels.entrance.access.check_workpoint(hello.workpoint)
             except ValueError as error:
                 raise ProtocolError(str(error)) from None
         local = hello.machine == machine_id()

@@ -2,7 +2,7 @@
 
 Pickles travel on these sockets, so whoever can write to one can run code as the
 user. Local sockets live in directories that only the user can enter; TCP is
-confined to the loopback interface until keys protect it.
+protected by keys, or confined to the loopback interface.
 """
 
 from __future__ import annotations
@@ -11,16 +11,31 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import shutil
 import socket as stdlib_socket
 import stat
 import tempfile
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 import zmq
 
-__all__ = ["PrivateDirectory", "bind", "check_address", "check_descriptors", "close", "socket"]
+if TYPE_CHECKING:
+    from .keys import Keys
+
+__all__ = [
+    "Access",
+    "PrivateDirectory",
+    "bind",
+    "check_address",
+    "check_descriptors",
+    "close",
+    "reachable",
+    "socket",
+]
 
 IPC_PATH_LIMIT = 107
 """Bytes in the path of a local socket (Linux: 108 with the final zero byte)."""
@@ -37,6 +52,10 @@ FILES = 16
 UNLOCKED_FOR = 60.0
 """Seconds after which a private directory without a lock has been left behind."""
 
+Tcp: TypeAlias = Literal["nowhere", "loopback", "anywhere"]
+
+_HOST: Final = re.compile(r"[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+(%[A-Za-z0-9_.-]+)?\]")
+_ANY: Final = ("0.0.0.0", "[::]")  # noqa: S104  (no address to bind: what is compared with)
 _ROOM_FOR_NAMES = 40  # what is appended to a directory: our own part, file names
 _own: set[str] = set()  # directories this process made: its own locks do not stop it
 
@@ -199,12 +218,107 @@ def check_descriptors(needed: int = DESCRIPTORS) -> None:
             os.close(descriptor)
 
 
-def check_address(address: str, what: str) -> str:
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who may connect to the sockets of a master or worker, as its user has decided.
+
+    Attributes:
+        keys: who has the right keys, on any host; None: there are no keys.
+        anyone: whoever can reach the address, on any host, in plain text.
+        loopback: whoever is on this host, in plain text on the loopback interface.
+    """
+
+    keys: Keys | None = None
+    anyone: bool = False
+    loopback: bool = True
+
+    @classmethod
+    def decide(
+        cls,
+        endpoint: str,
+        role: Literal["master", "worker"],
+        keys: Keys | str | os.PathLike[str] | None,
+        *,
+        allow_plaintext_tcp_from_anyone: bool = False,
+        allow_plaintext_loopback: bool = True,
+    ) -> Access:
+        """Check an endpoint and what the user says about keys.
+
+        Args:
+            endpoint: where the master listens. Only for tcp:// keys are looked for.
+            role: whose side this is.
+            keys: keys, or their directory, or None for those in the default directory,
+                if there are any.
+            allow_plaintext_tcp_from_anyone: do without keys, on any host.
+            allow_plaintext_loopback: do without keys on the loopback interface, if
+                there are none.
+
+        Raises:
+            TypeError: the endpoint or the keys have the wrong type.
+            ValueError: the endpoint cannot be used, or not without keys; keys are
+                malformed, or were given and refused at the same time.
+            OSError: keys are missing, or open to other users.
+        """
+        check_address(endpoint, "endpoint", tcp="anywhere")
+        if not endpoint.startswith("tcp://"):
+            return cls(loopback=allow_plaintext_loopback)
+        if allow_plaintext_tcp_from_anyone:
+            if keys is not None:
+                raise ValueError(
+                    "keys= and allow_plaintext_tcp_from_anyone=True contradict each other"
+                )
+            return cls(anyone=True)
+        from .keys import Keys  # of no use to the executor's workers
+
+        if keys is None:
+            keys = Keys.load_default()
+        elif not isinstance(keys, Keys):
+            keys = Keys.load(keys)
+        if keys is None:
+            access = cls(loopback=allow_plaintext_loopback)
+            access.check(endpoint, "endpoint")
+            return access
+        return cls(keys.for_master() if role == "master" else keys.for_worker())
+
+    def check(self, address: str, what: str) -> str:
+        """Return the address if it may be used, as `check_address` does.
+
+        Raises:
+            TypeError: it is not text.
+            ValueError: it cannot be used, or not without keys.
+        """
+        tcp: Tcp = "loopback" if self.loopback else "nowhere"
+        if self.keys is not None or self.anyone:
+            tcp = "anywhere"
+        return check_address(address, what, tcp=tcp)
+
+    def check_workpoint(self, address: str) -> str:
+        """Return the address at which a worker gets its jobs, if it may be used.
+
+        Raises:
+            TypeError: it is not text.
+            ValueError: it cannot be used, or not without keys.
+        """
+        self.check(address, "workpoint")
+        if address.startswith("tcp://") and _host(address) in _ANY:
+            raise ValueError(
+                f"workpoint {address!r}: name the address at which the master reaches this "
+                "worker, or leave the workpoint out"
+            )
+        return address
+
+
+def check_address(address: str, what: str, *, tcp: Tcp = "loopback") -> str:
     """Return the address if it may be used.
+
+    Args:
+        address: where to listen, or to connect to.
+        what: what to call it in messages.
+        tcp: which addresses of TCP may be used.
 
     Raises:
         TypeError: it is not text.
-        ValueError: it is malformed, too long, or open to other hosts.
+        ValueError: it is malformed, too long, or TCP that may not be used.
     """
     if not isinstance(address, str):
         raise TypeError(f"{what} must be text such as 'ipc:///run/user/1000/master.ipc'")
@@ -222,13 +336,39 @@ def check_address(address: str, what: str) -> str:
         host, _, port = rest.rpartition(":")
         if not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65536:
             raise ValueError(f"{what} {address!r}: expected tcp://host:port with a port number")
-        if not _is_loopback(host.strip("[]")):
+        if host == "*":
             raise ValueError(
-                f"{what} {address!r} would be open to other hosts without authentication; "
-                "use tcp://127.0.0.1:PORT or an ipc:// address"
+                f"{what} {address!r} would be open to other hosts on all interfaces; "
+                f"if that is meant, write tcp://0.0.0.0:{port}"
+            )
+        if not _HOST.fullmatch(host):
+            raise ValueError(f"{what} {address!r}: expected tcp://host:port with one host")
+        if tcp == "nowhere" or (tcp == "loopback" and not _is_loopback(host.strip("[]"))):
+            raise ValueError(
+                f"{what} {address!r} would be open to other "
+                + ("hosts" if tcp == "loopback" else "users and hosts")
+                + " without authentication: make keys with `zmqexecutor keygen` and pass keys=; "
+                "or, if whoever can reach the address may read, forge and run everything, "
+                "pass allow_plaintext_tcp_from_anyone=True"
             )
         return address
     raise ValueError(f"{what} {address!r}: expected ipc://PATH or tcp://HOST:PORT")
+
+
+def reachable(address: str, endpoint: str) -> str:
+    """Where a worker finds what a master calls by `address`, for all its interfaces.
+
+    That is at the host where it has found the endpoint.
+    """
+    if not address.startswith("tcp://") or _host(address) not in _ANY:
+        return address
+    if not endpoint.startswith("tcp://"):
+        return address
+    return f"tcp://{_host(endpoint)}:{address.rpartition(':')[2]}"
+
+
+def _host(address: str) -> str:
+    return address.removeprefix("tcp://").rpartition(":")[0]
 
 
 def _is_loopback(host: str) -> bool:
@@ -312,7 +452,11 @@ def _has_listener(path: str) -> bool:
 
 
 def socket(
-    context: zmq.Context[zmq.Socket[bytes]], kind: int, address: str, silence: float = SILENCE
+    context: zmq.Context[zmq.Socket[bytes]],
+    kind: int,
+    address: str,
+    silence: float = SILENCE,
+    keys: Keys | None = None,
 ) -> zmq.Socket[bytes]:
     """Make a socket with the options that all our sockets share.
 
@@ -322,6 +466,7 @@ def socket(
         address: what it will be bound or connected to.
         silence: seconds without a sign of life after which a connection to another host
             counts as lost, at both ends if this is a master's socket.
+        keys: what protects it, if it is not for this user of this host only.
     """
     made = context.socket(kind)
     made.linger = 0
@@ -350,4 +495,6 @@ def socket(
     else:
         made.setsockopt(zmq.RECONNECT_IVL, 50)
         made.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+    if keys is not None:
+        keys.protect(made)
     return made

@@ -27,12 +27,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from time import monotonic, sleep  # as they are now, whatever tasks make of them
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 import zmq
 
-from . import protocol, security
+from . import handshakes, protocol, security
 from .handler import Handler, Outcome
 from .journal import JournalWriter
 from .protocol import DEFAULT_SERVICE, Frame, Job
@@ -40,6 +40,9 @@ from .registration import Claims, Control, Session
 from .targets import Initializer, Target, TargetHandler
 from .wakeup import Wakeup
 from .worker_errors import RegistrationError
+
+if TYPE_CHECKING:
+    from .keys import Keys
 
 __all__ = ["Worker"]
 
@@ -81,6 +84,8 @@ class Worker:
         teardown: Callable[[Any], object] | None = None,
         allow_pickle: bool = False,
         patience: float = PATIENCE,
+        keys: Keys | str | os.PathLike[str] | None = None,
+        allow_plaintext_tcp_from_anyone: bool = False,
     ) -> None:
         """Check the arguments; nothing is opened before `run`.
 
@@ -103,10 +108,17 @@ class Worker:
             allow_pickle: whether jobs may be pickled. Who can send such a job can run
                 any code in this process.
             patience: seconds to look for a master, at the start and after its loss.
+            keys: for tcp://, the worker's keys or their directory. None means those in
+                the default directory, if it is there; without keys only addresses of
+                the loopback interface can be used, in plain text.
+            allow_plaintext_tcp_from_anyone: use tcp:// without keys at any address:
+                whoever can reach it, or is on the way, can pose as the master.
 
         Raises:
             TypeError: a target is not callable, or an argument has the wrong type.
-            ValueError: an address cannot be used, or arguments contradict each other.
+            ValueError: an address cannot be used, or not without keys; arguments
+                contradict each other.
+            OSError: keys are missing, or other users could read them.
         """
         handler = TargetHandler(
             _check_targets(target, service, targets),
@@ -117,10 +129,15 @@ class Worker:
         )
         if teardown is not None and initializer is None:
             raise ValueError("teardown is called with what the initializer returned: give both")
-        security.check_address(endpoint, "endpoint")
+        access = security.Access.decide(
+            endpoint,
+            "worker",
+            keys,
+            allow_plaintext_tcp_from_anyone=allow_plaintext_tcp_from_anyone,
+        )
         if workpoint is not None:
-            security.check_address(workpoint, "workpoint")
-        self._init(endpoint, workpoint, handler, patience)
+            access.check_workpoint(workpoint)
+        self._init(endpoint, workpoint, handler, patience, keys=access.keys)
 
     @classmethod
     def with_handler(
@@ -131,6 +148,7 @@ class Worker:
         journals: str | None,
         patience: float,
         once: bool = False,
+        keys: Keys | None = None,
     ) -> Worker:
         """A worker whose jobs mean something else than a call of a target.
 
@@ -140,9 +158,10 @@ class Worker:
             journals: a private directory of the master's host, for the journal.
             patience: as for `Worker`; 0 ends the process with its master.
             once: whether `run` returns when a master is lost that it has worked for.
+            keys: the worker's, if it has any.
         """
         worker = cls.__new__(cls)
-        worker._init(endpoint, None, handler, patience, journals)
+        worker._init(endpoint, None, handler, patience, journals, keys)
         worker._once = once
         return worker
 
@@ -153,7 +172,9 @@ class Worker:
         handler: Handler,
         patience: float,
         journals: str | None = None,
+        keys: Keys | None = None,
     ) -> None:
+        self._keys = keys
         self._endpoint = endpoint
         self._workpoint = workpoint
         self._handler = handler
@@ -170,7 +191,8 @@ class Worker:
         self._unsent: list[msgspec.Raw] = []
         self._unsent_buffers: list[Frame] = []
         self._unsent_since = 0.0
-        self._cut: zmq.Socket[bytes] | None = None  # tells that the work connection is lost
+        self._cut: zmq.Socket[bytes] | None = None  # tells of the work connection
+        self._connections = handshakes.Connections()
         self._journal: JournalWriter | None = None
         self._confirmed = 0  # position of the journal
         self._needed = 0  # position to be confirmed before the next job starts
@@ -198,6 +220,7 @@ class Worker:
             services=self._handler.services,
             patience=self._patience,
             journals=self._journals,
+            keys=self._keys,
         )
         self._control.start()
         previous = self._catch_sigterm()
@@ -257,9 +280,10 @@ class Worker:
             if source == wakeup:
                 self._wakeup.clear()
             elif source is self._cut:
-                # A message may be lost, of which nobody would ever know.
-                self._cut.recv_multipart()
-                self._control.begin_again()
+                event, value = handshakes.read_event(self._cut.recv_multipart())
+                if self._connections.lost(event, value):
+                    # A message may be lost, of which nobody would ever know.
+                    self._control.begin_again()
 
     def _serve(self, context: zmq.Context[zmq.Socket[bytes]], session: Session) -> None:
         """Run the jobs of one master until it is lost, or lets this worker go."""
@@ -269,11 +293,17 @@ class Worker:
         self._journal = session.journal
         self._confirmed = self._needed = self._abandoned = 0
         self._claims.reset()
-        self._work = security.socket(context, zmq.DEALER, self._workpoint or session.work)
+        address = self._workpoint or session.work
+        self._work = security.socket(context, zmq.DEALER, address, keys=self._keys)
         self._work.routing_id = session.worker.encode()
         # On one machine it is only lost together with the control connection.
-        remote = not (self._workpoint or session.work).startswith("ipc://")
-        self._cut = self._work.get_monitor_socket(zmq.Event.DISCONNECTED) if remote else None
+        remote = not address.startswith("ipc://")
+        self._connections = handshakes.Connections()
+        self._cut = None
+        if remote:
+            monitor = f"inproc://work-{session.worker}"
+            self._work.monitor(monitor, handshakes.WATCHED)
+            self._cut = handshakes.open_monitor(context, monitor)
         try:
             if self._workpoint is not None:
                 security.bind(self._work, self._workpoint)
