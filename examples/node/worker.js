@@ -102,6 +102,7 @@ class Registration {
   }
 
   async Welcome(version, address) {
+    if (this.welcomed || typeof address !== "string") return;
     if (version !== 1) fail(`the master speaks version ${version} of the protocol`);
     this.onWelcome();
     this.work.connect(address);
