@@ -36,7 +36,7 @@ def build_cpp(directory: Path) -> list[str]:
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None or shutil.which("make") is None:
         pytest.skip("no C++ compiler, or no make")
-    sources = [EXAMPLES / "cpp" / name for name in ("worker.cpp", "curve.hpp", "Makefile")]
+    sources = [EXAMPLES / "cpp" / name for name in ("worker.cpp", "tcp.hpp", "Makefile")]
     for source in sources:
         copy_if_changed(source, directory)
     probe = run(
@@ -62,7 +62,7 @@ def build_node(directory: Path) -> list[str]:
         pytest.skip(f"Node.js {version} is older than 18")
     changed = [
         copy_if_changed(EXAMPLES / "node" / name, directory)
-        for name in ("package.json", "package-lock.json", "worker.js", "curve.js")
+        for name in ("package.json", "package-lock.json", "worker.js", "tcp.js")
     ]
     if any(changed[:2]) or not (directory / "node_modules" / "zeromq").exists():
         quick = ["--ignore-scripts", "--no-audit", "--no-fund", "--prefer-offline"]

@@ -6,7 +6,7 @@
 #include <nlohmann/json.hpp>
 #include <random>
 #include <zmq.hpp>
-#include "curve.hpp"
+#include "tcp.hpp"
 
 using nlohmann::json;  // reads and writes msgpack too
 using Bytes = std::vector<std::uint8_t>;
@@ -74,7 +74,7 @@ struct Channel {  // a socket, and what happens to its connection
         socket.set(zmq::sockopt::routing_id, name);
         socket.set(zmq::sockopt::linger, 0);
         socket.set(zmq::sockopt::sndtimeo, 1000);  // the other side may never come back
-        if (endpoint.rfind("tcp:", 0) == 0) use_keys(socket);
+        if (endpoint.rfind("tcp:", 0) == 0) prepare_for_tcp(socket);
         zmq_socket_monitor(socket.handle(), watch, ZMQ_EVENT_HANDSHAKE_SUCCEEDED | ZMQ_EVENT_DISCONNECTED);
         events.connect(watch);
     }

@@ -4,7 +4,7 @@ import { readFileSync, readlinkSync } from "node:fs";
 import { hostname } from "node:os";
 import { decode, encode } from "@msgpack/msgpack";
 import { Dealer } from "zeromq";
-import { keys } from "./curve.js";
+import { forTcp } from "./tcp.js";
 
 // The services: put your own here. They get a string (text), a Buffer (bytes) or an object
 // (json, msgpack), and may be async. What they throw is told to the caller.
@@ -67,7 +67,7 @@ class Registration {
 
   constructor(endpoint, onWelcome) {
     // Sends are given up after a second, since the other side may never come back.
-    const options = { routingId: this.name, linger: 0, sendTimeout: 1000, ...keys(endpoint) };
+    const options = { routingId: this.name, linger: 0, sendTimeout: 1000, ...forTcp(endpoint) };
     this.onWelcome = onWelcome;
     this.work = new Dealer(options);
     this.control = new Dealer({ ...options, immediate: true }); // queue nothing for nobody

@@ -1,4 +1,5 @@
-// Keys for tcp, from the folder that $ZMQEXECUTOR_KEYS names: master.public and worker.secret.
+// What a socket needs for tcp. Keys are in the folder that $ZMQEXECUTOR_KEYS names, in the files
+// master.public and worker.secret.
 
 import { createPrivateKey, createPublicKey } from "node:crypto";
 import { readFileSync } from "node:fs";
@@ -7,12 +8,15 @@ import { join } from "node:path";
 const Z85 = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#";
 const X25519_PREFIX = Buffer.from("302e020100300506032b656e04220420", "hex"); // of a key in PKCS #8
 
-// Options for a socket that proves its key and asks for the master's; none without the variable.
-export function keys(endpoint) {
+// Options for a socket: heartbeats, which notice that the master's host is gone, and the keys.
+export function forTcp(endpoint) {
+  if (!endpoint.startsWith("tcp:")) return {};
+  const heartbeats = { heartbeatInterval: 10_000, heartbeatTimeout: 60_000 };
   const folder = process.env.ZMQEXECUTOR_KEYS;
-  if (!folder || !endpoint.startsWith("tcp:")) return {};
+  if (!folder) return heartbeats;
   const secret = readKey(join(folder, "worker.secret"));
   return {
+    ...heartbeats,
     curveServerKey: readKey(join(folder, "master.public")),
     curvePublicKey: publicKey(secret),
     curveSecretKey: secret,

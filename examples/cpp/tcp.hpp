@@ -1,4 +1,5 @@
-// Keys for tcp, from the folder that $ZMQEXECUTOR_KEYS names: master.public and worker.secret.
+// What a socket needs for tcp. Keys are in the folder that $ZMQEXECUTOR_KEYS names, in the files
+// master.public and worker.secret.
 #pragma once
 #include <cstdlib>
 #include <fstream>
@@ -13,8 +14,9 @@ inline std::string read_key(const std::string& path) {
     throw std::runtime_error(path + " has no key: expected a line of 40 characters");
 }
 
-// Have a socket prove its key, and ask for the master's. Without the variable nothing is done.
-inline void use_keys(zmq::socket_t& socket) {
+inline void prepare_for_tcp(zmq::socket_t& socket) {
+    socket.set(zmq::sockopt::heartbeat_ivl, 10'000);  // notices that the master's host is gone
+    socket.set(zmq::sockopt::heartbeat_timeout, 60'000);
     const char* folder = std::getenv("ZMQEXECUTOR_KEYS");
     if (!folder || !*folder) return;
     const std::string secret = read_key(std::string(folder) + "/worker.secret");
