@@ -42,8 +42,8 @@ def build_cpp(directory: Path) -> list[str]:
     probe = run(
         [compiler, "-std=c++17", "-x", "c++", "-", "-lzmq", "-o", "probe"],
         directory,
-        "#include <zmq.hpp>\n#include <nlohmann/json.hpp>\nint main() { zmq_errno(); }\n",
-        only_if=not (directory / "worker").exists(),
+        "#if !__has_include(<zmq.hpp>) || !__has_include(<nlohmann/json.hpp>)\n#error\n#endif\n"
+        "int main() {}\n",
     )
     if probe.returncode:
         pytest.skip("no headers: apt install libzmq3-dev cppzmq-dev nlohmann-json3-dev")
@@ -89,10 +89,8 @@ def copy_if_changed(source: Path, directory: Path) -> bool:
 
 
 def run(
-    command: list[str], directory: Path, source: str = "", *, only_if: bool = True
+    command: list[str], directory: Path, source: str = ""
 ) -> subprocess.CompletedProcess[str]:
-    if not only_if:
-        return subprocess.CompletedProcess(command, 0, "", "")
     return subprocess.run(
         command,
         cwd=directory,
