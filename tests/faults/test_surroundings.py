@@ -230,6 +230,7 @@ def test_descriptors_that_just_suffice(run_script: Run) -> None:
 
 NONE_LEFT = """
     import logging, os, resource, sys, time
+    from concurrent.futures import TimeoutError  # another one before Python 3.11
     from zmqexecutor import ZmqExecutor, WorkerLostError
     logging.basicConfig(format="%(levelname)s", stream=sys.stdout)
     def take():
