@@ -255,7 +255,9 @@ class Round:
         self._account = account
         self._directory = directory
         self._diary = os.path.join(directory, "diary")
-        self._specs: dict[int, Spec] = {}
+        # All that is kept of a task that is done, so that the books are not what grows:
+        self._kinds = bytearray()  # numbers of its kind in KINDS
+        self._tries = bytearray()
         self._done: SimpleQueue[tuple[Spec, Future[Any]]] = SimpleQueue()
         self._open = 0
         self._lost_in = Counter[int]()
@@ -297,7 +299,8 @@ class Round:
         KINDS[kind][1](self, kind)
 
     def _submit(self, pool: Any, spec: Spec, fn: Callable[..., Any], *args: Any) -> Future[Any]:
-        self._specs[spec.number] = spec
+        self._kinds.append(list(KINDS).index(spec.kind))
+        self._tries.append(spec.tries)
         future: Future[Any] = pool.submit(fn, self._diary, spec.number, *args)
         self._open += 1
         self._account.tasks += 1
@@ -305,7 +308,7 @@ class Round:
         return future
 
     def _spec(self, kind: str, **fields: Any) -> Spec:
-        return Spec(len(self._specs), kind, **fields)
+        return Spec(len(self._tries), kind, **fields)
 
     def squares(self, kind: str) -> None:
         for _ in range(self._random.choice([1, 5, 40])):
@@ -425,23 +428,29 @@ class Round:
         return "wrong"
 
     def _count_runs(self) -> None:
-        runs = Counter[int]()
-        pids: dict[int, list[int]] = {}
+        left = bytearray(self._tries)
+        too_often = set()
+        for number, _ in self._runs():
+            if left[number]:
+                left[number] -= 1
+            else:
+                too_often.add(number)
+        for number in too_often:
+            pids = [pid for ran, pid in self._runs() if ran == number]
+            self._account.violation(
+                f"task {number} ({list(KINDS)[self._kinds[number]]}) ran {len(pids)} times, "
+                f"in {pids}, of {self._tries[number]} that it may"
+            )
+        for path in Path(self._directory).iterdir():
+            path.unlink()
+
+    def _runs(self) -> Iterator[tuple[int, int]]:
+        """Each start of a task: its number, and the process."""
         if os.path.exists(self._diary):
             with open(self._diary) as file:
                 for line in file:
-                    number, pid = map(int, line.split())
-                    runs[number] += 1
-                    pids.setdefault(number, []).append(pid)
-            os.unlink(self._diary)
-        for number, times in runs.items():
-            if times > self._specs[number].tries:
-                self._account.violation(
-                    f"task {number} ({self._specs[number].kind}) ran {times} times, "
-                    f"in {pids[number]}, of {self._specs[number].tries} that it may"
-                )
-        for path in Path(self._directory).iterdir():
-            path.unlink()
+                    number, pid = line.split()
+                    yield int(number), int(pid)
 
 
 KINDS: dict[str, tuple[int, Callable[[Round, str], None]]] = {
