@@ -309,6 +309,7 @@ PEERS = {
     "serial loop": Peer(lambda _: limits.Serial(), limit=True),
     "memory copy": Peer(lambda _: limits.MemoryCopy(), limit=True),
     "zmq echo": Peer(lambda _: limits.ZmqEcho(), "pyzmq", "import zmq", limit=True),
+    "zmq futures": Peer(lambda _: limits.ZmqFutures(), "pyzmq", "import zmq", limit=True),
 }
 
 

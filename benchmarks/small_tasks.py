@@ -13,6 +13,7 @@ from typing import Any
 import __main__
 from benchmarks import tasks
 from benchmarks.base import Bench, Figure, Figures, Workload, clock, try_once
+from benchmarks.peers import PEERS
 
 EIGHT = 8
 
@@ -119,13 +120,16 @@ def _quantiles(times: list[float]) -> Figures:
     return {"median": hundredths[49], "p99": hundredths[98], "quantiles": hundredths}
 
 
-def _latency(name: str, title: str, run: Callable[[Bench], Figures]) -> Workload:
+def _latency(
+    name: str, title: str, run: Callable[[Bench], Figures], limits: tuple[str, ...] = ()
+) -> Workload:
+    peers = (*(peer for peer in PEERS if not PEERS[peer].limit), *limits)
     figures = (
         Figure("median", f"{title}, median", "µs"),
         Figure("p99", f"{title}, p99", "µs"),
         Figure("quantiles", "", ""),
     )
-    return Workload(name, "Latency", figures, run)
+    return Workload(name, "Latency", figures, run, peers)
 
 
 # ---------------------------------------------------------------- fairness
@@ -163,7 +167,7 @@ WORKLOADS = [
     _rate("submit-asyncio", "asyncio", _from_asyncio),
     _rate("map-1", "map, chunks of 1", lambda bench: _map_rate(bench, 1)),
     _rate("map-100", "map, of 100", lambda bench: _map_rate(bench, 100)),
-    _latency("latency-1", "alone", _one_by_one),
+    _latency("latency-1", "alone", _one_by_one, ("zmq futures",)),
     _latency("latency-100", "100 under way", _hundred_under_way),
     Workload(
         "bimodal",

@@ -165,9 +165,8 @@ def on_the_way(count: int) -> dict[str, list[float]]:
     try:
         with ZmqExecutor(1, initializer=watch_worker) as executor:
             master: Any = executor._master
-            master._on_results = _stamp(
-                "completed", _stamp("back", master._on_results, before=True), before=False
-            )
+            master._on_results = _stamp("back", master._on_results, before=True)
+            master._finish_answered = _stamp("completed", master._finish_answered, before=False)
             executor.submit(marked_nothing).result()
             for _ in range(count):
                 times = _one(executor)

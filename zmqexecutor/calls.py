@@ -244,12 +244,13 @@ class CallHandler:
         kept = job.segment is not None and (
             self._runner.holds(job.segment) or forks != buffers.forks()
         )
-        return Outcome(ok, data, "", out_of_band, segment, kept, self._worn())
+        worn = self._worn() if self._max_memory else ""
+        return Outcome(ok, data, "", out_of_band, segment, kept, worn)
 
     def _worn(self) -> str:
         """Why this process should be replaced, told once."""
         limit = self._max_memory
-        if not limit or (memory := resident_memory()) <= limit:
+        if (memory := resident_memory()) <= limit:
             return ""
         self._max_memory = 0
         return (

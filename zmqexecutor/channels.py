@@ -27,6 +27,7 @@ LOST_AFTER: Final = 10.0
 LARGEST_CONTROL_MESSAGE: Final = 1024 * 1024
 """Bytes; who sends more is disconnected."""
 
+_MORE: Final = zmq.DONTWAIT | zmq.SNDMORE
 _POLLIN: Final = int(zmq.POLLIN)  # `&` of pyzmq's enum takes longer than the call
 
 Handle: TypeAlias = Callable[[bytes, Frame, list[Frame]], None]
@@ -102,6 +103,7 @@ class Channels:
         work: the socket for jobs and results, bound, and connected to workpoints.
         control_fd: the descriptor of `control`, to be polled for reading; see `unread`.
         work_fd: that of `work`.
+        used: the sockets that were used since they were last found empty; see `unread`.
         work_address: where workers that name no workpoint connect.
     """
 
@@ -126,6 +128,7 @@ class Channels:
         self.work_fd = self.work.fileno()
         self._bound: dict[zmq.Socket[bytes], str] = {}
         self._gatekeeper: Gatekeeper | None = None
+        self.used: set[zmq.Socket[bytes]] = {self.control, self.work}
         try:
             if keys is not None:
                 sockets = {"endpoint": self.control, "work address": self.work}
@@ -144,11 +147,13 @@ class Channels:
             handle: called with the sender's id, the message, and its buffers; may
                 raise ProtocolError to have it counted as garbage.
         """
+        self.used.add(socket)
         for _ in range(MESSAGES_PER_STEP):
-            # Not until `recv` raises Again: 1.4 us against 6.
-            if not _has_message(socket):
+            try:
+                identity = socket.recv(zmq.DONTWAIT)
+            except zmq.Again:
+                self.used.discard(socket)
                 return
-            identity = socket.recv(zmq.DONTWAIT)
             message = socket.recv(zmq.DONTWAIT)  # a ROUTER puts the id before one frame or more
             buffers: list[Frame] = []
             while socket.getsockopt(zmq.RCVMORE):
@@ -160,29 +165,61 @@ class Channels:
                 self.dropped += 1
                 level = logging.WARNING if self.dropped == 1 else logging.DEBUG
                 logger.log(level, "dropped what a peer sent: %s", str(error))
+            # Not until `recv` raises Again: 1.4 us against 6.
+            if not _has_message(socket):
+                self.used.discard(socket)
+                return
 
     def unread(self) -> list[int]:
         """The descriptors of the sockets that have messages. Ask before polling them.
 
-        ZeroMQ makes them readable when something happens, and not again for what is there.
+        ZeroMQ makes them readable when something happens, and not again for what is there
+        once the socket has been used, even for sending.
         """
-        return [
-            descriptor
-            for socket, descriptor in ((self.work, self.work_fd), (self.control, self.control_fd))
-            if _has_message(socket)
-        ]
+        self.used = {socket for socket in self.used if _has_message(socket)}
+        return [self.work_fd if socket is self.work else self.control_fd for socket in self.used]
+
+    def connect(self, workpoint: str) -> None:
+        """Have jobs for a worker that has bound its work socket go there.
+
+        Raises:
+            zmq.ZMQError: it is no address to connect to.
+        """
+        self.used.add(self.work)
+        self.work.connect(workpoint)
+
+    def disconnect(self, workpoint: str) -> None:
+        """Undo `connect`, if it was done."""
+        self.used.add(self.work)
+        try:
+            self.work.disconnect(workpoint)
+        except zmq.ZMQError:
+            pass  # it was not connected
 
     def tell(
         self, identity: bytes, message: protocol.ControlFromMaster | protocol.ToClient
     ) -> bool:
         """Send a control message; False if there is no way to the worker or client."""
-        return _send(self.control, [identity, protocol.encode(message)])
+        return self._send(self.control, identity, [protocol.encode(message)])
 
     def send_work(
         self, identity: bytes, message: protocol.Jobs, buffers: Sequence[Frame] = ()
     ) -> bool:
         """Send jobs; False if there is no way to the worker."""
-        return _send(self.work, [identity, protocol.encode(message), *buffers])
+        return self._send(self.work, identity, [protocol.encode(message), *buffers])
+
+    def _send(self, socket: zmq.Socket[bytes], identity: bytes, parts: list[Frame]) -> bool:
+        self.used.add(socket)
+        try:
+            socket.send(identity, _MORE)
+            for part in parts[:-1]:
+                socket.send(part, _MORE)
+            socket.send(parts[-1], zmq.DONTWAIT)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                raise
+            return False
+        return True
 
     def bar(self, barred: bool) -> None:
         """Let no more workers connect, or let them again. Those that have, stay.
@@ -213,13 +250,3 @@ class Channels:
 def _has_message(socket: zmq.Socket[bytes]) -> bool:
     """Whether a message can be received at once."""
     return bool(int(socket.getsockopt(zmq.EVENTS)) & _POLLIN)
-
-
-def _send(socket: zmq.Socket[bytes], parts: Sequence[Frame]) -> bool:
-    try:
-        socket.send_multipart(parts, zmq.DONTWAIT)
-    except zmq.ZMQError as error:
-        if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
-            raise
-        return False
-    return True

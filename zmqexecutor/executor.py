@@ -28,11 +28,11 @@ from .machine import usable_cpus
 from .mapping import MappingExecutor
 from .master import Master, MasterOptions
 from .peers import WorkerInfo
-from .protocol import Frame, Result
+from .protocol import Frame, Result, Shared
 from .security import PrivateDirectory
 from .serialization import CallPickler
 from .shares import SharedObject
-from .tasks import PLAIN, Shared, Task, TaskOptions, make_options
+from .tasks import PLAIN, Task, TaskOptions, make_options
 from .workers import Workers
 
 __all__ = ["ExecutorView", "ZmqExecutor"]
@@ -307,7 +307,8 @@ class ZmqExecutor(MappingExecutor):
         )
         future.belongs_to(self._master_reference, task)
         with self._lock:
-            self._check_open()
+            if self._closed:
+                self._check_open()
             if not self._equipped:
                 self._equip()
             self._master.submit(task)
@@ -454,7 +455,9 @@ def _forget(master: weakref.ref[Master], key: bytes) -> None:
 
 
 def _decode(pickler: CallPickler, result: Result, buffers: Sequence[Frame]) -> Any:
-    return pickler.load_outcome(result.ok, result.data, buffers, result.segment)
+    if result.ok:
+        return pickler.load_result(result.data, buffers, result.segment)
+    raise pickler.load_exception(result.data)
 
 
 def _check_max_workers(max_workers: int | None, endpoint: str | None) -> int:

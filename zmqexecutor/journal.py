@@ -101,7 +101,7 @@ class JournalWriter:
         """Note that this job is being run from now on; False if it must not start yet."""
         _started.pack_into(self._map, _STARTED_AT, now)
         _running.pack_into(self._map, _RUNNING_AT, seq)
-        return not self.condemned
+        return _running.unpack_from(self._map, _CONDEMNED_AT) == (0,)
 
     @property
     def condemned(self) -> bool:
@@ -110,14 +110,12 @@ class JournalWriter:
 
     def append(self, result: bytes) -> bool:
         """Keep an encoded result, and say whether there was room for it."""
-        size = _entry.size + len(result)
-        if size > LARGEST_ENTRY or self.position + size - self._confirmed > CAPACITY:
+        position, size = self.position, _entry.size + len(result)
+        if size > LARGEST_ENTRY or position + size - self._confirmed > CAPACITY:
             return False
-        self._write(
-            self.position, _entry.pack(len(result), _checksum(result, self.position)) + result
-        )
-        self.position += size
-        _running.pack_into(self._map, _END_AT, self.position)
+        self._write(position, _entry.pack(len(result), _checksum(result, position)) + result)
+        self.position = position + size
+        _running.pack_into(self._map, _END_AT, position + size)
         return True
 
     def confirm(self, position: int) -> None:

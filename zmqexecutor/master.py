@@ -128,6 +128,7 @@ class Master:
         self._thread = threading.Thread(target=self._run, name="zmqexecutor-master", daemon=True)
         self._opened: Future[None] = Future()
         self._ready: dict[bytes, Peer] = {}
+        self._answered: list[tuple[Task, protocol.Result, list[Frame]]] = []
         self._unconfirmed: set[Peer] = set()  # workers that wait for a confirmation
         self._forgetful: set[Peer] = set()  # busy ones that have shares nobody needs
         self._watchers: list[SimpleQueue[None]] = []  # of those that wait for workers
@@ -291,7 +292,7 @@ class Master:
                 channels.read(socket, handle)
         if self._roster.fileno() in ready:
             self._roster.read_deaths()
-        if self._fleet.fileno() in ready:
+        if self._fleet.polled in ready:
             self._read_fleet()
         if self._inbox:
             self._read_inbox()
@@ -300,6 +301,8 @@ class Master:
             self._check_deadlines(now)
         self._decide(now)
         self._confirm()
+        if self._answered:
+            self._finish_answered()
 
     def _bar(self, barred: bool) -> None:
         """Whether the group's workers must not connect for now."""
@@ -359,32 +362,35 @@ class Master:
         self._fleet.start()
         if self._fleet.failure:  # of which no descriptor will tell
             self._break(self._fleet.failure)
-
-    def _wait(self) -> set[int]:
-        """Wait for the next event or deadline; which descriptors are ready."""
         self._watch_fleet()
+
+    def _wait(self) -> list[int]:
+        """Wait for the next event or deadline; which descriptors are ready."""
         self._asleep = True
         timeout: int | None = None
-        unread = [fd for channels in self._channels for fd in channels.unread()]
+        unread = [fd for channels in self._channels if channels.used for fd in channels.unread()]
         if self._inbox or unread:
             timeout = 0
             self._due = 0.0  # look at all deadlines: none was computed
         else:
-            deadlines = (
-                self._scheduler.next_deadline(),
-                self._fleet.next_deadline(),
-                self._stops.next_deadline(),
-                self._retries.next_deadline(),
-                self._roster.next_ping,
-                self._segments.trim_at if self._segments else None,
-            )
-            self._due = min((d for d in deadlines if d is not None), default=None)
+            deadlines = [
+                deadline
+                for deadline in (
+                    self._scheduler.next_deadline(),
+                    self._fleet.next_deadline(),
+                    self._stops.next_deadline(),
+                    self._retries.next_deadline(),
+                    self._roster.next_ping,
+                    self._segments.trim_at if self._segments else None,
+                )
+                if deadline is not None
+            ]
+            self._due = min(deadlines) if deadlines else None
             if self._due is not None:
                 # Rounded up to whole milliseconds: not to wake just before the time.
                 seconds = min(LONGEST_WAIT, self._due - time.monotonic())
                 timeout = max(0, math.ceil(seconds * 1000))
-        ready = {descriptor for descriptor, _ in self._poller.poll(timeout)}
-        ready.update(unread)
+        ready = [descriptor for descriptor, _ in self._poller.poll(timeout)] + unread
         self._asleep = False
         assert self._wakeup is not None
         if self._wakeup.fileno() in ready:
@@ -392,7 +398,7 @@ class Master:
         return ready
 
     def _watch_fleet(self) -> None:
-        """Poll the supervisor that is there now, after a restart for example."""
+        """Poll the supervisor that is there now: call it when that may have changed."""
         old, new = self._fleet.polled, self._fleet.fileno()
         if old != new:
             if old != -1:
@@ -492,24 +498,34 @@ class Master:
         self, peer: Peer, results: Sequence[protocol.Result], buffers: list[Frame]
     ) -> None:
         assert peer.state is not None
-        now = time.monotonic()
+        worker, now = peer.state, time.monotonic()
         taken = 0
         for result in results:
-            frames = buffers[taken : taken + result.buffers]
+            frames = buffers[taken : taken + result.buffers] if buffers else buffers
             taken += result.buffers
-            task = self._scheduler.result(peer.state, result.seq, result.seconds, now)
+            task = self._scheduler.result(worker, result.seq, result.seconds, now)
             if task is not None:
                 peer.done += 1
                 self._counts.done += 1
                 self._counts.failed += not result.ok
                 if task.lease is not None:
                     task.lease.returned(result.kept)
-                if (error := task.finish(result, frames)) is not None:
-                    self._fail(task, error)
+                self._answered.append((task, result, frames))
         if results:
             peer.finished = max(peer.finished, results[-1].seq)
-        self._scheduler.settle(peer.state)
+        self._scheduler.settle(worker)
         self._settle(peer)
+
+    def _finish_answered(self) -> None:
+        """Complete the tasks whose results have come, when all else of this step is done.
+
+        Workers have their next jobs by then, and the thread that waits for a future gets
+        the interpreter's lock as soon as this one waits again.
+        """
+        answered, self._answered = self._answered, []
+        for task, result, frames in answered:
+            if (error := task.finish(result, frames)) is not None:
+                self._fail(task, error)
 
     def _read_journal(self, peer: Peer) -> None:
         """Take results that the worker has written down but that have not come."""
@@ -533,6 +549,7 @@ class Master:
             self._roster.lose_unwatched()
         if self._fleet.failure and not self.broken:
             self._break(self._fleet.failure)
+        self._watch_fleet()
 
     def _lose(self, peer: Peer, running: int | None) -> None:
         """A worker is gone; `running` is 0 if it is known to have run nothing."""
@@ -659,7 +676,9 @@ class Master:
         shared: list[protocol.Shared] = []
         forget = peer.take_forgotten()
         frames: list[Frame] = []
+        limited = False
         for seq, task in decision.jobs:
+            limited |= task.options.timeout is not None
             key = b""
             if task.shared is not None:
                 key = task.shared.key
@@ -679,7 +698,8 @@ class Master:
             self._lose(peer, None)
         else:
             peer.sent_at = time.monotonic()
-            self._stops.sent(peer, (task for _, task in decision.jobs), peer.sent_at)
+            if limited:
+                self._stops.sent(peer, [task for _, task in decision.jobs], peer.sent_at)
         self._unconfirmed.discard(peer)
         self._forgetful.discard(peer)
 
@@ -738,6 +758,7 @@ class Master:
             task.fail(self.broken)
         self._fail_held(self.broken)
         self._fleet.stop()
+        self._watch_fleet()
 
     def _fail_held(self, reason: BaseException) -> None:
         for peer in self._roster:
@@ -759,6 +780,7 @@ class Master:
     def _shut(self) -> None:
         """Let the group's workers go, and close everything."""
         self._closing = True
+        self._finish_answered()
         try:
             if self._fleet.group and not self._ended and not self.broken:
                 self._fleet.keep_no_more()

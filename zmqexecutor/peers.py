@@ -16,7 +16,6 @@ from .journal import JournalReader
 from .lanes import WorkerState
 from .protocol import DEFAULT_SERVICE, ControlFromMaster, Frame, Hello, Jobs, Shared
 from .shares import Share
-from .tasks import Shared as SharedData
 from .tasks import Task
 
 __all__ = ["DeathWatch", "Peer", "Stop", "WorkerInfo"]
@@ -129,14 +128,14 @@ class Peer:
         """Send jobs; False if there is no way to it."""
         return self.channels.send_work(self.identity, message, buffers)
 
-    def introduce(self, needed: SharedData, new: list[Shared], forget: list[bytes]) -> None:
+    def introduce(self, needed: Shared, new: list[Shared], forget: list[bytes]) -> None:
         """Note that a job needs this; what the worker lacks, or may drop, is appended."""
         key = needed.key
         if key in self._known:
             self._known.move_to_end(key)
             return
         self._known[key] = None
-        new.append(Shared(key, needed.data))
+        new.append(needed)
         if len(self._known) > SHARED_KEPT:
             forget.append(self._known.popitem(last=False)[0])
 

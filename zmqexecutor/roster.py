@@ -101,7 +101,7 @@ class Roster:
             self.next_ping = self.next_ping or time.monotonic() + self._ping_interval
         if hello.workpoint is not None:
             try:
-                channels.work.connect(hello.workpoint)
+                channels.connect(hello.workpoint)
             except zmq.ZMQError as error:
                 self._lose(peer, None)
                 raise ProtocolError(f"workpoint {hello.workpoint!r}: {error}") from None
@@ -160,10 +160,7 @@ class Roster:
         if not namesakes and self._by_pid.pop(pid, None) is not None:
             self._deaths.remove(pid)
         if peer.hello.workpoint is not None:
-            try:
-                peer.channels.work.disconnect(peer.hello.workpoint)
-            except zmq.ZMQError:
-                pass  # it was not connected
+            peer.channels.disconnect(peer.hello.workpoint)
 
     def fileno(self) -> int:
         """The descriptor that is readable when `read_deaths` has something to do, or -1."""

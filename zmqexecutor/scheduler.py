@@ -73,7 +73,7 @@ WEIGHT_OF_LATEST: Final = 0.3
 J = TypeVar("J", bound=Job)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Send(Generic[J]):
     """Send these jobs, numbered as given, to this worker."""
 
@@ -81,7 +81,7 @@ class Send(Generic[J]):
     jobs: list[tuple[int, J]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Recall(Generic[J]):
     """Ask this worker for those of these jobs that it has not started."""
 
@@ -89,21 +89,21 @@ class Recall(Generic[J]):
     seqs: list[int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Retire(Generic[J]):
     """This worker has done all the jobs it was allowed, or is worn out; let it leave."""
 
     worker: WorkerState[J]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Scale:
     """Keep this many workers from now on, successors included."""
 
     workers: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Expire(Generic[J]):
     """These jobs waited too long without any worker."""
 
@@ -405,11 +405,12 @@ class Scheduler(Generic[J]):
     def _take_batch(self, worker: WorkerState[J], lane: Lane[J], limit: int) -> list[tuple[int, J]]:
         batch: list[tuple[int, J]] = []
         queue, held, before = lane.queue, worker.held, len(lane.queue)
+        durations = self._durations
         if worker.allowance is not None:
             limit = min(limit, worker.allowance)
         while queue and len(batch) < limit:
             job = queue.first()
-            expected = self._expected(job)
+            expected = durations.get(job.kind, _UNKNOWN)
             if held and (expected > AHEAD / 2 or worker.load + expected > AHEAD):
                 break
             queue.take_first()

@@ -38,7 +38,7 @@ import pickle
 import traceback
 import types
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 
@@ -99,6 +99,12 @@ class _Packed(NamedTuple):
     data: bytes
     buffers: list[memoryview]
     segment: Segment | None = None
+
+
+_Arguments: TypeAlias = tuple[_Packed, Lease | None, frozenset[Key], tuple[Share, ...]]
+"""A call's arguments: their pickle, the lease on its segment, what it refers to, its shares."""
+
+_NO_ARGUMENTS: _Arguments = (_Packed(pickle.dumps(((), {}), 5), []), None, _NO_KEYS, ())
 
 
 class _Failure(NamedTuple):
@@ -316,26 +322,32 @@ class CallPickler:
             args = (fn.__self__, *args)
             fn = fn.__func__
         try:
-            pickler = self._spare.pop()
-        except IndexError:
-            pickler = _ReusedPickler(ArgumentPickler, copy=True)
-        try:
-            packed = pickler.dumps((args, kwargs), self.segments)
-            # From here on it ends with this lease, whatever happens.
-            lease = self._lease(packed.segment)
-            keys = pickler.take_keys()
-            used = pickler.pickler.take_shares() if pickler.pickler.shares else ()
-            self._spare.append(pickler)
+            arguments = self._dump_arguments(args, kwargs) if args or kwargs else _NO_ARGUMENTS
+            packed, lease, keys, used = arguments
             definition = self._definitions.define(fn, keys)
         except KeyboardInterrupt:
             raise
         except BaseException as error:
             failure = _explain(*call, error)
         else:
-            self._check_pool(used)
+            if used:
+                self._check_pool(used)
             name, function = definition.function_id, definition.function
             return Call(name, function, packed.data, packed.buffers, lease, used)
         raise failure
+
+    def _dump_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
+        try:
+            pickler = self._spare.pop()
+        except IndexError:
+            pickler = _ReusedPickler(ArgumentPickler, copy=True)
+        packed = pickler.dumps((args, kwargs), self.segments)
+        # From here on it ends with this lease, whatever happens.
+        lease = None if packed.segment is None else self._lease(packed.segment)
+        keys = pickler.take_keys()
+        used = pickler.pickler.take_shares() if pickler.pickler.shares else ()
+        self._spare.append(pickler)
+        return packed, lease, keys, used
 
     def dump_share(self, obj: object) -> Share:
         """Pickle an object for many calls. Later changes of it do not count.
@@ -416,7 +428,7 @@ class CallPickler:
         try:
             if segment is not None and self.segments is not None:
                 buffers = self.segments.open(segment, owned=True)
-            return _loads(data, buffers)
+            return _loads(data, buffers) if buffers else pickle.loads(data)
         except BaseException as error:
             message = f"The result cannot be unpickled: {_describe(error)}."
             failure = _serialization_error(message, error)

@@ -6,20 +6,19 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, InvalidStateError
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 from .buffers import Lease
 from .errors import BrokenPoolError, SerializationError, TaskKilledError
 from .lanes import Job
-from .protocol import DEFAULT_SERVICE, Frame, Result, Segment
+from .protocol import DEFAULT_SERVICE, Frame, Result, Segment, Shared
 from .shares import Share
 
 __all__ = [
     "PLAIN",
     "Decode",
-    "Shared",
     "Task",
     "TaskOptions",
     "make_options",
@@ -30,14 +29,6 @@ Decode: TypeAlias = Callable[[Result, Sequence[Frame]], Any]
 
 LONGEST_RETRY_DELAY: Final = 60.0
 """Seconds; no wait before another try is longer."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shared:
-    """Data that many tasks need, such as a function; each worker is sent it once."""
-
-    key: bytes
-    data: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,8 +194,7 @@ class Task(Job):
             # Its traceback would keep this task and its arguments alive.
             return error.with_traceback(None)
         self._let_go()
-        if not self.future.done():
-            _complete(self.future.set_result, value)
+        _complete(self.future.set_result, value)
         return None
 
     def retry_after(self, error: BaseException) -> float | None:
@@ -225,7 +215,7 @@ class Task(Job):
         self._let_go()
         if not self.sent:
             self.sent = self.future.set_running_or_notify_cancel()
-        if self.sent and not self.future.done():
+        if self.sent:
             _complete(self.future.set_exception, error)
 
     def cancel(self) -> None:
@@ -256,6 +246,8 @@ class Task(Job):
 def _complete(setter: Callable[..., None], *value: Any) -> None:
     try:
         setter(*value)
+    except InvalidStateError:
+        pass  # it was completed before: by `kill`, say, while the result was on its way
     except BaseException:
         # A done-callback raised something, like SystemExit, that Future lets through.
         logging.getLogger("concurrent.futures").exception("a future's callback raised")

@@ -22,6 +22,7 @@ travel together, but none waits for longer than `COALESCE` before the next job.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import threading
 from collections import deque
@@ -52,6 +53,8 @@ LONGEST_REASON: Final = 10_000
 """Characters of what the master is told when it is no use to go on."""
 PATIENCE: Final = 60.0
 """Default of how long a worker looks for a master, in seconds."""
+
+_POLLIN: Final = int(zmq.POLLIN)  # `&` of pyzmq's enum takes longer than the call
 
 
 class Worker:
@@ -181,6 +184,8 @@ class Worker:
         self._patience = patience
         self._journals = journals
         self._wakeup = Wakeup()
+        self._poller = select.poll()
+        self._poller.register(self._wakeup, select.POLLIN)
         self._claims = Claims()
         self._stopping = False
         self._set_up = False
@@ -264,26 +269,23 @@ class Worker:
                     return event
                 if isinstance(event, RegistrationError):
                     raise event
-            self._wait(None)
+            self._poller.poll()
 
-    def _wait(self, work: zmq.Socket[bytes] | None) -> None:
-        """Sleep until a message, or an event of the control thread, or `stop`."""
-        self._poll([] if work is None else [(work, zmq.POLLIN)])
+    def _wait(self) -> None:
+        """Sleep until a message may have come, or there is other news."""
+        # Not zmq.zmq_poll, which takes longer. The socket's descriptor tells of what has
+        # come since the socket was used last, so that is asked before.
+        if not _has_message(self._work) and self._poller.poll() != self._work_ready:
+            self._take_news()
 
-    def _poll(self, sources: list[tuple[Any, int]]) -> None:
-        """Sleep until one of these is ready, or there is other news."""
-        wakeup = self._wakeup.fileno()
-        sources.append((wakeup, zmq.POLLIN))
-        if self._cut:
-            sources.append((self._cut, zmq.POLLIN))
-        for source, _ in zmq.zmq_poll(sources, -1):
-            if source == wakeup:
-                self._wakeup.clear()
-            elif source is self._cut:
-                event, value = handshakes.read_event(self._cut.recv_multipart())
-                if self._connections.lost(event, value):
-                    # A message may be lost, of which nobody would ever know.
-                    self._control.begin_again()
+    def _take_news(self) -> None:
+        """There may be an event of the control thread, or `stop`, or of the work connection."""
+        self._wakeup.clear()
+        while self._cut and _has_message(self._cut):
+            event, value = handshakes.read_event(self._cut.recv_multipart())
+            if self._connections.lost(event, value):
+                # A message may be lost, of which nobody would ever know.
+                self._control.begin_again()
 
     def _serve(self, context: zmq.Context[zmq.Socket[bytes]], session: Session) -> None:
         """Run the jobs of one master until it is lost, or lets this worker go."""
@@ -296,6 +298,8 @@ class Worker:
         address = self._workpoint or session.work
         self._work = security.socket(context, zmq.DEALER, address, keys=self._keys)
         self._work.routing_id = session.worker.encode()
+        self._poller.register(self._work, select.POLLIN)
+        self._work_ready = [(self._work.fileno(), select.POLLIN)]  # and nothing else
         # On one machine it is only lost together with the control connection.
         remote = not address.startswith("ipc://")
         self._connections = handshakes.Connections()
@@ -304,6 +308,7 @@ class Worker:
             monitor = f"inproc://work-{session.worker}"
             self._work.monitor(monitor, handshakes.WATCHED)
             self._cut = handshakes.open_monitor(context, monitor)
+            self._poller.register(self._cut, select.POLLIN)
         try:
             if self._workpoint is not None:
                 security.bind(self._work, self._workpoint)
@@ -323,7 +328,9 @@ class Worker:
             finally:
                 self._say_goodbye()
         finally:
+            self._poller.unregister(self._work)
             if self._cut:
+                self._poller.unregister(self._cut)
                 self._work.disable_monitor()
                 self._cut.close()
             security.close(self._work, self._workpoint)
@@ -352,7 +359,7 @@ class Worker:
                 self._run_next()
             else:
                 self._flush()
-                self._wait(self._work)
+                self._wait()
                 self._receive()
 
     def _session_ends(self) -> bool:
@@ -379,19 +386,16 @@ class Worker:
             frame = work.recv(zmq.DONTWAIT)
         except zmq.Again:
             return
-        buffers: list[Frame] = []
-        while work.getsockopt(zmq.RCVMORE):
-            buffers.append(work.recv(copy=False).buffer)
         message = protocol.decode_jobs(frame)
         if message.confirmed > self._confirmed:
             self._confirmed = message.confirmed
             if self._journal:
                 self._journal.confirm(message.confirmed)
-        taken = 0
         first: protocol.Jobs | None = message
         for job in message.jobs:
-            self._queue.append((job, buffers[taken : taken + job.buffers], first))
-            taken += job.buffers
+            # They have come with the message. They are large, and not copied.
+            frames: list[Frame] = [work.recv(copy=False).buffer for _ in range(job.buffers)]
+            self._queue.append((job, frames, first))
             first = None
         if first is not None and first.forget:
             self._queue.append((None, [], first))
@@ -474,18 +478,33 @@ class Worker:
         """Send to the master; False if it is not there and something else is to be done."""
         while True:
             try:
-                self._work.send_multipart(parts, zmq.DONTWAIT)
+                if len(parts) == 1:
+                    self._work.send(parts[0], zmq.DONTWAIT)
+                else:
+                    self._work.send_multipart(parts, zmq.DONTWAIT)
                 return True
             except zmq.Again:  # it has not connected yet, or is gone
                 if self._stopping or self._control.events:
                     return False
-            self._poll([(self._work, zmq.POLLOUT)])
+            sources: list[tuple[Any, int]] = [
+                (self._work, zmq.POLLOUT),
+                (self._wakeup.fileno(), zmq.POLLIN),
+            ]
+            if self._cut:
+                sources.append((self._cut, zmq.POLLIN))
+            zmq.zmq_poll(sources, -1)
+            self._take_news()
 
     def _await_confirmation(self) -> None:
         """Wait until the master has what only a message holds, or is lost."""
         while self._needed > self._confirmed and "lost" not in self._control.events:
-            self._wait(self._work)
+            self._wait()
             self._receive()
+
+
+def _has_message(socket: zmq.Socket[bytes]) -> bool:
+    """Whether a message can be received at once."""
+    return bool(int(socket.getsockopt(zmq.EVENTS)) & _POLLIN)
 
 
 def _check_targets(

@@ -19,14 +19,6 @@ __all__ = ["PING_INTERVAL", "BareMaster"]
 PING_INTERVAL = 5.0
 
 
-class FakeSocket:
-    def connect(self, address: str) -> None:
-        pass
-
-    def disconnect(self, address: str) -> None:
-        pass
-
-
 class FakeChannels:
     """Takes what the master sends. Workers in `gone` cannot be reached."""
 
@@ -36,9 +28,14 @@ class FakeChannels:
     dropped = 0
 
     def __init__(self) -> None:
-        self.work = FakeSocket()
         self.gone: set[bytes] = set()
         self.sent: list[tuple[bytes, Jobs]] = []
+
+    def connect(self, workpoint: str) -> None:
+        pass
+
+    def disconnect(self, workpoint: str) -> None:
+        pass
 
     def tell(self, identity: bytes, message: object) -> bool:
         return identity not in self.gone
@@ -75,9 +72,10 @@ class BareMaster:
         self.master._read_inbox()
         self.master._decide(now)
         self.master._confirm()
+        self.master._finish_answered()
 
     def check(self) -> None:
-        """Each task is done, or has one place: the queue, or one worker."""
+        """Each task is done, or has one place: the queue, a worker, or the answered ones."""
         scheduler = self.master._scheduler
         held = [
             job
@@ -87,7 +85,7 @@ class BareMaster:
         ]
         assert len({id(job) for job in held}) == len(held), "a task is with two workers"
         done = sum(future.done() for future in self.futures)
-        waiting = len(scheduler) + len(self.master._inbox)
+        waiting = len(scheduler) + len(self.master._inbox) + len(self.master._answered)
         assert done + waiting + len(held) == len(self.futures), "a task is nowhere, or twice"
 
     def close(self) -> None:
