@@ -37,7 +37,11 @@ nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"zmqexecutor\.\w+\.[PT]"),  # type variables
     (r"py:class", r"zmqexecutor\.tasks\.TaskOptions"),  # made by `options` only
-    (r"py:.*", r"(_pickle|builtins|collections|concurrent|multiprocessing|types|typing)\..*"),
+    (
+        r"py:.*",
+        r"(_pickle|builtins|collections|concurrent|multiprocessing|os|pathlib|types|typing)\..*",
+    ),
+    (r"py:class", r"(Target|Initializer)"),  # names of types of functions
     (
         r"py:(class|exc)",
         r"(Any|Callable|Executor|Future|Iterable|Iterator|Mapping|Sequence|Self|TracebackType)",
