@@ -74,8 +74,16 @@ LAYERS = [
     "futures",
     "mapping",
     "executor",
+    # from outside
+    "client",
+    "references",
+    "circus_ini",
+    "status",
+    "commands",
     # what users see
     "__init__",
+    "cli",
+    "__main__",
 ]
 
 PURE = ["worker_errors", "errors", "protocol", "queues", "lanes", "scheduler"]

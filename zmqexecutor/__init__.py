@@ -14,10 +14,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BrokenPoolError",
+    "Client",
     "ForkedExecutorError",
     "JobFailedError",
     "JobRunner",
     "Keys",
+    "NoMasterError",
     "NoWorkerError",
     "ProtocolError",
     "RegistrationError",
@@ -35,10 +37,12 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .client import Client
     from .errors import (
         BrokenPoolError,
         ForkedExecutorError,
         JobFailedError,
+        NoMasterError,
         NoWorkerError,
         ProtocolError,
         RegistrationError,
@@ -59,6 +63,7 @@ if TYPE_CHECKING:
 # A worker imports this package too and must start fast, so each public name is
 # imported when it is first asked for (PEP 562).
 _HOMES = {
+    "Client": "client",
     "JobRunner": "jobrunner",
     "Keys": "keys",
     "SharedObject": "shares",

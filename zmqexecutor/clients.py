@@ -14,7 +14,6 @@ from typing import Final
 
 from . import protocol
 from .channels import Channels
-from .errors import ProtocolError
 from .lanes import Lane
 from .peers import Peer
 from .protocol import Frame, Result
@@ -91,15 +90,14 @@ class Clients:
         self._tell_state = tell_state
 
     def on_message(self, channels: Channels, identity: bytes, message: protocol.FromClient) -> None:
-        """A client has asked for something.
-
-        Raises:
-            ProtocolError: it may not have that.
-        """
+        """A client has asked for something."""
         if isinstance(message, protocol.Ask):
             channels.tell(identity, self._tell_state())
         elif not channels.entrance.calls:
-            raise ProtocolError("this master takes no jobs from clients")
+            refusal = b"this master takes no jobs from clients"
+            channels.tell(
+                identity, protocol.Answer(message.number, False, refusal, "text", "ProtocolError")
+            )
         else:
             self._call(channels, identity, message)
 

@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-__all__ = ["CODECS", "SAFE", "decode", "encode"]
+__all__ = ["CODECS", "SAFE", "decode", "decode_as_asked", "encode"]
 
 TEXT: Final = "text"
 BYTES: Final = ""
@@ -47,7 +47,8 @@ def encode(data: Any, codec: str | None) -> tuple[bytes, str]:
 
     Raises:
         TypeError: the codec cannot carry this.
-        ValueError: nor this value of the right type, such as text that UTF-8 cannot encode.
+        ValueError: nor this value of the right type, such as text that UTF-8 cannot encode;
+            or there is no such codec.
     """
     if codec is None:
         if isinstance(data, str):
@@ -58,6 +59,8 @@ def encode(data: Any, codec: str | None) -> tuple[bytes, str]:
             f"expected str or bytes, not {type(data).__name__}; encode it, or name a codec: "
             f"{', '.join(CODECS)}"
         )
+    if codec not in CODECS:
+        raise ValueError(f"codec must be None or one of {', '.join(CODECS)}: {codec!r}")
     try:
         return CODECS[codec].encode(data), codec
     except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
@@ -80,3 +83,19 @@ def decode(data: bytes, codec: str) -> Any:
         return CODECS[codec].decode(data)
     except msgspec.MsgspecError as error:
         raise ValueError(f"this is not {codec}: {error}") from error
+
+
+def decode_as_asked(data: bytes, codec: str, asked: str | None) -> Any:
+    """The same for an answer. What was not asked for is not decoded, least of all unpickled.
+
+    Args:
+        data: the answer.
+        codec: what it is said to be.
+        asked: the codec that was asked for, or None for text or bytes.
+
+    Raises:
+        ValueError: as for `decode`, or the codec is another.
+    """
+    if codec != asked and (asked or codec not in (BYTES, TEXT)):
+        raise ValueError(f"it is in the codec {codec!r}, not {asked or 'text or bytes'}")
+    return decode(data, codec)

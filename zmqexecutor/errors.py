@@ -23,6 +23,7 @@ __all__ = [
     "BrokenPoolError",
     "ForkedExecutorError",
     "JobFailedError",
+    "NoMasterError",
     "NoWorkerError",
     "ProtocolError",
     "RegistrationError",
@@ -150,3 +151,7 @@ class NoWorkerError(ZmqExecutorError, RuntimeError):
 
 class ForkedExecutorError(ZmqExecutorError, RuntimeError):
     """An executor made before `os.fork` was used in the child process."""
+
+
+class NoMasterError(ZmqExecutorError, ConnectionError):
+    """A client found no master at the endpoint, or lost it before it answered."""

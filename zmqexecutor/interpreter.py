@@ -18,8 +18,11 @@ depth = 0
 In a supervisor it is `DEEPEST`: no executor may be made there."""
 
 
-def python_command(code: str) -> list[str]:
-    """The command that runs this code in a fresh interpreter like this one.
+def python_command(*arguments: str) -> list[str]:
+    """The command that runs this in a fresh interpreter like this one.
+
+    Args:
+        arguments: what is to be run: `-c` and code, or `-m`, a module and its arguments.
 
     Raises:
         RuntimeError: it is not known where the interpreter is.
@@ -30,7 +33,7 @@ def python_command(code: str) -> list[str]:
         )
     # The flags, such as -O and -W, that decide how modules are found and compiled.
     flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
-    return [sys.executable, *flags, "-c", code]
+    return [sys.executable, *flags, *arguments]
 
 
 def search_path() -> list[str]:

@@ -206,7 +206,7 @@ def _spawn(theirs: socket.socket) -> subprocess.Popen[bytes]:
     """Start the supervisor with its end of the link."""
     boot = _BOOT.format(path=ascii(start_path()), fd=theirs.fileno(), parent=os.getpid())
     return subprocess.Popen(
-        python_command(boot),
+        python_command("-c", boot),
         stdin=subprocess.DEVNULL,
         pass_fds=[theirs.fileno()],
         # A terminal's Ctrl-C and hang-up are for this program, which decides.

@@ -1,0 +1,225 @@
+"""`Client`: asks a master what is going on, and has jobs done, from another process."""
+
+from __future__ import annotations
+
+import struct
+import time
+import uuid
+from types import TracebackType
+from typing import Any, Final
+
+import zmq
+
+from . import codecs, errors, protocol, security
+from .errors import JobFailedError, NoMasterError, ProtocolError, TaskTimeoutError
+from .protocol import DEFAULT_SERVICE, Answer, Report
+
+__all__ = ["Client"]
+
+PATIENCE: Final = 5.0
+"""Default of how long a client looks for a master, in seconds."""
+LARGEST_CALL: Final = 1024 * 1024
+"""Bytes of a message that a master takes on its control socket."""
+
+_ERRORS: Final = {
+    name: getattr(errors, name)
+    for name in ("NoWorkerError", "WorkerLostError", "BrokenPoolError", "ProtocolError")
+}
+"""What a master raises for a call, by the name in its answer; the rest is JobFailedError."""
+
+
+class Client:
+    """A connection with a master, from a program that is no worker.
+
+    For one thread. A master that goes away and comes back is found again.
+
+    Example:
+        What `zmqexecutor status` and `zmqexecutor call` do::
+
+            with Client("ipc:///tmp/master.ipc") as client:
+                print(len(client.status().workers), "workers")
+                print(client.call("1", "12"))  # 144
+    """
+
+    def __init__(self, endpoint: str, *, patience: float = PATIENCE) -> None:
+        """Begin to connect; does not wait.
+
+        Args:
+            endpoint: where the master listens, such as `ipc:///tmp/master.ipc`.
+            patience: seconds to wait for the connection, when it is needed.
+
+        Raises:
+            TypeError: the endpoint is not text.
+            ValueError: the endpoint cannot be used.
+            OSError: there are too few file descriptors left.
+        """
+        self._endpoint = security.check_address(endpoint, "endpoint")
+        self._patience = patience
+        self._connected = False
+        self._number = 0
+        security.check_descriptors()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = security.socket(self._context, zmq.DEALER, endpoint)
+        self._socket.routing_id = uuid.uuid4().hex.encode()
+        # Nothing is kept for a master that is not there: it would come too late.
+        self._socket.immediate = True
+        self._monitor = self._socket.get_monitor_socket(
+            zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
+        )
+        self._socket.connect(endpoint)
+
+    def status(self, timeout: float = PATIENCE) -> Report:
+        """Ask the master for its workers, its queue, and what has become of its jobs.
+
+        Args:
+            timeout: seconds to wait for the answer.
+
+        Raises:
+            NoMasterError: no master is there, or it does not answer.
+        """
+        deadline = time.monotonic() + timeout
+        self._send(protocol.Ask(protocol.VERSION), deadline)
+        while (answer := self._receive(deadline)) is not None:
+            if isinstance(answer, Report):
+                return answer
+        raise NoMasterError(f"the master at {self._endpoint} did not answer within {timeout:g} s")
+
+    def call(
+        self,
+        job_id: str,
+        data: Any,
+        timeout: float | None = None,
+        *,
+        service: str = DEFAULT_SERVICE,
+        codec: str | None = None,
+    ) -> Any:
+        """Have a worker of the master do a job, and return its result.
+
+        The arguments are those of `JobRunner.execute`.
+
+        Args:
+            job_id: a name for the job.
+            data: `str` or `bytes`, or what the codec can carry; less than 1 MiB.
+            timeout: seconds to wait for the result, or None to wait for as long as it
+                takes. A job that has begun goes on when the time is over.
+            service: what is asked for.
+            codec: "json", "msgpack" or "pickle".
+
+        Raises:
+            NoMasterError: no master is there, or it went away before it answered.
+            NoWorkerError: no worker for this service registered in time.
+            TaskTimeoutError: the result did not come in time.
+            JobFailedError: the target raised; the message has its traceback.
+            WorkerLostError: the worker died while it ran the job.
+            ProtocolError: the master takes no jobs from clients.
+            TypeError: an argument has the wrong type.
+            ValueError: an argument has an impossible value, or the data are too large.
+        """
+        for what, text in (("job_id", job_id), ("service", service)):
+            if not isinstance(text, str):
+                raise TypeError(f"{what} must be str, not {type(text).__name__}")
+        if not 0 < len(service) < 256:
+            raise ValueError(f"a service's name has 1 to 255 characters: {service!r}")
+        encoded, encoding = codecs.encode(data, codec)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self._number += 1
+        call = protocol.Call(self._number, job_id, encoded, encoding, service)
+        self._send(call, deadline)
+        while (answer := self._receive(deadline)) is not None:
+            if isinstance(answer, Answer) and answer.number == call.number:
+                return _result(answer, job_id, codec)
+        raise TaskTimeoutError(f"job {job_id!r} had no result after {timeout:g} s", job=job_id)
+
+    def close(self) -> None:
+        """Close the connection."""
+        if not self._socket.closed:
+            self._socket.disable_monitor()
+            self._monitor.close()
+            self._socket.close()
+            self._context.term()
+
+    # ---------------------------------------------------------- the connection
+
+    def _send(self, message: protocol.FromClient, deadline: float | None) -> None:
+        """Send on a connection that is known to be open, so that its loss will be seen."""
+        frame = protocol.encode(message)
+        if len(frame) > LARGEST_CALL:
+            raise ValueError(
+                f"a master takes calls of up to {LARGEST_CALL} bytes, not {len(frame)}; "
+                "pass the name of a file instead"
+            )
+        patience = time.monotonic() + self._patience
+        limit = patience if deadline is None else min(patience, deadline)
+        while True:
+            self._connected = self._follow_connection()
+            if self._connected:
+                try:
+                    self._socket.send(frame, zmq.DONTWAIT)
+                    return
+                except zmq.Again:
+                    pass  # lost just now; the monitor is about to say so
+            if not self._poll(limit, self._monitor):
+                raise NoMasterError(
+                    f"no master at {self._endpoint} (looked for it for {self._patience:g} s); "
+                    "is one running there?"
+                )
+
+    def _receive(self, deadline: float | None) -> protocol.ToClient | None:
+        """The next message of the master; None if the time is over."""
+        while True:
+            # What has come is read first, even if the connection is lost by now.
+            try:
+                return protocol.decode_to_client(self._socket.recv(zmq.DONTWAIT))
+            except zmq.Again:
+                pass
+            if not self._follow_connection():
+                raise NoMasterError(
+                    f"the connection with the master at {self._endpoint} was lost before it "
+                    "answered"
+                )
+            if not self._poll(deadline, self._socket, self._monitor):
+                return None
+
+    def _follow_connection(self) -> bool:
+        """Whether there is a connection, as far as has been told."""
+        while True:
+            try:
+                # Number and value, then an address.
+                event, _ = struct.unpack("=HI", self._monitor.recv_multipart(zmq.DONTWAIT)[0])
+            except zmq.Again:
+                return self._connected
+            self._connected = event == zmq.Event.HANDSHAKE_SUCCEEDED
+
+    @staticmethod
+    def _poll(deadline: float | None, *sockets: zmq.Socket[bytes]) -> bool:
+        """Wait for one of the sockets; False if the time is over."""
+        timeout = -1
+        if deadline is not None:
+            timeout = max(0, int((deadline - time.monotonic()) * 1000) + 1)
+            if deadline <= time.monotonic():
+                return False
+        zmq.zmq_poll([(socket, zmq.POLLIN) for socket in sockets], timeout)
+        return True
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _result(answer: Answer, job_id: str, codec: str | None) -> Any:
+    if not answer.ok:
+        text = answer.data.decode(errors="replace").rstrip()
+        if answer.error in _ERRORS:
+            raise _ERRORS[answer.error](text)
+        raise JobFailedError(f"job {job_id!r} failed:\n{text}")
+    try:
+        return codecs.decode_as_asked(answer.data, answer.codec, codec)
+    except Exception as error:
+        raise JobFailedError(f"job {job_id!r} has an answer that is no use: {error}") from error

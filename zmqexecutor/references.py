@@ -1,0 +1,82 @@
+"""Functions of the user's that the command line names as `module:function`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import os
+import sys
+import traceback
+from types import TracebackType
+from typing import Any
+
+__all__ = ["ReferenceProblem", "UserCodeError", "add_to_path", "load", "users_traceback"]
+
+_OURS = os.path.dirname(os.path.abspath(__file__))
+
+
+class ReferenceProblem(Exception):
+    """What the user has written names nothing."""
+
+
+class UserCodeError(Exception):
+    """The user's module raised when it was imported; that is the `__cause__`."""
+
+
+def load(reference: str) -> Any:
+    """What `module:name` or `module:name.name` refers to.
+
+    Raises:
+        ReferenceProblem: it is malformed, or there is no such module or name.
+        UserCodeError: the module is there, and its import fails.
+    """
+    module_name, _, path = reference.partition(":")
+    if not all(part.isidentifier() for part in [*module_name.split("."), *path.split(".")]):
+        raise ReferenceProblem(f"{reference!r}: expected MODULE:FUNCTION, such as shapes:square")
+    found: Any = _import(module_name)
+    for name in path.split("."):
+        try:
+            found = getattr(found, name)
+        except AttributeError:
+            near = difflib.get_close_matches(name, dir(found), 1)
+            hint = f"; do you mean {near[0]!r}?" if near else ""
+            raise ReferenceProblem(f"{reference!r}: there is no {name!r} in it{hint}") from None
+    return found
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        # Not one that the user's module wants to import.
+        if error.name is not None and f"{name}.".startswith(f"{error.name}."):
+            raise ReferenceProblem(
+                f"there is no module {error.name!r} in {os.getcwd()}, where it was looked for "
+                "first, nor elsewhere on the module search path; --directory names another place"
+            ) from None
+        raise UserCodeError(f"the module {name!r} cannot be imported") from error
+    except (Exception, SystemExit) as error:
+        raise UserCodeError(f"the module {name!r} cannot be imported") from error
+
+
+def users_traceback(error: BaseException) -> str:
+    """The traceback of an error in the user's code, without what called that."""
+    trace: TracebackType | None = error.__traceback__
+    while trace is not None and _is_ours(trace.tb_frame.f_code.co_filename):
+        trace = trace.tb_next
+    return "".join(traceback.format_exception(type(error), error, trace))
+
+
+def _is_ours(filename: str) -> bool:
+    return (
+        os.path.dirname(os.path.abspath(filename)) == _OURS
+        or filename.startswith("<frozen importlib")
+        or filename == importlib.__file__
+    )
+
+
+def add_to_path(directory: str) -> None:
+    """Have modules be looked for there first."""
+    if directory not in sys.path[:1]:
+        sys.path.insert(0, directory)
