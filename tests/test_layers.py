@@ -78,8 +78,10 @@ LAYERS = [
     "client",
     "references",
     "circus_ini",
-    "status",
-    "commands",
+    "reports",
+    "exits",
+    "worker_commands",
+    "client_commands",
     # what users see
     "__init__",
     "cli",

@@ -1,12 +1,13 @@
-"""The command line: what can be written, and what its end means.
+"""The command line: what can be written.
 
-What the commands do is in `commands`. It is imported after the line has been parsed, and
-imports what a command needs when that runs, so that a worker loads nothing of the master's.
+What a command does is imported after the line has been parsed, so that a worker loads
+nothing of the master's.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import os
 import sys
@@ -14,24 +15,13 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from . import __version__
+from .exits import EXIT_CODES, CommandError, Exit
 
 __all__ = ["main"]
 
 PROGRAM: Final = "zmqexecutor"
 CONNECT_PATIENCE: Final = 5.0
 WORKER_PATIENCE: Final = 60.0
-
-EXIT_CODES: Final = """\
-exit codes:
-  0    done; a worker or group was asked to end (SIGTERM, Ctrl-C), or let go
-  1    the job failed; another failure, which the message names
-  2    the command line cannot be meant
-  3    no master was found at the endpoint, or it went away, or it refused us
-  4    no worker for the service came while the master waited for one
-  5    no result within --timeout
-  6    the worker died while it ran the job
-  130  interrupted
-"""
 
 WORKER_EXAMPLES: Final = """\
 A target is a function of a module: called with [JOB_ID, DATA] for each job, it returns
@@ -86,20 +76,19 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Carry out a command line, by default this process's; return the exit code."""
     arguments = _parser().parse_args(argv)
-    from . import commands
-
     try:
-        code = int(arguments.run(arguments, commands))
+        commands = importlib.import_module(f".{arguments.module}", __package__)
+        code = int(getattr(commands, arguments.command)(arguments))
         sys.stdout.flush()
     except KeyboardInterrupt:
-        return 130
+        return Exit.INTERRUPTED
     except BrokenPipeError:
         # Whoever read it has seen enough. What is left must not be flushed at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
-    except commands.Problem as problem:
-        print(f"{PROGRAM} {arguments.command}: {problem}", file=sys.stderr)
-        return problem.code
+        return Exit.FAILED
+    except CommandError as error:
+        print(f"{PROGRAM} {arguments.command}: {error}", file=sys.stderr)
+        return error.code
     return code
 
 
@@ -114,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
 
-    def add(name: str, summary: str, examples: str) -> argparse.ArgumentParser:
+    def add(name: str, module: str, summary: str, examples: str) -> argparse.ArgumentParser:
         made = commands.add_parser(
             name,
             help=summary,
@@ -123,13 +112,24 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        made.set_defaults(run=lambda arguments, module: getattr(module, name)(arguments))
+        made.set_defaults(module=module)
         return made
 
-    _add_worker(add("worker", "run one worker", WORKER_EXAMPLES))
-    _add_workers(add("workers", "run a supervised group of workers", WORKERS_EXAMPLES))
-    _add_status(add("status", "ask a master for its workers and its queue", STATUS_EXAMPLES))
-    _add_call(add("call", "have a job done, and print its result", CALL_EXAMPLES))
+    _add_worker(add("worker", "worker_commands", "run one worker", WORKER_EXAMPLES))
+    _add_workers(
+        add("workers", "worker_commands", "run a supervised group of workers", WORKERS_EXAMPLES)
+    )
+    _add_status(
+        add(
+            "status",
+            "client_commands",
+            "ask a master for its workers and its queue",
+            STATUS_EXAMPLES,
+        )
+    )
+    _add_call(
+        add("call", "client_commands", "have a job done, and print its result", CALL_EXAMPLES)
+    )
     return parser
 
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 import zmq
 
 from . import codecs, errors, protocol, security
-from .errors import JobFailedError, NoMasterError, ProtocolError, TaskTimeoutError
+from .errors import JobFailedError, NoMasterError, TaskTimeoutError
 from .protocol import DEFAULT_SERVICE, Answer, Report
 
 __all__ = ["Client"]
@@ -169,9 +169,12 @@ class Client:
         while True:
             # What has come is read first, even if the connection is lost by now.
             try:
-                return protocol.decode_to_client(self._socket.recv(zmq.DONTWAIT))
+                frame = self._socket.recv(zmq.DONTWAIT)
             except zmq.Again:
                 pass
+            else:
+                message: protocol.ToClient = protocol.decode_to_client(frame)
+                return message
             if not self._follow_connection():
                 raise NoMasterError(
                     f"the connection with the master at {self._endpoint} was lost before it "

@@ -196,9 +196,7 @@ class ZmqExecutor(MappingExecutor):
         endpoint = f"ipc://{directory.path}/control"
         work = f"ipc://{directory.path}/work"
         own = Entrance(endpoint, work, setup=None, group_only=True)
-        command = python_command(
-            "-c", boot_code(start_path(), endpoint, directory.path, rlimits)
-        )
+        command = python_command("-c", boot_code(start_path(), endpoint, directory.path, rlimits))
         return Master(
             replace(options, entrances=[own, *options.entrances], segments=segments),
             Workers(command, 1, directory=directory.path, remove_directory=True, rlimits=rlimits),

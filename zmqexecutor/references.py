@@ -11,29 +11,33 @@ import traceback
 from types import TracebackType
 from typing import Any
 
-__all__ = ["ReferenceProblem", "UserCodeError", "add_to_path", "load", "users_traceback"]
+__all__ = ["ReferenceNameError", "UserCodeError", "add_to_path", "load", "users_traceback"]
 
 _OURS = os.path.dirname(os.path.abspath(__file__))
 
 
-class ReferenceProblem(Exception):
+class ReferenceNameError(Exception):
     """What the user has written names nothing."""
 
 
 class UserCodeError(Exception):
-    """The user's module raised when it was imported; that is the `__cause__`."""
+    """The user's module raised when it was imported; `traceback` shows where."""
+
+    def __init__(self, message: str, traceback: str) -> None:
+        super().__init__(message)
+        self.traceback = traceback
 
 
 def load(reference: str) -> Any:
     """What `module:name` or `module:name.name` refers to.
 
     Raises:
-        ReferenceProblem: it is malformed, or there is no such module or name.
+        ReferenceNameError: it is malformed, or there is no such module or name.
         UserCodeError: the module is there, and its import fails.
     """
     module_name, _, path = reference.partition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), *path.split(".")]):
-        raise ReferenceProblem(f"{reference!r}: expected MODULE:FUNCTION, such as shapes:square")
+        raise ReferenceNameError(f"{reference!r}: expected MODULE:FUNCTION, such as shapes:square")
     found: Any = _import(module_name)
     for name in path.split("."):
         try:
@@ -41,7 +45,7 @@ def load(reference: str) -> Any:
         except AttributeError:
             near = difflib.get_close_matches(name, dir(found), 1)
             hint = f"; do you mean {near[0]!r}?" if near else ""
-            raise ReferenceProblem(f"{reference!r}: there is no {name!r} in it{hint}") from None
+            raise ReferenceNameError(f"{reference!r}: there is no {name!r} in it{hint}") from None
     return found
 
 
@@ -51,13 +55,17 @@ def _import(name: str) -> Any:
     except ModuleNotFoundError as error:
         # Not one that the user's module wants to import.
         if error.name is not None and f"{name}.".startswith(f"{error.name}."):
-            raise ReferenceProblem(
+            raise ReferenceNameError(
                 f"there is no module {error.name!r} in {os.getcwd()}, where it was looked for "
                 "first, nor elsewhere on the module search path; --directory names another place"
             ) from None
-        raise UserCodeError(f"the module {name!r} cannot be imported") from error
+        raise _broken(name, error) from None
     except (Exception, SystemExit) as error:
-        raise UserCodeError(f"the module {name!r} cannot be imported") from error
+        raise _broken(name, error) from None
+
+
+def _broken(name: str, error: BaseException) -> UserCodeError:
+    return UserCodeError(f"the module {name!r} cannot be imported", users_traceback(error))
 
 
 def users_traceback(error: BaseException) -> str:

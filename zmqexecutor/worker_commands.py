@@ -1,48 +1,27 @@
-"""What the commands of the command line do."""
+"""The commands `worker` and `workers`."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import threading
-import time
-import uuid
 from argparse import Namespace
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from . import references
+from .exits import CommandError, Exit
 from .interpreter import python_command
 from .protocol import DEFAULT_SERVICE
 from .worker_errors import RegistrationError
 
 if TYPE_CHECKING:
-    from .client import Client
     from .worker import Worker
 
-__all__ = ["Problem", "call", "status", "worker", "workers"]
-
-FAILED: Final = 1
-USAGE: Final = 2
-NO_MASTER: Final = 3
-NO_WORKER: Final = 4
-TIMEOUT: Final = 5
-WORKER_LOST: Final = 6
-
-_TOP_LEFT_AND_CLEAR: Final = "\x1b[H\x1b[J"
-
-
-class Problem(Exception):
-    """Ends the command with a message and this exit code."""
-
-    def __init__(self, message: object, code: int) -> None:
-        super().__init__(str(message))
-        self.code = code
-
+__all__ = ["worker", "workers"]
 
 # ------------------------------------------------------------------ one worker
 
@@ -62,11 +41,11 @@ def worker(arguments: Namespace) -> int:
     except Exception as error:
         if error is guard.error:
             print(references.users_traceback(error), end="", file=sys.stderr)
-            raise Problem(f"{guard.what} raised {type(error).__name__}", FAILED) from None
+            raise CommandError(f"{guard.what} raised {type(error).__name__}", Exit.FAILED) from None
         if isinstance(error, RegistrationError):
-            raise Problem(error, NO_MASTER) from None
+            raise CommandError(error, Exit.NO_MASTER) from None
         if isinstance(error, OSError):
-            raise Problem(error, FAILED) from None
+            raise CommandError(error, Exit.FAILED) from None
         raise
     return 0
 
@@ -77,17 +56,19 @@ def _go_to(directory: str | None) -> None:
         try:
             os.chdir(directory)
         except OSError as error:
-            raise Problem(f"--directory {directory!r}: {error.strerror}", USAGE) from None
+            raise CommandError(f"--directory {directory!r}: {error.strerror}", Exit.USAGE) from None
     if directory is not None or not getattr(sys.flags, "safe_path", False):
         try:
             references.add_to_path(os.getcwd())
         except FileNotFoundError:
-            raise Problem("the current directory has been removed", USAGE) from None
+            raise CommandError("the current directory has been removed", Exit.USAGE) from None
 
 
 def _make_worker(arguments: Namespace, guard: _UserCode) -> Worker:
     if len(arguments.service) > 1:
-        raise Problem("several services: name each target's, SERVICE=MODULE:FUNCTION", USAGE)
+        raise CommandError(
+            "several services: name each target's, SERVICE=MODULE:FUNCTION", Exit.USAGE
+        )
     targets = _load_targets(arguments.targets, *arguments.service)
     initializer = _load(arguments.initializer, "--initializer")
     teardown = _load(arguments.teardown, "--teardown")
@@ -104,22 +85,24 @@ def _make_worker(arguments: Namespace, guard: _UserCode) -> Worker:
             patience=arguments.patience,
         )
     except (TypeError, ValueError) as error:
-        raise Problem(error, USAGE) from None
+        raise CommandError(error, Exit.USAGE) from None
 
 
 def _load_targets(written: list[str], service: str = "") -> dict[str, Any]:
     if not written:
-        raise Problem("name a target, MODULE:FUNCTION, or give --calls", USAGE)
+        raise CommandError("name a target, MODULE:FUNCTION, or give --calls", Exit.USAGE)
     targets: dict[str, Any] = {}
     for text in written:
         name, named, reference = text.rpartition("=")
         if named and service:
-            raise Problem(f"{text!r} names a service, and so does --service", USAGE)
+            raise CommandError(f"{text!r} names a service, and so does --service", Exit.USAGE)
         if not named and len(written) > 1:
-            raise Problem(f"several targets: name the service of {text!r} (NAME={text})", USAGE)
+            raise CommandError(
+                f"several targets: name the service of {text!r} (NAME={text})", Exit.USAGE
+            )
         name = name if named else service or DEFAULT_SERVICE
         if name in targets:
-            raise Problem(f"there are two targets for the service {name!r}", USAGE)
+            raise CommandError(f"there are two targets for the service {name!r}", Exit.USAGE)
         targets[name] = _load(reference, "target")
     return targets
 
@@ -130,14 +113,13 @@ def _load(reference: str | None, what: str) -> Any:
         return None
     try:
         found = references.load(reference)
-    except references.ReferenceProblem as error:
-        raise Problem(f"{what} {error}", USAGE) from None
+    except references.ReferenceNameError as error:
+        raise CommandError(f"{what} {error}", Exit.USAGE) from None
     except references.UserCodeError as error:
-        assert error.__cause__ is not None
-        print(references.users_traceback(error.__cause__), end="", file=sys.stderr)
-        raise Problem(error, FAILED) from None
+        print(error.traceback, end="", file=sys.stderr)
+        raise CommandError(error, Exit.FAILED) from None
     if not callable(found):
-        raise Problem(f"{what} {reference!r} is not callable: {found!r}", USAGE)
+        raise CommandError(f"{what} {reference!r} is not callable: {found!r}", Exit.USAGE)
     return found
 
 
@@ -182,7 +164,7 @@ def _serve_calls(arguments: Namespace) -> int:
     for option in ("targets", "initializer", "teardown", "workpoint", "allow_pickle"):
         if getattr(arguments, option):
             name = "a target" if option == "targets" else f"--{option.replace('_', '-')}"
-            raise Problem(f"--calls and {name} contradict each other", USAGE)
+            raise CommandError(f"--calls and {name} contradict each other", Exit.USAGE)
     from . import calls, security
 
     try:
@@ -190,7 +172,7 @@ def _serve_calls(arguments: Namespace) -> int:
         for service in arguments.service:
             calls.call_service(service)
     except (TypeError, ValueError) as error:
-        raise Problem(error, USAGE) from None
+        raise CommandError(error, Exit.USAGE) from None
     if arguments.check:
         return 0
     # The worker has its own handler of SIGTERM.
@@ -198,16 +180,16 @@ def _serve_calls(arguments: Namespace) -> int:
     try:
         lost = calls.serve(arguments.endpoint, arguments.service, patience=arguments.patience)
     except calls.InitializerError as error:
-        raise Problem(error, FAILED) from None
+        raise CommandError(error, Exit.FAILED) from None
     except RegistrationError as error:
-        raise Problem(error, NO_MASTER) from None
+        raise CommandError(error, Exit.NO_MASTER) from None
     if lost:
         # Tasks have left their modules and globals here: the next executor gets a fresh
         # process, with the same id.
         sys.stdout.flush()
         sys.stderr.flush()
         command = python_command("-m", "zmqexecutor", *_worker_arguments(arguments))
-        os.execv(command[0], command)
+        os.execv(command[0], command)  # noqa: S606  (no shell is meant)
     return 0
 
 
@@ -218,16 +200,16 @@ def workers(arguments: Namespace) -> int:
     """Keep a group of workers alive, or print how circusd can do that."""
     point = arguments.workpoint
     if point and arguments.numprocesses > 1 and not _numbered(point):
-        raise Problem(
+        raise CommandError(
             f"--workpoint {point!r}: each worker needs one of its own; put $WID into it, "
             "and single quotes around it",
-            USAGE,
+            Exit.USAGE,
         )
     command = python_command("-m", "zmqexecutor", *_worker_arguments(arguments))
     # A mistake is told once, not by each worker again and again.
     trial = [part.replace("$(circus.wid)", "1").replace("$WID", "1") for part in command]
     if code := subprocess.run([*trial, "--check"], check=False).returncode:
-        return code if code > 0 else FAILED
+        return code if code > 0 else Exit.FAILED
     if arguments.circus_ini:
         print(_circus_ini(arguments, command), end="")
         return 0
@@ -240,10 +222,12 @@ def _numbered(address: str) -> bool:
 
 def _worker_arguments(arguments: Namespace) -> list[str]:
     """What `python -m zmqexecutor` must be told to be such a worker."""
-    told = ["worker", *arguments.targets]
-    for option in ("endpoint", "workpoint", "initializer", "teardown", "patience"):
-        if (value := getattr(arguments, option)) is not None:
-            told.append(f"--{option}={value:g}" if option == "patience" else f"--{option}={value}")
+    told = ["worker", *arguments.targets, f"--patience={arguments.patience:g}"]
+    told += [
+        f"--{option}={value}"
+        for option in ("endpoint", "workpoint", "initializer", "teardown")
+        if (value := getattr(arguments, option)) is not None
+    ]
     told += [f"--service={name}" for name in arguments.service]
     if arguments.directory is not None:
         told.append(f"--directory={os.path.abspath(arguments.directory)}")
@@ -268,148 +252,20 @@ def _circus_ini(arguments: Namespace, command: list[str]) -> str:
             environment={"PYTHONPATH": absolute} if absolute else {},
         )
     except ValueError as error:
-        raise Problem(error, USAGE) from None
+        raise CommandError(error, Exit.USAGE) from None
 
 
 def _supervise(arguments: Namespace, command: list[str]) -> int:
     from .workers import Workers
 
-    group = Workers(
-        command, arguments.numprocesses, graceful_timeout=arguments.graceful_timeout
-    )
+    group = Workers(command, arguments.numprocesses, graceful_timeout=arguments.graceful_timeout)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         group.run()
     except KeyboardInterrupt:
         return 0
     except (OSError, RuntimeError) as error:
-        raise Problem(error, FAILED) from None
+        raise CommandError(error, Exit.FAILED) from None
     finally:
         group.stop()  # a second Ctrl-C kills them
     return 0
-
-
-# --------------------------------------------------------------------- clients
-
-
-def status(arguments: Namespace) -> int:
-    """Print what a master reports, once or again and again."""
-    from .errors import NoMasterError, ProtocolError
-
-    watching = arguments.watch is not None
-    with _connect(arguments) as client:
-        view = _View(arguments)
-        try:
-            view.show(client.status())
-        except (NoMasterError, ProtocolError) as error:
-            raise Problem(error, NO_MASTER) from None
-        while watching:
-            try:
-                time.sleep(arguments.watch)
-                view.show(client.status())
-            except (NoMasterError, ProtocolError) as error:
-                view.miss(error)
-            except KeyboardInterrupt:
-                break
-    return 0
-
-
-class _View:
-    """Reports on standard output: a redrawn screen, lines, or JSON."""
-
-    def __init__(self, arguments: Namespace) -> None:
-        self._endpoint: str = arguments.endpoint
-        self._json: bool = arguments.json
-        self._watching = arguments.watch is not None
-        self._redraws = self._watching and not self._json and sys.stdout.isatty()
-        self._previous: Any = None
-
-    def show(self, report: Any) -> None:
-        from . import status
-
-        previous, self._previous = self._previous, report
-        if self._json:
-            text = status.as_json(report, previous)
-        elif self._redraws:
-            height = shutil.get_terminal_size().lines - 1
-            text = "\n".join(status.as_table(report, previous, self._endpoint, height))
-            text = _TOP_LEFT_AND_CLEAR + text
-        elif self._watching:
-            text = f"{time.strftime('%H:%M:%S')}  {status.as_line(report, previous)}"
-        else:
-            text = "\n".join(status.as_table(report, previous, self._endpoint))
-        print(text, flush=True)
-
-    def miss(self, error: Exception) -> None:
-        """There is no report; the next master will give some."""
-        self._previous = None
-        text = f"{time.strftime('%H:%M:%S')}  {error}"
-        if self._redraws:
-            print(_TOP_LEFT_AND_CLEAR + text, flush=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
-
-
-def call(arguments: Namespace) -> int:
-    """Have a job done, and write its result to standard output."""
-    from . import errors
-
-    codes: list[tuple[type[Exception], int]] = [
-        (errors.NoMasterError, NO_MASTER),
-        (errors.NoWorkerError, NO_WORKER),
-        (errors.TaskTimeoutError, TIMEOUT),
-        (errors.WorkerLostError, WORKER_LOST),
-        (errors.ZmqExecutorError, FAILED),
-        (ValueError, USAGE),
-    ]
-    data = _job_data(arguments)
-    job_id = arguments.id if arguments.id is not None else uuid.uuid4().hex[:8]
-    codec = "json" if arguments.codec == "json" else None
-    with _connect(arguments) as client:
-        try:
-            result = client.call(
-                job_id, data, arguments.timeout, service=arguments.service, codec=codec
-            )
-        except (errors.ZmqExecutorError, ValueError) as error:
-            code = next(code for kind, code in codes if isinstance(error, kind))
-            raise Problem(error, code) from None
-    _print_result(result, codec)
-    return 0
-
-
-def _job_data(arguments: Namespace) -> Any:
-    data: str = arguments.data
-    raw = sys.stdin.buffer.read() if data == "-" else os.fsencode(data)
-    try:
-        if arguments.codec == "bytes":
-            return raw
-        text = raw.decode()
-        if arguments.codec == "text":
-            return text
-        import msgspec
-
-        return msgspec.json.decode(text)
-    except ValueError as error:  # of both decoders
-        raise Problem(f"DATA is not {arguments.codec}: {error}", USAGE) from None
-
-
-def _print_result(result: Any, codec: str | None) -> None:
-    if codec == "json":
-        import msgspec
-
-        result = msgspec.json.encode(result).decode()
-    if isinstance(result, str):
-        result = (result if result.endswith("\n") else result + "\n").encode()
-    sys.stdout.buffer.write(result)
-    sys.stdout.buffer.flush()
-
-
-def _connect(arguments: Namespace) -> Client:
-    from .client import Client
-
-    try:
-        return Client(arguments.endpoint, patience=arguments.patience)
-    except ValueError as error:
-        raise Problem(error, USAGE) from None
-    except OSError as error:
-        raise Problem(error, FAILED) from None
