@@ -73,11 +73,19 @@ examples:
 """
 
 
+_HOMES: Final = {
+    "worker": ".worker_commands",
+    "workers": ".worker_commands",
+    "status": ".client_commands",
+    "call": ".client_commands",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Carry out a command line, by default this process's; return the exit code."""
     arguments = _parser().parse_args(argv)
     try:
-        commands = importlib.import_module(f".{arguments.module}", __package__)
+        commands = importlib.import_module(_HOMES[arguments.command], __package__)
         code = int(getattr(commands, arguments.command)(arguments))
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -103,8 +111,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
 
-    def add(name: str, module: str, summary: str, examples: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(
+    def add(name: str, summary: str, examples: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
             name,
             help=summary,
             description=f"{summary[0].upper()}{summary[1:]}.",
@@ -112,24 +120,11 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        made.set_defaults(module=module)
-        return made
 
-    _add_worker(add("worker", "worker_commands", "run one worker", WORKER_EXAMPLES))
-    _add_workers(
-        add("workers", "worker_commands", "run a supervised group of workers", WORKERS_EXAMPLES)
-    )
-    _add_status(
-        add(
-            "status",
-            "client_commands",
-            "ask a master for its workers and its queue",
-            STATUS_EXAMPLES,
-        )
-    )
-    _add_call(
-        add("call", "client_commands", "have a job done, and print its result", CALL_EXAMPLES)
-    )
+    _add_worker(add("worker", "run one worker", WORKER_EXAMPLES))
+    _add_workers(add("workers", "run a supervised group of workers", WORKERS_EXAMPLES))
+    _add_status(add("status", "ask a master for its workers and its queue", STATUS_EXAMPLES))
+    _add_call(add("call", "have a job done, and print its result", CALL_EXAMPLES))
     return parser
 
 

@@ -38,7 +38,19 @@ def load(reference: str) -> Any:
     module_name, _, path = reference.partition(":")
     if not all(part.isidentifier() for part in [*module_name.split("."), *path.split(".")]):
         raise ReferenceNameError(f"{reference!r}: expected MODULE:FUNCTION, such as shapes:square")
-    found: Any = _import(module_name)
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # Not one that the user's module wants to import.
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise _broken(module_name, error) from None
+        raise ReferenceNameError(
+            f"{reference!r}: there is no module {error.name!r} in {os.getcwd()}, where it was "
+            "looked for first, nor elsewhere on the module search path; --directory names "
+            "another place"
+        ) from None
+    except (Exception, SystemExit) as error:
+        raise _broken(module_name, error) from None
     for name in path.split("."):
         try:
             found = getattr(found, name)
@@ -47,21 +59,6 @@ def load(reference: str) -> Any:
             hint = f"; do you mean {near[0]!r}?" if near else ""
             raise ReferenceNameError(f"{reference!r}: there is no {name!r} in it{hint}") from None
     return found
-
-
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        # Not one that the user's module wants to import.
-        if error.name is not None and f"{name}.".startswith(f"{error.name}."):
-            raise ReferenceNameError(
-                f"there is no module {error.name!r} in {os.getcwd()}, where it was looked for "
-                "first, nor elsewhere on the module search path; --directory names another place"
-            ) from None
-        raise _broken(name, error) from None
-    except (Exception, SystemExit) as error:
-        raise _broken(name, error) from None
 
 
 def _broken(name: str, error: BaseException) -> UserCodeError:

@@ -10,7 +10,7 @@ import threading
 from argparse import Namespace
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from . import references
 from .exits import CommandError, Exit
@@ -67,7 +67,7 @@ def _go_to(directory: str | None) -> None:
 def _make_worker(arguments: Namespace, guard: _UserCode) -> Worker:
     if len(arguments.service) > 1:
         raise CommandError(
-            "several services: name each target's, SERVICE=MODULE:FUNCTION", Exit.USAGE
+            "several services: name that of each target, NAME=MODULE:FUNCTION", Exit.USAGE
         )
     targets = _load_targets(arguments.targets, *arguments.service)
     initializer = _load(arguments.initializer, "--initializer")
@@ -141,6 +141,9 @@ class _UserCode:
         return watched
 
 
+_ENDING: Final = b"zmqexecutor worker: ending after the job at hand; Ctrl-C again interrupts it\n"
+
+
 def _end_gently(stop: Callable[[], object], *signals: signal.Signals) -> None:
     """Have these signals let the job at hand finish; a second Ctrl-C interrupts it.
 
@@ -151,6 +154,8 @@ def _end_gently(stop: Callable[[], object], *signals: signal.Signals) -> None:
     def on_signal(signum: int, _frame: FrameType | None) -> None:
         if asked.is_set() and signum == signal.SIGINT:
             raise KeyboardInterrupt
+        if signum == signal.SIGINT:
+            os.write(2, _ENDING)  # `print` could be what was interrupted
         asked.set()
         stop()
 
