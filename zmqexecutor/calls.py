@@ -339,4 +339,4 @@ def serve(
         endpoint, handler, journals=None, patience=patience, once=True, keys=access.keys
     )
     worker.run()
-    return worker.lost
+    return worker.lost and not worker.stopped

@@ -192,6 +192,8 @@ class Worker:
         self._once = False
         self.lost = False
         """Whether the last master has gone, or has taken this worker for lost."""
+        self.stopped = False
+        """Whether `stop` was called."""
         self._queue: deque[tuple[Job | None, list[Frame], protocol.Jobs | None]] = deque()
         self._unsent: list[msgspec.Raw] = []
         self._unsent_buffers: list[Frame] = []
@@ -243,6 +245,7 @@ class Worker:
 
     def stop(self) -> None:
         """Have `run` return after the job at hand. Never blocks; any thread may call it."""
+        self.stopped = True
         self._stopping = True
         self._wakeup.set()
 
