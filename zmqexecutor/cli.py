@@ -14,7 +14,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from . import __version__
+import zmqexecutor
+
 from .exits import EXIT_CODES, CommandError, Exit
 
 __all__ = ["main"]
@@ -108,7 +109,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    parser.add_argument(
+        "--version", action="version", version=f"{PROGRAM} {zmqexecutor.__version__}"
+    )
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
 
     def add(name: str, summary: str, examples: str) -> argparse.ArgumentParser:

@@ -59,7 +59,8 @@ class _View:
         if self._json:
             text = reports.as_json(report, previous)
         elif self._redraws:
-            height = shutil.get_terminal_size().lines - 1
+            lines = shutil.get_terminal_size().lines  # 0 if the terminal does not know
+            height = lines - 1 if lines > 1 else None
             text = "\n".join(reports.as_table(report, previous, self._endpoint, height))
             text = _TOP_LEFT_AND_CLEAR + text
         elif self._watching:
