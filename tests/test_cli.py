@@ -8,6 +8,7 @@ import pty
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -281,6 +282,10 @@ def test_no_master_is_there(shell: Shell) -> None:
         ("workers shapes:load --workpoint ipc:///tmp/w --endpoint E", "put $WID into it"),
         ("status --endpoint nowhere", "expected ipc://PATH or tcp://HOST:PORT"),
         ("status --endpoint E --watch soon", "expected seconds"),
+        ("worker --calls --endpoint tcp://127.0.0.1:5570", "without authentication"),
+        ("worker shapes:load --endpoint tcp://10.0.0.1:5570", "without authentication"),
+        ("status --endpoint tcp://10.0.0.1:5570", "without authentication"),
+        ("keygen --worker ../alpha", "expected at most 64 letters"),
         ("call --endpoint E", "required: DATA"),
         ("call --endpoint E --codec json {", "DATA is not json"),
         ("call --endpoint E --codec pickle x", "invalid choice: 'pickle'"),
@@ -394,15 +399,18 @@ def test_a_fresh_process_takes_the_place_of_one_whose_executor_died(shell: Shell
             from zmqexecutor import ZmqExecutor
             executor = ZmqExecutor(0, endpoint=sys.argv[1]).options(service="big")
             executor.submit(setattr, sys, "left_behind", 1).result(60)
+            executor.submit(os.chdir, "/").result(60)
             os.kill(os.getpid(), 9)
             """)
     )
-    process = shell.worker("--calls", "--service", "big")
+    (shell.directory / "sub").mkdir()
+    process = shell.worker("--calls", "--service", "big", "--directory", "sub")
     assert shell.start_program([sys.executable, str(program), shell.endpoint]).wait(60) == -9
     with ZmqExecutor(0, endpoint=shell.endpoint) as executor:
         view = executor.options(service="big")
         assert view.submit(hasattr, sys, "left_behind").result(60) is False
         assert view.submit(os.getpid).result(60) == process.pid
+        assert view.submit(os.getcwd).result(60) == str(shell.directory / "sub")
 
 
 # -------------------------------------------------------------------- workers
@@ -671,10 +679,68 @@ def test_a_call_can_be_interrupted(shell: Shell) -> None:
         gate.touch()
 
 
+# ----------------------------------------------------------------------- keys
+
+
+def test_keys_for_all_commands(shell: Shell) -> None:
+    keys = shell.directory / "keys"
+    assert shell.run("keygen", "keys").returncode == 0
+    again = shell.run("keygen", "keys")
+    assert again.returncode == 1
+    assert b"never overwritten" in again.stderr
+    alpha = shell.run("keygen", "keys", "--worker", "alpha")
+    assert alpha.stdout.startswith(f"{keys}/workers/alpha: the keys of alpha;".encode())
+
+    port = free_port()
+    shell.endpoint = f"tcp://127.0.0.1:{port}"
+    at = ["--endpoint", shell.endpoint]
+    group = shell.start("workers", "shapes:square", "-n", "2", "--keys", "keys", *at)
+    with JobRunner(shell.endpoint, keys=keys) as runner:
+        runner.wait_for_workers(2, 30)
+        shell.worker("shapes:square", "--keys", "keys/workers/alpha", "--directory", ".")
+        runner.wait_for_workers(3, 30)
+        assert shell.call("--keys", str(keys), "12").stdout == b"144\n"
+        seen = shell.run("status", *at, "--keys", "keys/workers/alpha", "--json")
+        assert len(json.loads(seen.stdout)["workers"]) == 3
+
+        without = shell.run("status", *at, "--patience", "5")
+        assert without.returncode == 3
+        assert b"keys" in without.stderr
+        assert shell.run("keygen", "others").returncode == 0
+        wrong = shell.run("status", *at, "--keys", "others", "--patience", "1")
+        assert wrong.returncode == 3
+        assert b"is not the master whose key" in wrong.stderr
+        (keys / "authorized" / "alpha.public").unlink()
+        revoked = shell.call("--keys", "keys/workers/alpha", "12")
+        assert revoked.returncode == 3
+        assert b"refused this worker's key" in revoked.stderr
+        assert end(group)[0] == 0
+
+
+def test_keys_that_are_not_there_or_open_to_others(shell: Shell) -> None:
+    at = ["--endpoint", "tcp://127.0.0.1:5570", "--keys", "keys"]
+    for command in (["status"], ["call", "12"], ["worker", "shapes:square"], ["worker", "--calls"]):
+        done = shell.run(*command, *at)
+        assert done.returncode == 1
+        assert b"zmqexecutor keygen" in done.stderr
+    assert shell.run("keygen", "keys").returncode == 0
+    (shell.directory / "keys").chmod(0o755)
+    done = shell.run("status", *at)
+    assert done.returncode == 1
+    assert b"chmod 700" in done.stderr
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 # ----------------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize("command", ["worker", "workers", "status", "call"])
+@pytest.mark.parametrize("command", ["worker", "workers", "status", "call", "keygen"])
 def test_the_examples_in_the_help_can_be_meant(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -683,7 +749,7 @@ def test_the_examples_in_the_help_can_be_meant(
     assert ended.value.code == 0
     text = capsys.readouterr().out
     assert "exit codes:" in text
-    examples = re.findall(rf"^  zmqexecutor ({command} .*)", text.replace("\\\n", ""), re.M)
+    examples = re.findall(rf"^  zmqexecutor ({command}\b.*)", text.replace("\\\n", ""), re.M)
     assert len(examples) >= 3
     for example in examples:
         words = [word for word in shlex.split(example) if word[0] not in "<>"]

@@ -82,6 +82,7 @@ LAYERS = [
     "exits",
     "worker_commands",
     "client_commands",
+    "keygen_command",
     # what users see
     "__init__",
     "cli",

@@ -72,13 +72,23 @@ examples:
   zmqexecutor call --endpoint ipc://$HOME/master.ipc --codec bytes - <photo.jpg >small.jpg
 
 """
+KEYGEN_EXAMPLES: Final = """\
+DIRECTORY is by default $ZMQEXECUTOR_KEYS, else ~/.config/zmqexecutor/keys, where all commands
+look for keys when the endpoint is on tcp://. What is there is never overwritten.
 
+examples:
+  zmqexecutor keygen
+  zmqexecutor keygen --worker alpha
+  zmqexecutor keygen /srv/pool/keys
+
+"""
 
 _HOMES: Final = {
     "worker": ".worker_commands",
     "workers": ".worker_commands",
     "status": ".client_commands",
     "call": ".client_commands",
+    "keygen": ".keygen_command",
 }
 
 
@@ -128,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_workers(add("workers", "run a supervised group of workers", WORKERS_EXAMPLES))
     _add_status(add("status", "ask a master for its workers and its queue", STATUS_EXAMPLES))
     _add_call(add("call", "have a job done, and print its result", CALL_EXAMPLES))
+    _add_keygen(add("keygen", "make keys, for a master and its workers on tcp://", KEYGEN_EXAMPLES))
     return parser
 
 
@@ -260,8 +271,30 @@ def _add_call(parser: argparse.ArgumentParser) -> None:
     _add_connect_patience(parser)
 
 
+def _add_keygen(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "directory", metavar="DIRECTORY", nargs="?", help="made for the keys of a master"
+    )
+    parser.add_argument(
+        "--worker",
+        metavar="NAME",
+        help="make the keys of another worker, or client, that the master there will admit",
+    )
+
+
 def _add_endpoint(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("--endpoint", metavar="ADDRESS", required=True, help=text)
+    parser.add_argument(
+        "--keys",
+        metavar="DIRECTORY",
+        help="where the keys for tcp:// are (default: $ZMQEXECUTOR_KEYS, else "
+        "~/.config/zmqexecutor/keys, if it is there)",
+    )
+    parser.add_argument(
+        "--allow-plaintext-tcp-from-anyone",
+        action="store_true",
+        help="use tcp:// without keys at any address: whoever is on the way can pose as the master",
+    )
 
 
 def _add_connect_patience(parser: argparse.ArgumentParser) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import struct
+import os
 import time
 import uuid
 from types import TracebackType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import zmq
 
-from . import codecs, errors, protocol, security
+from . import codecs, errors, handshakes, protocol, security
 from .errors import JobFailedError, NoMasterError, TaskTimeoutError
 from .protocol import DEFAULT_SERVICE, Answer, Report
+
+if TYPE_CHECKING:
+    from .keys import Keys
 
 __all__ = ["Client"]
 
@@ -41,30 +44,48 @@ class Client:
                 print(client.call("1", "12"))  # 144
     """
 
-    def __init__(self, endpoint: str, *, patience: float = PATIENCE) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        patience: float = PATIENCE,
+        keys: Keys | str | os.PathLike[str] | None = None,
+        allow_plaintext_tcp_from_anyone: bool = False,
+    ) -> None:
         """Begin to connect; does not wait.
 
         Args:
             endpoint: where the master listens, such as `ipc:///tmp/master.ipc`.
             patience: seconds to wait for the connection, when it is needed.
+            keys: for tcp://, as for `Worker`; a client's are those of a worker.
+            allow_plaintext_tcp_from_anyone: as for `Worker`.
 
         Raises:
-            TypeError: the endpoint is not text.
-            ValueError: the endpoint cannot be used.
-            OSError: there are too few file descriptors left.
+            TypeError: an argument has the wrong type.
+            ValueError: the endpoint cannot be used, or not without keys.
+            OSError: keys are missing, or other users could read them; or there are too few
+                file descriptors left.
         """
-        self._endpoint = security.check_address(endpoint, "endpoint")
+        access = security.Access.decide(
+            endpoint,
+            "worker",
+            keys,
+            allow_plaintext_tcp_from_anyone=allow_plaintext_tcp_from_anyone,
+        )
+        self._endpoint = endpoint
+        self._keys = access.keys
+        self._failure = ""  # why the last handshake failed
         self._patience = patience
         self._connected = False
         self._number = 0
         security.check_descriptors()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = security.socket(self._context, zmq.DEALER, endpoint)
+        self._socket = security.socket(self._context, zmq.DEALER, endpoint, keys=self._keys)
         self._socket.routing_id = uuid.uuid4().hex.encode()
         # Nothing is kept for a master that is not there: it would come too late.
         self._socket.immediate = True
         self._monitor = self._socket.get_monitor_socket(
-            zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
+            zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED | handshakes.FAILED
         )
         self._socket.connect(endpoint)
 
@@ -159,10 +180,8 @@ class Client:
                 except zmq.Again:
                     pass  # lost just now; the monitor is about to say so
             if not self._poll(limit, self._monitor):
-                raise NoMasterError(
-                    f"no master at {self._endpoint} (looked for it for {self._patience:g} s); "
-                    "is one running there?"
-                )
+                reason = self._failure or f"no master at {self._endpoint}; is one running there?"
+                raise NoMasterError(f"{reason} (tried for {self._patience:g} s)")
 
     def _receive(self, deadline: float | None) -> protocol.ToClient | None:
         """The next message of the master; None if the time is over."""
@@ -184,14 +203,25 @@ class Client:
                 return None
 
     def _follow_connection(self) -> bool:
-        """Whether there is a connection, as far as has been told."""
+        """Whether there is a connection, as far as has been told.
+
+        Raises:
+            NoMasterError: it is of no use to try again.
+        """
         while True:
             try:
-                # Number and value, then an address.
-                event, _ = struct.unpack("=HI", self._monitor.recv_multipart(zmq.DONTWAIT)[0])
+                parts = self._monitor.recv_multipart(zmq.DONTWAIT)
             except zmq.Again:
                 return self._connected
+            event, value = handshakes.read_event(parts)
             self._connected = event == zmq.Event.HANDSHAKE_SUCCEEDED
+            if self._connected:
+                self._failure = ""
+            elif event & handshakes.FAILED:
+                failure = handshakes.explain(event, value, self._endpoint, self._keys)
+                if failure.final:
+                    raise NoMasterError(failure.reason)
+                self._failure = failure.reason
 
     @staticmethod
     def _poll(deadline: float | None, *sockets: zmq.Socket[bytes]) -> bool:

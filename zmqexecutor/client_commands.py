@@ -131,7 +131,12 @@ def _print_result(result: Any, codec: str | None) -> None:
 
 def _connect(arguments: Namespace) -> Client:
     try:
-        return Client(arguments.endpoint, patience=arguments.patience)
+        return Client(
+            arguments.endpoint,
+            patience=arguments.patience,
+            keys=arguments.keys,
+            allow_plaintext_tcp_from_anyone=arguments.allow_plaintext_tcp_from_anyone,
+        )
     except ValueError as error:
         raise CommandError(error, Exit.USAGE) from None
     except OSError as error:

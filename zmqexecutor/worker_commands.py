@@ -28,9 +28,10 @@ __all__ = ["worker", "workers"]
 
 def worker(arguments: Namespace) -> int:
     """Run one worker until it is asked to end."""
-    _go_to(arguments.directory)
+    _make_absolute(arguments)
     if arguments.calls:
         return _serve_calls(arguments)
+    _go_to(arguments.directory)
     guard = _UserCode()
     made = _make_worker(arguments, guard)
     if arguments.check:
@@ -48,6 +49,13 @@ def worker(arguments: Namespace) -> int:
             raise CommandError(error, Exit.FAILED) from None
         raise
     return 0
+
+
+def _make_absolute(arguments: Namespace) -> None:
+    """Have folders mean the same after a change of the working directory."""
+    for option in ("directory", "keys"):
+        if (path := getattr(arguments, option)) is not None:
+            setattr(arguments, option, os.path.abspath(path))
 
 
 def _go_to(directory: str | None) -> None:
@@ -83,9 +91,13 @@ def _make_worker(arguments: Namespace, guard: _UserCode) -> Worker:
             teardown=teardown and guard.watch(teardown, "the teardown"),
             allow_pickle=arguments.allow_pickle,
             patience=arguments.patience,
+            keys=arguments.keys,
+            allow_plaintext_tcp_from_anyone=arguments.allow_plaintext_tcp_from_anyone,
         )
     except (TypeError, ValueError) as error:
         raise CommandError(error, Exit.USAGE) from None
+    except OSError as error:  # of keys
+        raise CommandError(error, Exit.FAILED) from None
 
 
 def _load_targets(written: list[str], service: str = "") -> dict[str, Any]:
@@ -173,17 +185,34 @@ def _serve_calls(arguments: Namespace) -> int:
     from . import calls, security
 
     try:
-        security.check_address(arguments.endpoint, "endpoint")
+        security.Access.decide(
+            arguments.endpoint,
+            "worker",
+            arguments.keys,
+            allow_plaintext_tcp_from_anyone=arguments.allow_plaintext_tcp_from_anyone,
+            allow_plaintext_loopback=False,
+        )
         for service in arguments.service:
             calls.call_service(service)
     except (TypeError, ValueError) as error:
         raise CommandError(error, Exit.USAGE) from None
+    except OSError as error:  # of keys
+        raise CommandError(error, Exit.FAILED) from None
     if arguments.check:
         return 0
+    start = os.getcwd()
+    environment = dict(os.environ)
+    _go_to(arguments.directory)
     # The worker has its own handler of SIGTERM.
     _end_gently(lambda: signal.raise_signal(signal.SIGTERM), signal.SIGINT)
     try:
-        lost = calls.serve(arguments.endpoint, arguments.service, patience=arguments.patience)
+        lost = calls.serve(
+            arguments.endpoint,
+            arguments.service,
+            patience=arguments.patience,
+            keys=arguments.keys,
+            allow_plaintext_tcp_from_anyone=arguments.allow_plaintext_tcp_from_anyone,
+        )
     except calls.InitializerError as error:
         raise CommandError(error, Exit.FAILED) from None
     except RegistrationError as error:
@@ -194,7 +223,8 @@ def _serve_calls(arguments: Namespace) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         command = python_command("-m", "zmqexecutor", *_worker_arguments(arguments))
-        os.execv(command[0], command)  # noqa: S606  (no shell is meant)
+        os.chdir(start)
+        os.execve(command[0], command, environment)  # noqa: S606  (no shell is meant)
     return 0
 
 
@@ -203,6 +233,7 @@ def _serve_calls(arguments: Namespace) -> int:
 
 def workers(arguments: Namespace) -> int:
     """Keep a group of workers alive, or print how circusd can do that."""
+    _make_absolute(arguments)
     point = arguments.workpoint
     if point and arguments.numprocesses > 1 and not _numbered(point):
         raise CommandError(
@@ -230,14 +261,15 @@ def _worker_arguments(arguments: Namespace) -> list[str]:
     told = ["worker", *arguments.targets, f"--patience={arguments.patience:g}"]
     told += [
         f"--{option}={value}"
-        for option in ("endpoint", "workpoint", "initializer", "teardown")
+        for option in ("endpoint", "workpoint", "initializer", "teardown", "directory", "keys")
         if (value := getattr(arguments, option)) is not None
     ]
     told += [f"--service={name}" for name in arguments.service]
-    if arguments.directory is not None:
-        told.append(f"--directory={os.path.abspath(arguments.directory)}")
-    told += ["--calls"] if arguments.calls else []
-    told += ["--allow-pickle"] if arguments.allow_pickle else []
+    told += [
+        f"--{flag}"
+        for flag in ("calls", "allow-pickle", "allow-plaintext-tcp-from-anyone")
+        if getattr(arguments, flag.replace("-", "_"))
+    ]
     return told
 
 
@@ -245,8 +277,11 @@ def _circus_ini(arguments: Namespace, command: list[str]) -> str:
     from .circus_ini import circus_ini
 
     module = "calls" if arguments.calls else arguments.targets[0].partition(":")[0]
-    path = os.environ.get("PYTHONPATH", "")
-    absolute = os.pathsep.join(os.path.abspath(entry) for entry in path.split(os.pathsep) if entry)
+    environment = {}
+    if entries := [os.path.abspath(e) for e in os.environ.get("PYTHONPATH", "").split(":") if e]:
+        environment["PYTHONPATH"] = ":".join(entries)
+    if keys := os.environ.get("ZMQEXECUTOR_KEYS"):
+        environment["ZMQEXECUTOR_KEYS"] = os.path.abspath(keys)
     try:
         return circus_ini(
             module.rpartition("=")[2],
@@ -254,7 +289,7 @@ def _circus_ini(arguments: Namespace, command: list[str]) -> str:
             arguments.numprocesses,
             working_dir=os.getcwd(),
             graceful_timeout=arguments.graceful_timeout,
-            environment={"PYTHONPATH": absolute} if absolute else {},
+            environment=environment,
         )
     except ValueError as error:
         raise CommandError(error, Exit.USAGE) from None
