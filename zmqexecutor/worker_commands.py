@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from argparse import Namespace
 from collections.abc import Callable
 from types import FrameType
@@ -161,14 +160,15 @@ def _end_gently(stop: Callable[[], object], *signals: signal.Signals) -> None:
 
     What the user's modules have decided about a signal stays as it is.
     """
-    asked = threading.Event()
+    asked = False  # no lock: a handler may interrupt itself
 
     def on_signal(signum: int, _frame: FrameType | None) -> None:
-        if asked.is_set() and signum == signal.SIGINT:
+        nonlocal asked
+        if asked and signum == signal.SIGINT:
             raise KeyboardInterrupt
+        asked = True
         if signum == signal.SIGINT:
             os.write(2, _ENDING)  # `print` could be what was interrupted
-        asked.set()
         stop()
 
     for signum in signals:
