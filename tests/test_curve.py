@@ -709,8 +709,8 @@ import sys, threading
 from zmqexecutor import JobRunner
 with JobRunner(sys.argv[1], keys=sys.argv[2]) as runner:
     loaded = {"asyncio", "tornado", "circus"} & set(sys.modules)
-    print(*loaded, "ready", flush=True)
     try:
+        print(*loaded, "ready", flush=True)
         threading.Event().wait()
     except KeyboardInterrupt:
         print("interrupted", flush=True)

@@ -53,6 +53,8 @@ logger = logging.getLogger(__name__)
 
 PINGED_AFTER: Final = 0.25
 """Part of the time until a silent worker is lost, for a look whether ZeroMQ has noticed."""
+LAST_WORDS: Final = 0.5
+"""Seconds at most, at the end, for a message to reach workers on other hosts."""
 LONGEST_WAIT: Final = 3600.0
 """Seconds after which the loop looks again at a deadline that is still further away."""
 
@@ -746,6 +748,7 @@ class Master:
         for peer in self._roster:
             if peer.channels.entrance.python and peer.state and peer.state.held:
                 peer.tell(protocol.Die())  # nobody wants what it does
+                peer.channels.linger = LAST_WORDS
         for task in self._scheduler.cancel_queued():
             task.cancel()
         self._fail_held(reason)
