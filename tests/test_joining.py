@@ -19,8 +19,10 @@ import numpy as np
 import pytest
 
 from zmqexecutor import (
+    RegistrationError,
     TaskKilledError,
     TaskTimeoutError,
+    Worker,
     WorkerLostError,
     ZmqExecutor,
     protocol,
@@ -204,6 +206,26 @@ def test_a_failing_initializer_costs_that_worker(
         assert executor.submit(abs, -1).result(60) == 1
 
 
+def test_it_may_join_before_the_first_task(endpoint: str, start_worker: Start) -> None:
+    joined = start_worker()
+    with ZmqExecutor(1, endpoint=endpoint) as executor:
+        assert eventually(lambda: joined.pid in {worker.pid for worker in executor.workers}, 60)
+        assert executor.submit(abs, -1).result(60) == 1
+        (there,) = (worker.id for worker in executor.workers if worker.pid == joined.pid)
+        executor.wait_for_workers(2, 60)
+        assert there in {worker.id for worker in executor.workers}
+
+
+def test_a_cancelled_task_that_no_worker_has_seen_keeps_nobody(endpoint: str) -> None:
+    with ZmqExecutor(0, endpoint=endpoint) as executor:
+        assert executor.submit(abs, -1).cancel()
+    executor = ZmqExecutor(0, endpoint=endpoint)
+    future = executor.submit(abs, -1)
+    executor.shutdown(wait=False)
+    assert future.cancel()
+    assert executor._master.join(60)
+
+
 # ------------------------------------------------------------ special workers
 
 
@@ -316,6 +338,28 @@ def test_arguments_that_make_no_sense(
         ZmqExecutor(**arguments)
 
 
+def test_what_can_never_be_is_refused() -> None:
+    with ZmqExecutor(1) as executor:
+        with pytest.raises(ValueError, match="give the pool an endpoint"):
+            executor.options(service="gpu")
+        with pytest.raises(ValueError, match="give the pool an endpoint"):
+            executor.options(retries=1).options(service="gpu")
+        with pytest.raises(ValueError, match="at most 1 workers"):
+            executor.wait_for_workers(2)
+        with pytest.raises(TypeError, match="must be an integer"):
+            executor.wait_for_workers("1")  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="number of seconds"):
+            executor.wait_for_workers(1, "1")  # type: ignore[arg-type]
+        assert executor.submit(abs, -1).result(60) == 1
+
+
+def test_a_worker_of_another_kind_is_refused(endpoint: str) -> None:
+    worker = Worker(endpoint, target=print, patience=20)
+    refused = pytest.raises(RegistrationError, match="it needs a JobRunner")
+    with ZmqExecutor(0, endpoint=endpoint), refused:
+        worker.run()
+
+
 def test_waiting_for_workers_in_vain(endpoint: str) -> None:
     late = pytest.raises(TimeoutError, match=r"0 of 2 workers were ready after 0\.2 s")
     with ZmqExecutor(0, endpoint=endpoint) as executor, late:
@@ -328,5 +372,3 @@ def test_a_pool_can_be_warmed() -> None:
     with ZmqExecutor(3) as executor:
         executor.wait_for_workers(3, 60)
         assert len(executor.workers) == 3
-        with pytest.raises(TimeoutError):
-            executor.wait_for_workers(4, 0.1)

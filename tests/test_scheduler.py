@@ -61,6 +61,9 @@ class NamedJob(Job):
         self.sent = False
         self.dropped = False
 
+    def wanted(self) -> bool:
+        return not self.cancelled
+
     def start(self) -> bool:
         assert not self.dropped, "a cancelled job was started twice"
         if not self.sent:
@@ -714,9 +717,10 @@ def test_patience_begins_when_the_last_worker_leaves() -> None:
 
 def test_without_patience_jobs_wait_for_ever() -> None:
     desk = Desk()
-    desk.submit("new")
+    jobs = desk.submit("new")
     assert desk.decide(after=1e9) == []
-    assert desk.scheduler.next_deadline() is None
+    assert desk.decide(after=1e9) == []
+    assert queued(desk.scheduler) == jobs
 
 
 # ------------------------------------------------------------------- deadlines
@@ -1484,12 +1488,49 @@ def test_a_lenient_scheduler_says_that_nobody_offers_a_service() -> None:
     scheduler.submit(job, 100.0)
     assert scheduler.decide(104.0) == []
     assert scheduler.decide(105.0) == [Deserted("gpu", 1)]
-    assert scheduler.next_deadline() is None
+    assert scheduler.decide(190.0) == []
     scheduler.submit(other, 200.0)
-    assert scheduler.next_deadline() == 205.0
+    assert scheduler.decide(204.0) == []
     assert scheduler.decide(205.0) == [Deserted("gpu", 2)]
     worker = scheduler.worker_ready(b"w", 300.0, services=["gpu"])
     (send,) = scheduler.decide(300.0)
     assert isinstance(send, Send)
     assert send.worker is worker
     assert [job for _, job in send.jobs] == [job]
+
+
+def test_unwanted_jobs_do_not_stay_where_no_worker_comes() -> None:
+    desk = Desk(max_workers=1, wanted=1)
+    kept, unwanted = desk.submit("x", 2, service="gpu")
+    (started,) = desk.submit("x")
+    unwanted.cancelled = started.cancelled = True
+    deadline = desk.scheduler.next_deadline()
+    assert deadline is not None
+    desk.scheduler.decide(deadline)
+    assert queued(desk.scheduler) == [kept]
+    kept.cancelled = True
+    desk.scheduler.drop_unwanted(deadline)
+    assert len(desk.scheduler) == 0
+    assert desk.scheduler.next_deadline() is None
+
+
+def test_what_is_kept_at_a_shutdown_is_the_groups() -> None:
+    desk = Desk(max_workers=2, wanted=1)
+    special = desk.submit("x", 2, service="gpu")
+    first, second = desk.submit("x", 2)
+    assert desk.scheduler.cancel_queued(keep=1) == [*special, second]
+    assert queued(desk.scheduler) == [first]
+
+
+def test_a_worn_worker_from_elsewhere_leaves_at_once() -> None:
+    desk = Desk(max_workers=1, wanted=1)
+    own, other = desk.worker("own"), desk.worker("other", grouped=False)
+    desk.scheduler.wear_out(other)
+    (retire,) = only(desk.decide(), Retire)
+    assert retire.worker is other
+    desk.scheduler.wear_out(own)
+    (scale,) = only(desk.decide(), Scale)
+    assert scale.workers == 2
+    desk.worker("successor")
+    (retire,) = only(desk.decide(), Retire)
+    assert retire.worker is own

@@ -12,7 +12,15 @@ from typing import Any
 
 import pytest
 
-from zmqexecutor import JobFailedError, JobRunner, NoWorkerError, RegistrationError, Worker
+from zmqexecutor import (
+    ForkedExecutorError,
+    JobFailedError,
+    JobRunner,
+    NoWorkerError,
+    RegistrationError,
+    Worker,
+    registration,
+)
 
 from .conftest import eventually
 
@@ -267,3 +275,72 @@ def test_arguments_that_make_no_sense(
 ) -> None:
     with pytest.raises(error, match=message):
         Worker(endpoint, **arguments)
+
+
+# ----------------------------------------------------- workers like those of other hosts
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers of this process do not say on which machine they are."""
+    monkeypatch.setattr(registration, "machine_id", str)
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_worker_that_registers_again_at_its_workpoint(
+    tmp_path: Path, endpoint: str, start_worker: StartWorker
+) -> None:
+    worker = start_worker(workpoint=f"ipc://{tmp_path}/w", target=square)
+    with running(endpoint, 1) as runner:
+        (first,) = runner.workers
+        worker._control.begin_again()
+        assert eventually(lambda: {w.id for w in runner.workers} not in ({first.id}, set()))
+        assert [runner.execute("1", str(n), 20) for n in range(20)] == [
+            str(n * n) for n in range(20)
+        ]
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_job_that_could_not_be_sent_goes_to_another_worker(
+    endpoint: str, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers = [start_worker(target=lambda job: job[1]) for _ in range(2)]
+    with running(endpoint, 2) as runner:
+        assert runner._master is not None
+        assert runner.execute("1", "a", 20) == "a"
+        peers = {peer.hello.worker: peer for peer in runner._master._roster}
+        warmest = max(runner.workers, key=lambda worker: worker.jobs_done)
+        # As when its connection has just been lost, and nobody knows.
+        monkeypatch.setattr(peers[warmest.id], "send_work", lambda *_: False)
+        assert runner.execute("2", "b", 20) == "b"
+    assert len(workers) == 2
+
+
+def test_a_forked_child_cannot_use_the_runner(endpoint: str) -> None:
+    with JobRunner(endpoint) as runner:
+        child = os.fork()
+        if child == 0:
+            try:
+                runner.execute("1", "x")
+            except ForkedExecutorError:
+                os._exit(7)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_a_teardown_that_raises(endpoint: str) -> None:
+    worker = Worker(
+        endpoint, target=square, initializer=list, teardown=lambda _: 1 // 0, patience=20
+    )
+    with JobRunner(endpoint) as runner:
+
+        def stop() -> None:
+            runner.wait_for_workers(1, 20)
+            worker.stop()
+
+        thread = threading.Thread(target=stop, daemon=True)
+        thread.start()
+        with pytest.raises(ZeroDivisionError):
+            worker.run()
+        thread.join(20)

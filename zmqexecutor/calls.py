@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from multiprocessing import process
 from multiprocessing.process import current_process
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -21,7 +21,7 @@ from .handler import Outcome
 from .inheritance import Descriptor, share_tracker, tracker
 from .limits import teller
 from .machine import resident_memory
-from .protocol import Frame, Job
+from .protocol import CALLS, Frame, Job
 from .serialization import CallPickler, CallRunner
 from .shares import is_share
 from .worker import PATIENCE, Worker
@@ -30,11 +30,7 @@ from .worker_errors import RegistrationError
 if TYPE_CHECKING:
     from .keys import Keys
 
-__all__ = ["CALLS", "Initializer", "Setup", "boot_code", "call_service", "main", "serve"]
-
-
-CALLS: Final = "python"
-"""The service of an executor's workers: to make calls."""
+__all__ = ["Initializer", "Setup", "boot_code", "call_service", "main", "serve"]
 
 
 def call_service(name: str | None) -> str:

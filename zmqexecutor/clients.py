@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Final
 
+import msgspec
+
 from . import protocol
 from .channels import Channels
 from .lanes import Lane
@@ -20,6 +22,10 @@ from .protocol import Frame, Result
 from .tasks import Task
 
 __all__ = ["Clients", "Counts", "report"]
+
+
+MOST_CALLS: Final = 10_000
+"""Calls of clients that wait or run at a time: who has gone away does not say so."""
 
 
 class Counts:
@@ -88,6 +94,7 @@ class Clients:
     ) -> None:
         self._submit = submit
         self._tell_state = tell_state
+        self._outstanding = 0
 
     def on_message(self, channels: Channels, identity: bytes, message: protocol.FromClient) -> None:
         """A client has asked for something."""
@@ -97,6 +104,11 @@ class Clients:
             refusal = b"this master takes no jobs from clients"
             channels.tell(
                 identity, protocol.Answer(message.number, False, refusal, "text", "ProtocolError")
+            )
+        elif self._outstanding >= MOST_CALLS:
+            refusal = f"{MOST_CALLS} calls of clients are waiting already".encode()
+            channels.tell(
+                identity, protocol.Answer(message.number, False, refusal, "text", "RuntimeError")
             )
         else:
             self._call(channels, identity, message)
@@ -114,16 +126,18 @@ class Clients:
         )
 
         def answer(done: Future[Result]) -> None:
+            self._outstanding -= 1
             channels.tell(identity, _answer(call.number, done))  # if it is still there
 
         future.add_done_callback(answer)  # called by the master thread, as all completions
+        self._outstanding += 1
         self._submit(task)
 
 
 def _as_it_came(result: Result, buffers: Iterable[Frame]) -> Result:
     """The result as the client will decode it."""
-    del buffers  # workers of jobs with a target send none
-    return result
+    frames = list(buffers)
+    return msgspec.structs.replace(result, data=bytes(frames[0])) if frames else result
 
 
 def _answer(number: int, done: Future[Result]) -> protocol.Answer:

@@ -16,7 +16,7 @@ import msgspec
 
 from . import interpreter, security
 from .buffers import Segments
-from .calls import CALLS, Initializer, Setup, boot_code, call_service
+from .calls import Initializer, Setup, boot_code, call_service
 from .channels import LOST_AFTER, Entrance, joining_entrance
 from .errors import BrokenPoolError, ForkedExecutorError, SerializationError
 from .futures import TaskFuture
@@ -26,9 +26,9 @@ from .keys import Keys
 from .limits import check_rlimits
 from .machine import usable_cpus
 from .mapping import MappingExecutor
-from .master import Master, MasterOptions
+from .master import Master, MasterOptions, check_wait
 from .peers import WorkerInfo
-from .protocol import Frame, Result, Shared
+from .protocol import CALLS, Frame, Result, Shared
 from .security import PrivateDirectory
 from .serialization import CallPickler
 from .shares import SharedObject
@@ -178,6 +178,7 @@ class ZmqExecutor(MappingExecutor):
             lenient=True,
             finish_at_exit=True,
         )
+        self._joinable = joining is not None
         if self._max_workers:
             self._master = self._with_group(options, rlimits or {})
         else:
@@ -257,6 +258,11 @@ class ZmqExecutor(MappingExecutor):
             timeout, retries, retry_on, retry_delay, priority, name, kill_on_cancel, service
         )
         call_service(service)  # checked now, not by each submit
+        if service is not None and not self._joinable:
+            raise ValueError(
+                f"no worker can offer the service {service!r}: give the pool an endpoint, where "
+                "such workers can join"
+            )
         return ExecutorView(self, options)
 
     def share(self, obj: T) -> SharedObject[T]:
@@ -342,10 +348,19 @@ class ZmqExecutor(MappingExecutor):
 
         Raises:
             TimeoutError: they were not there in time.
+            ValueError: there will never be so many.
+            TypeError: an argument has the wrong type.
             RuntimeError, BrokenPoolError, ForkedExecutorError: as `submit`.
         """
-        self._check_open()
-        self._equip()
+        check_wait(number, timeout)
+        if number > self._max_workers and not self._joinable:
+            raise ValueError(
+                f"this pool has at most {self._max_workers} workers (max_workers), and no "
+                f"endpoint where others can join; {number} will never be there"
+            )
+        with self._lock:
+            self._check_open()
+            self._equip()
         self._master.wait_for_workers(number, timeout)
 
     @property
@@ -438,7 +453,7 @@ class ExecutorView(MappingExecutor):
 
     def options(self, **changes: Any) -> ExecutorView:
         """Return a view that has these options (see `ZmqExecutor.options`) and its own others."""
-        return ExecutorView(self._executor, make_options(**{**asdict(self._options), **changes}))
+        return self._executor.options(**{**asdict(self._options), **changes})
 
     def share(self, obj: T) -> SharedObject[T]:
         """As `ZmqExecutor.share`; the handle is good for the pool and all its views."""

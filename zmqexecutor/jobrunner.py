@@ -13,9 +13,9 @@ from typing import Any, TypeAlias
 
 from . import codecs, security
 from .channels import LOST_AFTER, joining_entrance
-from .errors import JobFailedError, TaskTimeoutError
+from .errors import ForkedExecutorError, JobFailedError, TaskTimeoutError
 from .keys import Keys
-from .master import Master, MasterOptions
+from .master import Master, MasterOptions, check_wait
 from .peers import WorkerInfo
 from .protocol import DEFAULT_SERVICE, Frame, Result
 from .tasks import Task
@@ -80,6 +80,7 @@ class JobRunner:
         joining = joining_entrance(endpoint, work_address, lost_after, access)
         self._entrance = replace(joining, calls=True)
         self._patience = patience
+        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._master: Master | None = None
 
@@ -129,8 +130,11 @@ class JobRunner:
 
         Raises:
             TimeoutError: they were not there in time.
+            TypeError, ValueError: an argument makes no sense.
             RuntimeError: the runner is not started, or was stopped.
         """
+        check_wait(number, timeout)
+        self._check_owner()
         if (master := self._master) is None:
             raise RuntimeError("this JobRunner is not running; call start() first")
         master.wait_for_workers(number, timeout)
@@ -176,6 +180,7 @@ class JobRunner:
             codec=encoding,
             service=service,
         )
+        self._check_owner()
         with self._lock:
             if self._master is None:
                 raise RuntimeError("this JobRunner is not running; call start() first")
@@ -227,6 +232,12 @@ class JobRunner:
                 f"job {job_id!r} had no result after {timeout:g} s: "
                 + ("no worker was free to take it" if queued else "a worker is still running it")
             ) from None
+
+    def _check_owner(self) -> None:
+        if self._pid != os.getpid():
+            raise ForkedExecutorError(
+                "this JobRunner belongs to the process that made it, not to its forked child"
+            )
 
     def __enter__(self) -> JobRunner:
         self.start()

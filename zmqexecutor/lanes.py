@@ -31,6 +31,10 @@ class Job:
         self.seq = 0
         """Its number there."""
 
+    def wanted(self) -> bool:
+        """Whether it is worth waiting for a worker."""
+        return True
+
     def start(self) -> bool:
         """Called just before the job is first sent: False drops a cancelled one."""
         return True

@@ -47,7 +47,7 @@ from .stops import Stops
 from .tasks import Task
 from .wakeup import Wakeup
 
-__all__ = ["Master", "MasterOptions"]
+__all__ = ["Master", "MasterOptions", "check_wait"]
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class Master:
             ask_stack=lambda peer: peer.tell(protocol.ShowStack()),
             recall=lambda peer, seqs: peer.tell(protocol.Recall(seqs)),
             kill=self._kill_worker,
-            give_up=lambda peer: self._lose(peer, None),
+            give_up=self._give_up,
         )
         self._counts = Counts()
         self._clients = Clients(
@@ -619,6 +619,11 @@ class Master:
             self._scheduler.drain(peer.state)  # until it is dead, it may look idle
         self._roster.kill(peer)
 
+    def _give_up(self, peer: Peer) -> None:
+        """It has outlived its kill: whatever it is doing, it does it for nobody."""
+        self._expel(peer.channels, peer.identity)
+        self._lose(peer, None)
+
     def _equip(self, setup: bytes) -> None:
         for channels in self._channels:
             if channels.setup is None:
@@ -631,7 +636,7 @@ class Master:
         self._scheduler.want(workers - others)
 
     def _tell_watchers(self) -> None:
-        for news in self._watchers:
+        for news in list(self._watchers):
             news.put(None)
 
     # ---------------------------------------------------------------- decisions
@@ -697,7 +702,8 @@ class Master:
             frames += buffers
         message = protocol.Jobs(peer.confirmed, jobs, shared, forget)
         if not peer.send_work(message, frames):
-            self._lose(peer, None)
+            # Without a journal it held nothing but this, which has not left.
+            self._lose(peer, None if peer.journal else 0)
         else:
             peer.sent_at = time.monotonic()
             if limited:
@@ -732,6 +738,8 @@ class Master:
 
     def _close_when_done(self, cancel: bool) -> None:
         self._closing = True
+        self._tell_watchers()
+        self._drop_unwanted()
         if cancel:
             self._cancelling = True
             for task in self._retries.take_all():
@@ -740,6 +748,10 @@ class Master:
             # Those for which a worker is being started count as sent already.
             for task in self._scheduler.cancel_queued(keep=self._scheduler.starting):
                 task.cancel()
+
+    def _drop_unwanted(self) -> None:
+        """Let nothing wait for tasks that were cancelled while no worker was there."""
+        self._scheduler.drop_unwanted(time.monotonic())
 
     def _end(self, reason: BaseException, kill: bool) -> None:
         self._closing = self._ended = True
@@ -820,6 +832,21 @@ class Master:
                 return
             if isinstance(item, Task):
                 item.fail(self.broken or CancelledError("the pool has been shut down"))
+
+
+def check_wait(number: int, timeout: float | None) -> None:
+    """Check the arguments of `wait_for_workers`.
+
+    Raises:
+        TypeError: one has the wrong type.
+        ValueError: one is out of range.
+    """
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise TypeError(f"the number of workers must be an integer, not {number!r}")
+    if number < 0:
+        raise ValueError(f"the number of workers must be 0 or more, not {number}")
+    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float))):
+        raise TypeError(f"timeout must be a number of seconds or None, not {timeout!r}")
 
 
 def _kill_queued(tasks: Iterable[Task]) -> None:

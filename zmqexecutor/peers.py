@@ -83,6 +83,8 @@ class Peer:
         self.identity = identity
         """Routing id of the worker's sockets."""
         self.journal = journal
+        self.welcomed = False
+        """Whether it has been told what to prepare."""
         self.state: WorkerState[Task] | None = None
         """The scheduler's record of it, once it is ready."""
         self.since = time.time()

@@ -31,6 +31,7 @@ import msgspec
 from .worker_errors import ProtocolError
 
 __all__ = [
+    "CALLS",
     "DEFAULT_SERVICE",
     "VERSION",
     "Answer",
@@ -82,6 +83,7 @@ __all__ = [
     "decode_to_client",
     "decode_work_from_worker",
     "encode",
+    "makes_calls",
 ]
 
 _T = TypeVar("_T")
@@ -95,6 +97,13 @@ VERSION: Final = 1
 
 DEFAULT_SERVICE: Final = "default"
 """What a worker offers, and a job asks for, where nobody names a service."""
+CALLS: Final = "python"
+"""What an executor's workers offer: to make calls; with `/` and a name, special ones."""
+
+
+def makes_calls(service: str) -> bool:
+    """Whether this is a service of an executor's workers."""
+    return service == CALLS or service.startswith(f"{CALLS}/")
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
@@ -179,7 +188,7 @@ class Hello(Message, frozen=True):
     version: int
     worker: str
     """Unique to this worker process; also the routing id of both its sockets."""
-    pid: int
+    pid: Annotated[int, msgspec.Meta(gt=0, lt=2**31)]
     host: str
     machine: str
     """Equal for processes that share process ids and files: see docs/protocol.md."""

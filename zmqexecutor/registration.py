@@ -210,10 +210,22 @@ class Control(threading.Thread):
             self._renew = False
             self._begin_again()
         elif self._monitor in ready:
-            self._on_connection(*handshakes.read_event(self._monitor.recv_multipart()))
+            monitor = self._monitor
+            event, value = handshakes.read_event(monitor.recv_multipart())
+            self._read_messages()  # those that came before a connection was lost
+            if self._monitor is monitor:
+                self._on_connection(event, value)
         elif self._socket in ready:
-            self._on_message(self._socket.recv_multipart())
+            self._read_messages()
         self._send_outbox()
+
+    def _read_messages(self) -> None:
+        while True:
+            try:
+                parts = self._socket.recv_multipart(zmq.DONTWAIT)
+            except zmq.Again:
+                return
+            self._on_message(parts)
 
     def _send_outbox(self) -> None:
         while self._outbox:
@@ -308,6 +320,8 @@ class Control(threading.Thread):
             self._send(protocol.Stack(_stack_of(self._main_thread)))
 
     def _on_welcome(self, message: protocol.Welcome) -> None:
+        if self._welcomed:
+            return
         if message.version != protocol.VERSION:
             raise RegistrationError(
                 f"the master speaks protocol {message.version}, this worker {protocol.VERSION}"

@@ -18,6 +18,7 @@ from .fleet import Fleet
 from .journal import JournalReader
 from .machine import machine_id
 from .peers import DeathWatch, Peer
+from .protocol import makes_calls
 
 __all__ = ["Roster"]
 
@@ -87,6 +88,13 @@ class Roster:
             return
         if not hello.services:
             raise ProtocolError("a worker must offer a service")
+        if wanted and not any(makes_calls(name) for name in hello.services):
+            reason = (
+                "the master here is a ZmqExecutor, whose workers make calls "
+                "(zmqexecutor worker --calls); for other services it needs a JobRunner"
+            )
+            channels.tell(identity, protocol.Refused(reason))
+            return
         if hello.workpoint is not None:
             try:
                 channels.entrance.access.check_workpoint(hello.workpoint)
@@ -100,6 +108,10 @@ class Roster:
             self._unwatched[identity] = peer
             self.next_ping = self.next_ping or time.monotonic() + self._ping_interval
         if hello.workpoint is not None:
+            # A connection keeps the routing id that its other end had at first.
+            for other in self:
+                if other is not peer and other.hello.workpoint == hello.workpoint:
+                    self._lose(other, None)
             try:
                 channels.connect(hello.workpoint)
             except zmq.ZMQError as error:
@@ -143,8 +155,9 @@ class Roster:
 
     def _welcome(self, peer: Peer) -> None:
         channels = peer.channels
-        if channels.setup is None:
-            return  # it waits for `equipped`
+        if channels.setup is None or peer.welcomed:
+            return  # it waits for `equipped`, or was there before
+        peer.welcomed = True
         if not peer.tell(protocol.Welcome(protocol.VERSION, channels.work_address, channels.setup)):
             self._lose(peer, None)
 
@@ -185,8 +198,11 @@ class Roster:
                     self._lose(peer, None)
 
     def kill(self, peer: Peer) -> None:
-        """SIGKILL for a worker's process, wherever that is."""
-        if peer in self._by_pid.get(peer.hello.pid, ()):
+        """End a worker's process, wherever that is, with the job that it runs.
+
+        Only of the group's own it is known whose process id that is.
+        """
+        if peer.grouped:
             self._deaths.kill(peer.hello.pid)
         else:
             peer.tell(protocol.Die())

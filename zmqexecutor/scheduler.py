@@ -66,6 +66,8 @@ KINDS_REMEMBERED: Final = 4096
 """Kinds of job whose usual duration is kept, the latest used."""
 LEAD: Final = 1.0
 """Seconds that a successor may need to get ready."""
+PURGE: Final = 6.0
+"""Seconds after which unwanted jobs are looked for that wait without any worker."""
 WEIGHT_OF_LATEST: Final = 0.3
 """Weight of the latest duration in the moving average of its kind."""
 
@@ -161,6 +163,7 @@ class Scheduler(Generic[J]):
         # Lanes with jobs, and without any worker:
         self._deserted: dict[Lane[J], None] = {}
         self._expiry: float | None = None  # no job of theirs expires before that
+        self._purge_at: float | None = None  # when to look for unwanted jobs of those
         self._length = 0  # jobs in all lanes
         self._workers: dict[bytes, WorkerState[J]] = {}
         # Busy workers that have not stalled, longest without progress first:
@@ -208,11 +211,10 @@ class Scheduler(Generic[J]):
         return max(0, self.wanted - self._active)
 
     def cancel_queued(self, keep: int = 0) -> list[J]:
-        """Take all queued jobs but the first `keep` away, and return them."""
+        """Take all queued jobs away, but the first `keep` for the group; return them."""
         jobs: list[J] = []
         for lane in list(self._lanes.values()):
-            kept = min(keep, len(lane.queue))
-            keep -= kept
+            kept = min(keep, len(lane.queue)) if lane.service == self._service else 0
             taken = [lane.queue.take_last() for _ in range(len(lane.queue) - kept)]
             jobs += reversed(taken)
             self._shrunk(lane, len(taken))
@@ -295,7 +297,12 @@ class Scheduler(Generic[J]):
 
     def wear_out(self, worker: WorkerState[J]) -> None:
         """Replace this worker as soon as a successor is ready; it goes on until then."""
-        if not worker.draining and worker.key not in self._worn:
+        if worker.draining or worker.key in self._worn:
+            return
+        if not worker.grouped:
+            worker.leaving = True  # whoever has started it may start another
+            self.settle(worker)
+        else:
             self._worn[worker.key] = worker
             self._age(worker)
             self._relieve()
@@ -330,6 +337,19 @@ class Scheduler(Generic[J]):
                     self._desert(lane, now)
         return lost
 
+    def drop_unwanted(self, now: float) -> None:
+        """Drop jobs that nobody wants any more, where no worker comes to find that out."""
+        self._purge_at = None
+        for lane in list(self._lanes.values()):
+            if lane.workers:
+                continue
+            waiting = [lane.queue.take_first() for _ in range(len(lane.queue))]
+            wanted = [job for job in waiting if job.wanted() or job.start()]
+            lane.queue.put_back(wanted)
+            self._shrunk(lane, len(waiting) - len(wanted))
+            if lane.queue:
+                self._purge_at = now + PURGE
+
     def want(self, workers: int) -> None:
         """Have at least so many workers of the group, as far as there may be."""
         self.wanted = max(self.wanted, min(workers, self._max_workers))
@@ -353,6 +373,8 @@ class Scheduler(Generic[J]):
             self._assign(now, decisions)
         if self._expiry is not None and self._expiry <= now:
             self._expire(now, decisions)
+        if self._purge_at is not None and self._purge_at <= now:
+            self.drop_unwanted(now)
         if self._kept != self.wanted + self._successors:
             self._kept = self.wanted + self._successors
             decisions.append(Scale(self._kept))
@@ -363,8 +385,9 @@ class Scheduler(Generic[J]):
         deadline = None
         if self._moving:
             deadline = next(iter(self._moving.values())).progress + STALL
-        if self._expiry is not None:
-            deadline = self._expiry if deadline is None else min(deadline, self._expiry)
+        for other in (self._expiry, self._purge_at):
+            if other is not None:
+                deadline = other if deadline is None else min(deadline, other)
         return deadline
 
     def _assign(self, now: float, decisions: list[Decision[J]]) -> None:
@@ -562,6 +585,8 @@ class Scheduler(Generic[J]):
 
     def _desert(self, lane: Lane[J], now: float) -> None:
         """It has jobs, and no worker from now on, or for this new job."""
+        if self._purge_at is None:
+            self._purge_at = now + PURGE
         if self._lenient and self._max_workers and lane.service == self._service:
             return
         self._deserted[lane] = None

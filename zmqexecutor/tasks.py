@@ -178,6 +178,10 @@ class Task(Job):
                 self._let_go()
         return self.sent
 
+    def wanted(self) -> bool:
+        """Whether somebody still waits for it."""
+        return not self.doomed and not self.future.cancelled()
+
     def ship(self, mapped: bool) -> tuple[Segment | None, Sequence[Frame]]:
         """The buffers for a worker: a segment if it can map one, else frames."""
         if self.lease is None:

@@ -238,10 +238,13 @@ class Worker:
             if previous is not None:
                 signal.signal(signal.SIGTERM, previous)
             self._control.end()
-            if self._set_up:
-                self._handler.teardown()
-            # Not `term`: it would wait for a socket that an interrupt kept from being closed.
-            context.destroy()
+            try:
+                if self._set_up:
+                    self._handler.teardown()
+            finally:
+                # Not `term`: it would wait for a socket that an interrupt kept from being
+                # closed.
+                context.destroy()
 
     def stop(self) -> None:
         """Have `run` return after the job at hand. Never blocks; any thread may call it."""

@@ -59,7 +59,8 @@ class Program:
         name, _, value = self.mark.partition("=")
 
         def prepare() -> None:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            for signum in (signal.SIGINT, signal.SIGHUP):  # a shell's job, or nohup's
+                signal.signal(signum, signal.SIG_DFL)
             if terminal is not None:
                 fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
 
