@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 MESSAGES_PER_STEP: Final = 256
 """Messages read from one socket before the others have their turn."""
-LOST_AFTER: Final = 10.0
+LOST_AFTER: Final = security.LOST_AFTER
 """Default of `Entrance.lost_after`."""
 LARGEST_CONTROL_MESSAGE: Final = 1024 * 1024
 """Bytes; who sends more is disconnected."""
@@ -122,10 +122,14 @@ class Channels:
         security.check_descriptors()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         keys = entrance.access.keys
-        silence = entrance.lost_after / 2
-        self.control = security.socket(self._context, zmq.ROUTER, endpoint, silence, keys)
+        lost_after = entrance.lost_after
+        self.control = security.socket(
+            self._context, zmq.ROUTER, endpoint, keys, lost_after=lost_after
+        )
         self.control.setsockopt(zmq.MAXMSGSIZE, LARGEST_CONTROL_MESSAGE)
-        self.work = security.socket(self._context, zmq.ROUTER, work, silence, keys)
+        self.work = security.socket(
+            self._context, zmq.ROUTER, work, keys, lost_after=lost_after, bulk=True
+        )
         self.control_fd = self.control.fileno()
         self.work_fd = self.work.fileno()
         self._bound: dict[zmq.Socket[bytes], str] = {}

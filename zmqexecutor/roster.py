@@ -145,7 +145,10 @@ class Roster:
         channels = peer.channels
         if channels.setup is None:
             return  # it waits for `equipped`
-        if not peer.tell(protocol.Welcome(protocol.VERSION, channels.work_address, channels.setup)):
+        welcome = protocol.Welcome(
+            protocol.VERSION, channels.work_address, channels.setup, channels.entrance.lost_after
+        )
+        if not peer.tell(welcome):
             self._lose(peer, None)
 
     # ------------------------------------------------------------- going

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-import sys
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,8 +19,12 @@ CALLS_WORKER = """
     import os, sys
     from zmqexecutor.calls import serve
 
-    keys, endpoint, *services = sys.argv[1:]
-    if serve(endpoint, services, patience=60, keys=keys):
+    keys, patience, endpoint, *services = sys.argv[1:]
+    try:
+        lost = serve(endpoint, services, patience=float(patience), keys=keys)
+    except (ConnectionError, OSError) as error:
+        sys.exit(print(error))
+    if lost:
         os.execv(sys.executable, sys.orig_argv)  # a fresh process for what comes next
 """
 
@@ -75,9 +80,10 @@ def endpoint(home: Host) -> str:
 def start_worker(endpoint: str, keys: Keys) -> StartWorker:
     """Start a worker on a host, which makes calls and joins again when it was lost."""
 
-    def start(host: Host, *services: str, python: str = sys.executable) -> Program:
-        folder = keys.directory / "workers" / host.name
-        return host.python(CALLS_WORKER, str(folder), endpoint, *services, python=python)
+    def start(host: Host, *services: str, patience: float = 60, **options: Any) -> Program:
+        folder = options.pop("keys", keys.directory / "workers" / host.name)
+        arguments = (str(folder), str(patience), endpoint, *services)
+        return host.python(CALLS_WORKER, *arguments, stdout=subprocess.PIPE, **options)
 
     return start
 

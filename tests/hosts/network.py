@@ -32,7 +32,7 @@ import psutil
 
 from ..conftest import alive, eventually
 
-__all__ = ["Cut", "Host", "Network", "Program", "why_not"]
+__all__ = ["Cut", "Host", "Network", "Program", "free_port", "why_not"]
 
 ROOT = Path(__file__).parents[2]
 CLONE_NEWNET = 0x40000000
@@ -48,7 +48,9 @@ def why_not() -> str:
         return f"{', '.join(missing)} not found (util-linux and iproute2 have them)"
     if os.geteuid() != 0:
         return "needs root; run it with: unshare --map-root-user --net python -m pytest tests/hosts"
-    trial = "ip link add name trial type veth peer name other && ip rule add from 10.0.0.1 blackhole"
+    trial = (
+        "ip link add name trial type veth peer name other && ip rule add from 10.0.0.1 blackhole"
+    )
     command = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "sh", "-c", trial]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     return f"no namespaces here: {done.stderr.strip()}" if done.returncode else ""
@@ -122,6 +124,12 @@ class Host:
                 if pid != self.pid and os.readlink(f"/proc/{pid}/ns/pid") == namespace:
                     found.append(pid)
         return found
+
+    def traffic(self) -> tuple[int, int]:
+        """Bytes that have come, and that were sent."""
+        with open(f"/proc/{self.pid}/net/dev") as file:
+            numbers = next(line for line in file if "eth0:" in line).partition(":")[2].split()
+        return int(numbers[0]), int(numbers[8])
 
     def kill_all(self) -> None:
         """SIGKILL for every process, as when memory runs out; the host goes on."""
@@ -242,9 +250,7 @@ class Network:
             OSError: the kernel has no netem.
         """
         try:
-            self._on_router(
-                f"tc qdisc replace dev h{self.hosts.index(host)} root netem {options}"
-            )
+            self._on_router(f"tc qdisc replace dev h{self.hosts.index(host)} root netem {options}")
             host.run("sh", "-c", f"tc qdisc replace dev eth0 root netem {options}")
         except AssertionError as error:
             raise OSError(f"tc qdisc netem: {error}") from None

@@ -12,8 +12,11 @@ import socket
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
-__all__ = ["Diary", "hold_the_interpreter", "note", "wait_for"]
+import numpy as np
+
+__all__ = ["Diary", "hold_the_interpreter", "note", "random_bytes", "wait_for"]
 
 
 def note(diary: str, number: int) -> int:
@@ -39,6 +42,11 @@ def hold_the_interpreter(diary: str, number: int, seconds: int) -> int:
     note(diary, number)
     ctypes.PyDLL(None).sleep(seconds)
     return number
+
+
+def random_bytes(number: int) -> np.ndarray[Any, Any]:
+    """The same each time; nothing on the way can make less of them."""
+    return np.random.default_rng(1).integers(0, 255, number, dtype=np.uint8)
 
 
 class Diary:
