@@ -108,8 +108,12 @@ class Channels:
         work_address: where workers that name no workpoint connect.
     """
 
-    def __init__(self, entrance: Entrance) -> None:
+    def __init__(self, entrance: Entrance, on_lost: Callable[[], None] = lambda: None) -> None:
         """Bind both sockets.
+
+        Args:
+            entrance: what is bound.
+            on_lost: called by another thread when it is known that a connection is lost.
 
         Raises:
             OSError: an address is in use, or cannot be used.
@@ -138,7 +142,7 @@ class Channels:
         try:
             if keys is not None:
                 sockets = {"endpoint": self.control, "work address": self.work}
-                self._gatekeeper = Gatekeeper(self._context, keys, sockets)
+                self._gatekeeper = Gatekeeper(self._context, keys, sockets, on_lost)
             self._bound[self.control] = security.bind(self.control, endpoint)
             self.work_address = self._bound[self.work] = security.bind(self.work, work)
         except BaseException:

@@ -488,8 +488,8 @@ def socket(
         # whose socket has no heartbeat of its own, gives up when it has not felt the
         # master's for as long as that says.
         made.setsockopt(zmq.HEARTBEAT_IVL, int(lost_after * 150))
-        made.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(lost_after * 350))
-        made.setsockopt(zmq.HEARTBEAT_TTL, int(lost_after * 500))
+        made.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(lost_after * 550))
+        made.setsockopt(zmq.HEARTBEAT_TTL, int(lost_after * 700))
     if remote and kind == zmq.DEALER:
         made.setsockopt(zmq.CONNECT_TIMEOUT, int(lost_after * 500))
     if kind == zmq.ROUTER:

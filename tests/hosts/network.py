@@ -47,7 +47,7 @@ def why_not() -> str:
     if missing:
         return f"{', '.join(missing)} not found (util-linux and iproute2 have them)"
     if os.geteuid() != 0:
-        return "needs root; run it with: unshare --map-root-user --net python -m pytest tests/hosts"
+        return "needs root, or: unshare --map-root-user --net python -m pytest tests/hosts"
     trial = (
         "ip link add name trial type veth peer name other && ip rule add from 10.0.0.1 blackhole"
     )
@@ -180,7 +180,7 @@ class Cut:
 
     def _change(self, verb: str) -> None:
         lines = "".join(f"rule {verb} pref 100 {rule} blackhole\n" for rule in self._rules)
-        _run(*_in_network(self._router), "ip", "-batch", "-", input=lines)
+        _run(*_in_network(self._router), "ip", "-batch", "-", standard_input=lines)
 
     def __enter__(self) -> Cut:
         self.make()
@@ -306,8 +306,8 @@ def _in_network(pid: int) -> list[str]:
     return ["nsenter", "--target", str(pid), "--net", "--"]
 
 
-def _run(*command: str, input: str | None = None) -> str:
-    done = subprocess.run(command, input=input, capture_output=True, text=True, timeout=30)
+def _run(*command: str, standard_input: str | None = None) -> str:
+    done = subprocess.run(command, input=standard_input, capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
     return done.stdout
 

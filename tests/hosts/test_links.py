@@ -114,7 +114,7 @@ def flickering(cut: Cut, off: float, on: float) -> Iterator[Callable[[], int]]:
 
 
 @pytest.mark.parametrize(
-    ("off", "on", "cuts"), [(0.03, 0.1, 20), (0.7, 0.8, 3)], ids=["lossy", "short cuts"]
+    ("off", "on", "cuts"), [(0.03, 0.1, 20), (0.7, 2.5, 2)], ids=["lossy", "short cuts"]
 )
 def test_nothing_is_lost(
     alpha: Host, network: Network, join: Join, diary: Diary, off: float, on: float, cuts: int
