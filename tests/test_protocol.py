@@ -91,8 +91,8 @@ WIRE: list[tuple[str, object, bytes]] = [
     (CONTROL_TO_MASTER, Unready("why"), b"\x92\xa7Unready\xa3why"),
     (
         CONTROL_TO_WORKER,
-        Welcome(1, "ipc://w", b"s"),
-        b"\x94\xa7Welcome\x01\xa7ipc://w\xc4\x01s",
+        Welcome(1, "ipc://w", b"s", 2.5),
+        b"\x95\xa7Welcome\x01\xa7ipc://w\xc4\x01s\xcb\x40\x04\x00\x00\x00\x00\x00\x00",
     ),
     (CONTROL_TO_WORKER, Refused("why"), b"\x92\xa7Refused\xa3why"),
     (CONTROL_TO_WORKER, Recall([2, 3]), b"\x92\xa6Recall\x92\x02\x03"),

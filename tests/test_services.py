@@ -19,6 +19,7 @@ from zmqexecutor import (
     NoWorkerError,
     RegistrationError,
     Worker,
+    protocol,
     registration,
 )
 
@@ -290,10 +291,12 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_worker_that_registers_again_at_its_workpoint(
     tmp_path: Path, endpoint: str, start_worker: StartWorker
 ) -> None:
-    worker = start_worker(workpoint=f"ipc://{tmp_path}/w", target=square)
+    start_worker(workpoint=f"ipc://{tmp_path}/w", target=square)
     with running(endpoint, 1) as runner:
         (first,) = runner.workers
-        worker._control.begin_again()
+        assert runner._master is not None
+        (peer,) = runner._master._roster
+        runner._master._call(lambda: peer.tell(protocol.Expelled()))  # while it is still there
         assert eventually(lambda: {w.id for w in runner.workers} not in ({first.id}, set()))
         assert [runner.execute("1", str(n), 20) for n in range(20)] == [
             str(n * n) for n in range(20)

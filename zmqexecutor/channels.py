@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 MESSAGES_PER_STEP: Final = 256
 """Messages read from one socket before the others have their turn."""
-LOST_AFTER: Final = 10.0
+LOST_AFTER: Final = security.LOST_AFTER
 """Default of `Entrance.lost_after`."""
 LARGEST_CONTROL_MESSAGE: Final = 1024 * 1024
 """Bytes; who sends more is disconnected."""
@@ -108,8 +108,12 @@ class Channels:
         work_address: where workers that name no workpoint connect.
     """
 
-    def __init__(self, entrance: Entrance) -> None:
+    def __init__(self, entrance: Entrance, on_lost: Callable[[], None] = lambda: None) -> None:
         """Bind both sockets.
+
+        Args:
+            entrance: what is bound.
+            on_lost: called by another thread when it is known that a connection is lost.
 
         Raises:
             OSError: an address is in use, or cannot be used.
@@ -122,10 +126,14 @@ class Channels:
         security.check_descriptors()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         keys = entrance.access.keys
-        silence = entrance.lost_after / 2
-        self.control = security.socket(self._context, zmq.ROUTER, endpoint, silence, keys)
+        lost_after = entrance.lost_after
+        self.control = security.socket(
+            self._context, zmq.ROUTER, endpoint, keys, lost_after=lost_after
+        )
         self.control.setsockopt(zmq.MAXMSGSIZE, LARGEST_CONTROL_MESSAGE)
-        self.work = security.socket(self._context, zmq.ROUTER, work, silence, keys)
+        self.work = security.socket(
+            self._context, zmq.ROUTER, work, keys, lost_after=lost_after, bulk=True
+        )
         self.control_fd = self.control.fileno()
         self.work_fd = self.work.fileno()
         self._bound: dict[zmq.Socket[bytes], str] = {}
@@ -134,7 +142,7 @@ class Channels:
         try:
             if keys is not None:
                 sockets = {"endpoint": self.control, "work address": self.work}
-                self._gatekeeper = Gatekeeper(self._context, keys, sockets)
+                self._gatekeeper = Gatekeeper(self._context, keys, sockets, on_lost)
             self._bound[self.control] = security.bind(self.control, endpoint)
             self.work_address = self._bound[self.work] = security.bind(self.work, work)
         except BaseException:

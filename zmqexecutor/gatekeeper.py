@@ -11,13 +11,14 @@ from __future__ import annotations
 import logging
 import threading
 import traceback
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Final
 
 import zmq
 from zmq.utils import z85
 
-from .handshakes import WATCHED, Handshakes, open_monitor, read_event
+from .handshakes import WATCHED, Connections, Handshakes, open_monitor, read_event
 from .keys import Keys
 from .wakeup import Wakeup
 
@@ -42,6 +43,7 @@ class Gatekeeper:
         context: zmq.Context[zmq.Socket[bytes]],
         keys: Keys,
         sockets: dict[str, zmq.Socket[bytes]],
+        on_lost: Callable[[], None],
     ) -> None:
         """Start the thread. It is ready when this returns.
 
@@ -49,11 +51,13 @@ class Gatekeeper:
             context: of the sockets, which ask nobody else.
             keys: the master's.
             sockets: by what they are called in messages; not bound yet.
+            on_lost: called by the thread when a peer's connection to one of them is lost.
         """
         self.refused: dict[str, int] = {}
         self._context = context
         self._keys = keys
         self._sockets = sockets
+        self._on_lost = on_lost
         self._wakeup = Wakeup()
         self._opened: Future[None] = Future()
         for number, socket in enumerate(sockets.values()):
@@ -70,6 +74,7 @@ class Gatekeeper:
             socket.disable_monitor()
         self._wakeup.set()
         self._thread.join()
+        del self._on_lost  # nothing should wait for a garbage collection because of it
 
     def _run(self) -> None:
         opened: list[zmq.Socket[bytes]] = []
@@ -97,6 +102,7 @@ class Gatekeeper:
         for socket in (zap, *monitors):
             poller.register(socket, zmq.POLLIN)
         handshakes = {monitor: Handshakes() for monitor in monitors}
+        connections = {monitor: Connections() for monitor in monitors}
         while True:
             ready = dict(poller.poll())
             if self._wakeup.fileno() in ready:
@@ -109,6 +115,8 @@ class Gatekeeper:
                 event, value = read_event(monitor.recv_multipart())
                 if (reason := handshakes[monitor].happened(event, value)) is not None:
                     self._refuse(f"a peer at the {name}", reason)
+                if connections[monitor].lost(event, value):
+                    self._on_lost()
 
     def _answer(self, request: list[bytes]) -> list[bytes]:
         """The answer to a question of ZeroMQ's: who has this key, if it is admitted."""

@@ -107,6 +107,11 @@ class Connections:
         self._established: set[int] = set()
         self._failed = False
 
+    @property
+    def established(self) -> bool:
+        """Whether there is a connection now."""
+        return bool(self._established)
+
     def lost(self, event: int, value: int) -> bool:
         """Take note of an event; whether it is the end of an established connection.
 

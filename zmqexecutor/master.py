@@ -262,6 +262,10 @@ class Master:
             self._inbox.append(action)
             self._wake()
 
+    def _look_soon(self) -> None:
+        """A connection was lost, of a worker perhaps. Any thread may call it."""
+        self._call(lambda: self._roster.look_soon(time.monotonic()))
+
     def _wake(self) -> None:
         if (wakeup := self._wakeup) is not None:
             wakeup.set()
@@ -330,7 +334,7 @@ class Master:
         self._channels: list[Channels] = []
         try:
             for entrance in self._options.entrances:
-                self._channels.append(Channels(entrance))
+                self._channels.append(Channels(entrance, self._look_soon))
         except BaseException:
             for channels in self._channels:
                 channels.close()

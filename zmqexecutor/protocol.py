@@ -210,6 +210,8 @@ class Welcome(Message, frozen=True):
     """Where to connect the work socket (unused if the worker named a workpoint)."""
     setup: bytes = b""
     """What the worker must prepare before it is ready; known to the two ends."""
+    lost_after: float = 10.0
+    """Seconds without a sign of life after which the master takes a worker for lost."""
 
 
 class Refused(Message, frozen=True):

@@ -75,6 +75,8 @@ class Session:
     work: str
     setup: bytes
     journal: JournalWriter | None
+    lost_after: float
+    """Seconds of silence after which the master takes the worker for lost."""
 
 
 Event: TypeAlias = Session | RegistrationError | Literal["lost", "drain"]
@@ -123,8 +125,12 @@ class Control(threading.Thread):
         self._failure = ""  # why the last handshake failed
         self._wakeup = Wakeup()
         self._outbox: deque[protocol.ControlFromWorker] = deque()
+        self._monitors: deque[tuple[zmq.Socket[bytes] | None, str]] = deque()
+        self._work_monitor: zmq.Socket[bytes] | None = None
+        self._watched = ""  # the name to which that belongs
+        self._work = handshakes.Connections()
+        self._work_address = ""
         self._ending = False
-        self._renew = False
         self._welcomed = False
         self._worker = ""
         self._journal: JournalWriter | None = None
@@ -140,9 +146,15 @@ class Control(threading.Thread):
         self._outbox.append(message)
         self._wakeup.set()
 
-    def begin_again(self) -> None:
-        """Give this master up, soon, and look for one under a new name."""
-        self._renew = True
+    def watch(self, monitor: zmq.Socket[bytes] | None, worker: str = "") -> None:
+        """Give the master up when the work connection is lost, also while a job runs.
+
+        Args:
+            monitor: tells of that connection; it is this thread's from now on. None for
+                the end of the watch: nothing that it tells after that counts.
+            worker: the name that the connection belongs to.
+        """
+        self._monitors.append((monitor, worker))
         self._wakeup.set()
 
     def end(self) -> None:
@@ -162,13 +174,14 @@ class Control(threading.Thread):
             while not self._ending:
                 self._step()
                 if self._deadline is not None and time.monotonic() >= self._deadline:
-                    self._give_up(f"no master answered at {self._endpoint}")
+                    self._give_up()
             self._send_outbox()
         except RegistrationError as error:
             self._tell(error)
         except Exception as error:
             self._tell(RegistrationError(f"the control thread failed: {error!r}"))
         finally:
+            # The work connection's monitor stays: ZeroMQ would wait for somebody to read it.
             self._disconnect(linger=1000)
 
     def _connect(self) -> None:
@@ -206,9 +219,9 @@ class Control(threading.Thread):
         ready = dict(self._poller.poll(timeout))
         if self._wakeup.fileno() in ready:
             self._wakeup.clear()
-        if self._renew:
-            self._renew = False
-            self._begin_again()
+        self._take_monitors()
+        if self._work_monitor is not None and self._work_monitor in ready:
+            self._on_work_connection(self._work_monitor)
         elif self._monitor in ready:
             monitor = self._monitor
             event, value = handshakes.read_event(monitor.recv_multipart())
@@ -241,10 +254,25 @@ class Control(threading.Thread):
         self.events.append(event)
         self._main.set()
 
-    def _give_up(self, reason: str) -> None:
+    def _give_up(self) -> None:
+        within = f"within {self._patience:g} s"
+        if self._welcomed and self._workpoint:
+            raise RegistrationError(
+                f"the master at {self._endpoint} has not connected to the workpoint "
+                f"{self._workpoint} {within}: that address must be one of this host, and its port "
+                "open to the master's; or leave the workpoint out"
+            )
+        if self._welcomed:
+            raise RegistrationError(
+                f"the master at {self._endpoint} answers, but its work address "
+                f"{self._work_address} cannot be reached {within}: that port must be open too; "
+                "the master's work_address says which it is"
+            )
         if self._failure:
             raise RegistrationError(f"{self._failure} (tried for {self._patience:g} s)")
-        raise RegistrationError(f"{reason} within {self._patience:g} s; is a master running there?")
+        raise RegistrationError(
+            f"no master answered at {self._endpoint} {within}; is a master running there?"
+        )
 
     # ------------------------------------------------------------------ events
 
@@ -263,6 +291,33 @@ class Control(threading.Thread):
                 self._deadline = None  # we are that master's own; it welcomes us when it wants
             return
         self._begin_again()
+
+    def _take_monitors(self) -> None:
+        while self._monitors:
+            monitor, worker = self._monitors.popleft()
+            self._watch_no_more()
+            if monitor is None:
+                continue
+            self._work_monitor, self._watched = monitor, worker
+            self._work = handshakes.Connections()
+            self._poller.register(monitor, zmq.POLLIN)
+            if worker == self._worker:
+                self._deadline = time.monotonic() + self._patience
+
+    def _watch_no_more(self) -> None:
+        if self._work_monitor is not None:
+            self._poller.unregister(self._work_monitor)
+            self._work_monitor.close()
+            self._work_monitor = None
+
+    def _on_work_connection(self, monitor: zmq.Socket[bytes]) -> None:
+        lost = self._work.lost(*handshakes.read_event(monitor.recv_multipart()))
+        if self._watched != self._worker:
+            return  # that master has been given up already
+        if self._work.established:
+            self._deadline = None
+        if lost:
+            self._begin_again()  # a message may be lost, of which nobody would ever know
 
     def _begin_again(self) -> None:
         """Look for a master, or another one, under a new name."""
@@ -331,8 +386,8 @@ class Control(threading.Thread):
             journal.unlink()  # the master has mapped it; no file is left to clean up
         self._welcomed = True
         self._deadline = None
-        work = security.reachable(message.work, self._endpoint)
-        self._tell(Session(self._worker, work, message.setup, journal))
+        work = self._work_address = security.reachable(message.work, self._endpoint)
+        self._tell(Session(self._worker, work, message.setup, journal, message.lost_after))
 
 
 def _stack_of(thread: int) -> str:

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 PINGS_PER_STEP: Final = 16
 """Workers that are pinged before other things have their turn."""
+SOON: Final = 0.005
+"""Seconds from the end of a connection until ZeroMQ has cleared it away, and a bit more."""
 
 
 class Roster:
@@ -53,6 +55,7 @@ class Roster:
         self._by_pid: dict[int, set[Peer]] = {}  # threads of one process may be workers
         # Those to be pinged, longest without it first:
         self._unwatched: OrderedDict[bytes, Peer] = OrderedDict()
+        self._hurried = 0  # how many of them are to be pinged soon
         self.next_ping: float | None = None
         """When `ping` must be called."""
 
@@ -158,7 +161,10 @@ class Roster:
         if channels.setup is None or peer.welcomed:
             return  # it waits for `equipped`, or was there before
         peer.welcomed = True
-        if not peer.tell(protocol.Welcome(protocol.VERSION, channels.work_address, channels.setup)):
+        welcome = protocol.Welcome(
+            protocol.VERSION, channels.work_address, channels.setup, channels.entrance.lost_after
+        )
+        if not peer.tell(welcome):
             self._lose(peer, None)
 
     # ------------------------------------------------------------- going
@@ -220,7 +226,14 @@ class Roster:
         self.next_ping = None
         if self._unwatched:
             steps = -(-len(self._unwatched) // PINGS_PER_STEP)
-            self.next_ping = now + self._ping_interval / steps
+            self._hurried = max(0, self._hurried - PINGS_PER_STEP)
+            self.next_ping = now + (SOON if self._hurried else self._ping_interval / steps)
+
+    def look_soon(self, now: float) -> None:
+        """A connection was lost; whose it was is not known."""
+        self._hurried = len(self._unwatched)
+        if self.next_ping is not None:
+            self.next_ping = min(self.next_ping, now + SOON)
 
     def _is_watched(self, peer: Peer) -> bool:
         """Whether the death of its process is told, and is how its connection would end."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import math
 import os
 import re
 import shutil
@@ -45,7 +46,7 @@ INCOMING = 1000
 """Messages of one peer that wait to be read by a master."""
 DESCRIPTORS = 32
 """File descriptors that a master and its supervisor need, and some more."""
-SILENCE = 5.0
+LOST_AFTER = 10.0
 """Seconds; see `socket`."""
 FILES = 16
 """Files that a private directory must have room for; journals and segments can do without."""
@@ -455,8 +456,10 @@ def socket(
     context: zmq.Context[zmq.Socket[bytes]],
     kind: int,
     address: str,
-    silence: float = SILENCE,
     keys: Keys | None = None,
+    *,
+    lost_after: float = LOST_AFTER,
+    bulk: bool = False,
 ) -> zmq.Socket[bytes]:
     """Make a socket with the options that all our sockets share.
 
@@ -464,9 +467,10 @@ def socket(
         context: a context of our own, never the process-wide one.
         kind: `zmq.ROUTER` or `zmq.DEALER`.
         address: what it will be bound or connected to.
-        silence: seconds without a sign of life after which a connection to another host
-            counts as lost, at both ends if this is a master's socket.
         keys: what protects it, if it is not for this user of this host only.
+        lost_after: seconds without a sign of life after which the master takes a worker
+            on another host for lost.
+        bulk: whether messages may be so large that one takes longer than that.
     """
     made = context.socket(kind)
     made.linger = 0
@@ -475,16 +479,19 @@ def socket(
     made.rcvhwm = 0
     made.setsockopt(zmq.IPV6, 1)
     remote = not address.startswith("ipc://")
-    if remote:
-        # A dead connection of a remote peer shows even while its interpreter is busy:
-        # the I/O thread answers. On this machine the kernel tells, and a process that
-        # is stopped for a while (Ctrl-Z, a debugger) is not dead.
-        made.setsockopt(zmq.HEARTBEAT_IVL, int(silence * 300))
-        made.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(silence * 700))
-        if kind == zmq.ROUTER:
-            made.setsockopt(zmq.HEARTBEAT_TTL, int(silence * 1000))
-        else:
-            made.setsockopt(zmq.CONNECT_TIMEOUT, int(silence * 1000))
+    # On this machine the kernel tells of a lost connection, and a process that is stopped
+    # for a while (Ctrl-Z, a debugger) is not dead.
+    if remote and bulk:
+        _have_kernel_watch(made, lost_after)
+    elif remote and kind == zmq.ROUTER:
+        # The I/O threads beat and answer, even while an interpreter is busy. The worker,
+        # whose socket has no heartbeat of its own, gives up when it has not felt the
+        # master's for as long as that says.
+        made.setsockopt(zmq.HEARTBEAT_IVL, int(lost_after * 150))
+        made.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(lost_after * 550))
+        made.setsockopt(zmq.HEARTBEAT_TTL, int(lost_after * 700))
+    if remote and kind == zmq.DEALER:
+        made.setsockopt(zmq.CONNECT_TIMEOUT, int(lost_after * 500))
     if kind == zmq.ROUTER:
         # What a peer sends without end must wait with the peer; nothing is dropped.
         made.rcvhwm = INCOMING
@@ -498,3 +505,16 @@ def socket(
     if keys is not None:
         keys.protect(made)
     return made
+
+
+def _have_kernel_watch(made: zmq.Socket[bytes], lost_after: float) -> None:
+    """Have TCP itself find out that a connection is dead.
+
+    ZeroMQ's heartbeats wait their turn behind the message that is being sent, and a large
+    one on a slow link would pass for silence. TCP counts what arrives of it.
+    """
+    made.setsockopt(zmq.TCP_MAXRT, int(lost_after * 1000))  # what was sent, and not received
+    made.setsockopt(zmq.TCP_KEEPALIVE, 1)  # when nothing is sent; in whole seconds
+    made.setsockopt(zmq.TCP_KEEPALIVE_IDLE, math.ceil(lost_after / 2))
+    made.setsockopt(zmq.TCP_KEEPALIVE_INTVL, math.ceil(lost_after / 6))
+    made.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)

@@ -198,8 +198,6 @@ class Worker:
         self._unsent: list[msgspec.Raw] = []
         self._unsent_buffers: list[Frame] = []
         self._unsent_since = 0.0
-        self._cut: zmq.Socket[bytes] | None = None  # tells of the work connection
-        self._connections = handshakes.Connections()
         self._journal: JournalWriter | None = None
         self._confirmed = 0  # position of the journal
         self._needed = 0  # position to be confirmed before the next job starts
@@ -266,15 +264,17 @@ class Worker:
         """Wait for a master; None if the worker should end."""
         while True:
             self._wakeup.clear()  # before the looks that it would have us take
-            if self._stopping or (self._once and self.lost):
+            if self._stopping:
                 return None
             while self._control.events:
                 event = self._control.events.popleft()
-                if isinstance(event, Session):
-                    self.lost = False
-                    return event
                 if isinstance(event, RegistrationError):
                     raise event
+                if isinstance(event, Session) and not (self._once and self.lost):
+                    self.lost = False
+                    return event
+            if self._once and self.lost:
+                return None
             self._poller.poll()
 
     def _wait(self) -> None:
@@ -282,16 +282,7 @@ class Worker:
         # Not zmq.zmq_poll, which takes longer. The socket's descriptor tells of what has
         # come since the socket was used last, so that is asked before.
         if not _has_message(self._work) and self._poller.poll() != self._work_ready:
-            self._take_news()
-
-    def _take_news(self) -> None:
-        """There may be an event of the control thread, or `stop`, or of the work connection."""
-        self._wakeup.clear()
-        while self._cut and _has_message(self._cut):
-            event, value = handshakes.read_event(self._cut.recv_multipart())
-            if self._connections.lost(event, value):
-                # A message may be lost, of which nobody would ever know.
-                self._control.begin_again()
+            self._wakeup.clear()
 
     def _serve(self, context: zmq.Context[zmq.Socket[bytes]], session: Session) -> None:
         """Run the jobs of one master until it is lost, or lets this worker go."""
@@ -302,19 +293,17 @@ class Worker:
         self._confirmed = self._needed = self._abandoned = 0
         self._claims.reset()
         address = self._workpoint or session.work
-        self._work = security.socket(context, zmq.DEALER, address, keys=self._keys)
+        self._work = security.socket(
+            context, zmq.DEALER, address, self._keys, lost_after=session.lost_after, bulk=True
+        )
         self._work.routing_id = session.worker.encode()
         self._poller.register(self._work, select.POLLIN)
         self._work_ready = [(self._work.fileno(), select.POLLIN)]  # and nothing else
         # On one machine it is only lost together with the control connection.
-        remote = not address.startswith("ipc://")
-        self._connections = handshakes.Connections()
-        self._cut = None
-        if remote:
+        if not address.startswith("ipc://"):
             monitor = f"inproc://work-{session.worker}"
             self._work.monitor(monitor, handshakes.WATCHED)
-            self._cut = handshakes.open_monitor(context, monitor)
-            self._poller.register(self._cut, select.POLLIN)
+            self._control.watch(handshakes.open_monitor(context, monitor), session.worker)
         try:
             if self._workpoint is not None:
                 security.bind(self._work, self._workpoint)
@@ -335,10 +324,7 @@ class Worker:
                 self._say_goodbye()
         finally:
             self._poller.unregister(self._work)
-            if self._cut:
-                self._poller.unregister(self._cut)
-                self._work.disable_monitor()
-                self._cut.close()
+            self._stop_watch()
             security.close(self._work, self._workpoint)
             if self._journal:
                 self._journal.close()
@@ -348,11 +334,16 @@ class Worker:
         if "lost" in self._control.events:
             return
         self._flush()
+        self._stop_watch()  # the master may answer by closing the connection
         try:
             self._work.send(protocol.encode(protocol.Goodbye(self._abandoned)), zmq.DONTWAIT)
         except zmq.Again:
             return  # nobody is there any more
         self._work.linger = 1000
+
+    def _stop_watch(self) -> None:
+        self._work.disable_monitor()  # at first: ZeroMQ would wait for somebody to read it
+        self._control.watch(None)
 
     def _run_jobs(self) -> None:
         """Return when the worker should leave; the queue is empty then."""
@@ -492,14 +483,8 @@ class Worker:
             except zmq.Again:  # it has not connected yet, or is gone
                 if self._stopping or self._control.events:
                     return False
-            sources: list[tuple[Any, int]] = [
-                (self._work, zmq.POLLOUT),
-                (self._wakeup.fileno(), zmq.POLLIN),
-            ]
-            if self._cut:
-                sources.append((self._cut, zmq.POLLIN))
-            zmq.zmq_poll(sources, -1)
-            self._take_news()
+            zmq.zmq_poll([(self._work, zmq.POLLOUT), (self._wakeup.fileno(), zmq.POLLIN)], -1)
+            self._wakeup.clear()
 
     def _await_confirmation(self) -> None:
         """Wait until the master has what only a message holds, or is lost."""
