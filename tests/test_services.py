@@ -296,7 +296,11 @@ def test_a_worker_that_registers_again_at_its_workpoint(
         (first,) = runner.workers
         assert runner._master is not None
         (peer,) = runner._master._roster
-        runner._master._call(lambda: peer.tell(protocol.Expelled()))  # while it is still there
+
+        def expel() -> None:
+            peer.tell(protocol.Expelled())  # while it is still there
+
+        runner._master._call(expel)
         assert eventually(lambda: {w.id for w in runner.workers} not in ({first.id}, set()))
         assert [runner.execute("1", str(n), 20) for n in range(20)] == [
             str(n * n) for n in range(20)
