@@ -94,6 +94,26 @@ def test_workers_join_a_pool_that_has_its_own(endpoint: str, start_worker: Start
         assert pids == {own.pid, joined.pid}
 
 
+def test_what_is_shared_reaches_both(endpoint: str, start_worker: Start) -> None:
+    """The pool's own workers map a file of its private directory, which others do not see."""
+
+    def add(array: np.ndarray[Any, Any], shared: np.ndarray[Any, Any]) -> tuple[int, Any]:
+        time.sleep(0.02)
+        return os.getpid(), array + shared
+
+    joined = start_worker()
+    with ZmqExecutor(1, endpoint=endpoint) as executor:
+        executor.wait_for_workers(2, 60)
+        array = np.arange(200_000)
+        handle: Any = executor.share(array)
+        results = [executor.submit(add, array, handle).result(60) for _ in range(3)]
+        futures = [executor.submit(add, array, handle) for _ in range(20)]
+        results += [future.result(60) for future in futures]
+        assert all((total == 2 * array).all() for _, total in results)
+        assert joined.pid in {pid for pid, _ in results}
+        assert len({pid for pid, _ in results}) == 2
+
+
 def test_workers_come_and_go(endpoint: str, start_worker: Start, tmp_path: Path) -> None:
     with ZmqExecutor(0, endpoint=endpoint) as executor:
         waiting = [executor.submit(abs, -number) for number in range(100)]

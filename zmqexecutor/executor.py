@@ -155,6 +155,7 @@ class ZmqExecutor(MappingExecutor):
         self._max_worker_memory = max_worker_memory or 0
         rlimits = check_rlimits(worker_rlimits)
         self._pickler = CallPickler()
+        self._pickler.elsewhere = endpoint is not None
         self._lock = threading.Lock()
         self._closed = False
         self._pid = os.getpid()

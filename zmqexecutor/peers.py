@@ -145,7 +145,7 @@ class Peer:
         """Note that a job uses this; it stays until nobody in the parent has it."""
         if share.key not in self._shares:
             self._shares.add(share.key)
-            new.append(Shared(share.key, share.data))
+            new.append(Shared(share.key, share.contents(mapped=self.grouped)))
 
     def forget_share(self, key: bytes) -> bool:
         """Nobody has it any more; whether the worker has to be told, by `take_forgotten`."""

@@ -302,6 +302,8 @@ class CallPickler:
             segments: where big buffers go to and come from; None leaves them in messages.
         """
         self.segments = segments
+        self.elsewhere = False
+        """Whether there may be workers that cannot map segments."""
         self._pool = object()  # by which it knows its shares
         self._definitions = Definitions()
         # Not one for each thread: pickling may submit, so one thread may need two.
@@ -377,6 +379,11 @@ class CallPickler:
         self, pieces: list[bytes], views: list[memoryview]
     ) -> tuple[bytes, Lease | None]:
         total = sum(map(len, pieces)) + sum(view.nbytes for view in views)
+        if self.elsewhere and total > LARGEST_DATA - 2**20:
+            raise ValueError(
+                f"its {total / 2**30:.1f} GiB would have to travel in messages of at most 4 GiB "
+                "to workers that join from elsewhere"
+            )
         if self.segments is not None and total >= IN_SEGMENT:
             segment = self.segments.store(views, first=pieces, reused=False)
             if segment is not None:

@@ -52,7 +52,7 @@ class Contents(msgspec.Struct, frozen=True, array_like=True, gc=False):
 class Share:
     """What the parent keeps of a shared object, for as long as a handle or a task needs it."""
 
-    __slots__ = ("__weakref__", "_lease", "data", "key", "keys", "needs", "pool")
+    __slots__ = ("__weakref__", "_data", "_lease", "key", "keys", "needs", "pool")
 
     def __init__(
         self,
@@ -72,13 +72,19 @@ class Share:
             needs: the shares that it refers to.
         """
         self.key = new_key()
-        self.data = data
+        self._data = data
         self.pool = pool
         self.keys = keys
         self.needs = needs
         self._lease = lease
         if lease is not None:
             lease.lend()  # to workers that may keep it: it is removed, and not used again
+
+    def contents(self, mapped: bool) -> bytes:
+        """Encoded `Contents` for a worker: a segment if it can map one, else all that is in it."""
+        if mapped or self._lease is None:
+            return self._data
+        return msgspec.msgpack.encode(Contents([bytes(view) for view in self._lease.views()]))
 
 
 class SharedObject(Generic[T]):

@@ -88,7 +88,7 @@ def test_workers_of_three_hosts(
         assert all(what == "all" for _, what in found)
 
         array = np.arange(500_000)
-        shared = executor.share(array)
+        shared: Any = executor.share(array)
         results = [executor.submit(np.add, array, shared) for _ in range(12)]
         assert all((result.result(60) == 2 * array).all() for result in results)
         assert list(executor.map(lambda n: n**2, range(500))) == [n**2 for n in range(500)]
