@@ -103,7 +103,6 @@ class Channels:
         work: the socket for jobs and results, bound, and connected to workpoints.
         control_fd: the descriptor of `control`, to be polled for reading; see `unread`.
         work_fd: that of `work`.
-        linger: seconds that control messages have at the end to be sent.
         used: the sockets that were used since they were last found empty; see `unread`.
         work_address: where workers that name no workpoint connect.
     """
@@ -121,7 +120,6 @@ class Channels:
         self.entrance = entrance
         self.setup = entrance.setup
         self.dropped = 0
-        self.linger = 0.0
         endpoint, work = entrance.endpoint, entrance.work
         security.check_descriptors()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -249,8 +247,7 @@ class Channels:
         return self._gatekeeper.refused if self._gatekeeper else {}
 
     def close(self) -> None:
-        """Close the sockets. What has not been sent after `linger` is dropped."""
-        self.control.linger = int(self.linger * 1000)
+        """Close the sockets. What has not been sent is dropped."""
         if self._gatekeeper:
             self._gatekeeper.close()
         for socket in (self.control, self.work):

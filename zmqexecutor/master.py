@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 PINGED_AFTER: Final = 0.25
 """Part of the time until a silent worker is lost, for a look whether ZeroMQ has noticed."""
 LAST_WORDS: Final = 0.5
-"""Seconds at most, at the end, for a message to reach workers on other hosts."""
+"""Seconds that the sockets stay open at most, at the end, for workers elsewhere to die."""
 LONGEST_WAIT: Final = 3600.0
 """Seconds after which the loop looks again at a deadline that is still further away."""
 
@@ -130,6 +130,7 @@ class Master:
         self._thread = threading.Thread(target=self._run, name="zmqexecutor-master", daemon=True)
         self._opened: Future[None] = Future()
         self._ready: dict[bytes, Peer] = {}
+        self._dying: list[Peer] = []  # workers elsewhere that were told to
         self._answered: list[tuple[Task, protocol.Result, list[Frame]]] = []
         self._unconfirmed: set[Peer] = set()  # workers that wait for a confirmation
         self._forgetful: set[Peer] = set()  # busy ones that have shares nobody needs
@@ -764,7 +765,7 @@ class Master:
         for peer in self._roster:
             if peer.channels.entrance.python and peer.state and peer.state.held:
                 peer.tell(protocol.Die())  # nobody wants what it does
-                peer.channels.linger = LAST_WORDS
+                self._dying.append(peer)
         for task in self._scheduler.cancel_queued():
             task.cancel()
         self._fail_held(reason)
@@ -808,6 +809,7 @@ class Master:
                         peer.tell(protocol.Drain())
                 self._fleet.leave()
             self._fleet.stop()
+            self._see_them_die()
         finally:
             self._roster.close()
             self._ready.clear()
@@ -818,6 +820,18 @@ class Master:
             self._drop_inbox()
             self._cleanup()
             self._let_go()
+
+    def _see_them_die(self) -> None:
+        """Wait for the workers that were told to, a little.
+
+        Who is told, and sees the connection end before it has read that, never reads it:
+        ZeroMQ drops it (`ZMQ_IMMEDIATE`).
+        """
+        deadline = time.monotonic() + LAST_WORDS
+        while self._dying and time.monotonic() < deadline:
+            self._dying = [peer for peer in self._dying if peer.tell(protocol.Ping())]
+            time.sleep(0.005)
+        self._dying.clear()
 
     def _let_go(self) -> None:
         """Break the cycles of references: nothing should wait for a garbage collection."""

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Claims", "Control", "Session"]
 
+LAST_WORDS: Final = 100
+"""Milliseconds for what the master has said before it closed the work connection."""
 RETRY_AFTER: Final = 200
 """Milliseconds between two handshakes, if the first has failed."""
 
@@ -316,7 +318,9 @@ class Control(threading.Thread):
             return  # that master has been given up already
         if self._work.established:
             self._deadline = None
-        if lost:
+        if lost and self._socket.poll(LAST_WORDS):
+            self._read_messages()  # perhaps the master's last word, such as `Die`
+        if lost and self._watched == self._worker:
             self._begin_again()  # a message may be lost, of which nobody would ever know
 
     def _begin_again(self) -> None:
