@@ -371,10 +371,10 @@ class Scheduler(Generic[J]):
             self._retiring.clear()
         if self._length and self._want_workers():
             self._assign(now, decisions)
-        if self._expiry is not None and self._expiry <= now:
-            self._expire(now, decisions)
         if self._purge_at is not None and self._purge_at <= now:
             self.drop_unwanted(now)
+        if self._expiry is not None and self._expiry <= now:
+            self._expire(now, decisions)
         if self._kept != self.wanted + self._successors:
             self._kept = self.wanted + self._successors
             decisions.append(Scale(self._kept))
