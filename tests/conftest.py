@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -18,6 +19,13 @@ import pytest
 from zmqexecutor import ZmqExecutor, security
 
 DEADLINE = 15.0
+
+# A shell ignores them for what it runs in the background, and nohup one of them; what is
+# started by tests would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+for _signum in (signal.SIGHUP, signal.SIGQUIT):
+    signal.signal(_signum, signal.SIG_DFL)
 
 # Not the keys of whoever runs the tests, also not in the programs that they start.
 os.environ["ZMQEXECUTOR_KEYS"] = ""
