@@ -134,6 +134,8 @@ class Control(threading.Thread):
         self._work_address = ""
         self._ending = False
         self._welcomed = False
+        self._parted = False  # from a master that was lost, and no other is looked for
+        self._seeking = False  # asked for by the main thread
         self._worker = ""
         self._journal: JournalWriter | None = None
         self._main_thread = threading.get_ident()
@@ -157,6 +159,11 @@ class Control(threading.Thread):
             worker: the name that the connection belongs to.
         """
         self._monitors.append((monitor, worker))
+        self._wakeup.set()
+
+    def seek(self) -> None:
+        """Look for the next master: what belonged to the one that was lost is closed."""
+        self._seeking = True
         self._wakeup.set()
 
     def end(self) -> None:
@@ -184,7 +191,8 @@ class Control(threading.Thread):
             self._tell(RegistrationError(f"the control thread failed: {error!r}"))
         finally:
             # The work connection's monitor stays: ZeroMQ would wait for somebody to read it.
-            self._disconnect(linger=1000)
+            if not self._parted:
+                self._disconnect(linger=1000)
 
     def _connect(self) -> None:
         """Open the socket under a name that no master knows yet.
@@ -224,6 +232,11 @@ class Control(threading.Thread):
         self._take_monitors()
         if self._work_monitor is not None and self._work_monitor in ready:
             self._on_work_connection(self._work_monitor)
+        elif self._parted:
+            if self._seeking:
+                self._seeking = self._parted = False
+                self._deadline = time.monotonic() + self._patience
+                self._connect()
         elif self._monitor in ready:
             monitor = self._monitor
             event, value = handshakes.read_event(monitor.recv_multipart())
@@ -244,7 +257,9 @@ class Control(threading.Thread):
 
     def _send_outbox(self) -> None:
         while self._outbox:
-            self._send(self._outbox.popleft())
+            message = self._outbox.popleft()
+            if not self._parted:
+                self._send(message)
 
     def _send(self, message: protocol.ControlFromWorker) -> None:
         try:
@@ -325,17 +340,28 @@ class Control(threading.Thread):
 
     def _begin_again(self) -> None:
         """Look for a master, or another one, under a new name."""
-        if self._welcomed:
-            if not self._patience:
-                os._exit(1)  # the master is dead, and nobody waits for our result
-            self._welcomed = False
-            self._deadline = time.monotonic() + self._patience
-            self._tell("lost")
         self._disconnect()
+        if self._welcomed:
+            self._part()
+            return
         if not self._connected:
             # Not at once again and again, if what listens there is not a master.
             zmq.zmq_poll([(self._wakeup.fileno(), zmq.POLLIN)], RETRY_AFTER)
         self._connect()
+
+    def _part(self) -> None:
+        """The master is lost. The next one is looked for when the main thread says `seek`.
+
+        That may still be in a job, with its work socket open under the old name: a master
+        that connected to that at our workpoint would for ever take us for who we were.
+        """
+        if not self._patience:
+            os._exit(1)  # the master is dead, and nobody waits for our result
+        self._welcomed = False
+        self._parted = True
+        self._deadline = None
+        self._worker = ""
+        self._tell("lost")
 
     def _register(self) -> None:
         """Ask for registration, on each new connection."""

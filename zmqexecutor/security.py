@@ -50,6 +50,8 @@ LOST_AFTER = 10.0
 """Seconds; see `socket`."""
 FILES = 16
 """Files that a private directory must have room for; journals and segments can do without."""
+UNBIND_WAIT = 1000
+"""Milliseconds within which ZeroMQ closes a port."""
 UNLOCKED_FOR = 60.0
 """Seconds after which a private directory without a lock has been left behind."""
 
@@ -435,12 +437,27 @@ def _bind_path(made: zmq.Socket[bytes], address: str, path: str) -> None:
 
 
 def close(bound: zmq.Socket[bytes], address: str | None) -> None:
-    """Close a socket, and remove the file of the local address that it was bound to."""
+    """Close a socket, so that nobody comes to the address that it was bound to any more."""
     if address is not None and address.startswith("ipc://"):
         # Before the close, while the file is ours for certain; libzmq leaves it there.
         with contextlib.suppress(OSError):
             os.unlink(address.removeprefix("ipc://"))
+    elif address is not None:
+        _unbind(bound, address)
     bound.close()
+
+
+def _unbind(bound: zmq.Socket[bytes], address: str) -> None:
+    """Have a socket stop to listen; `close` alone leaves that to ZeroMQ's threads, for later."""
+    monitor = bound.get_monitor_socket(zmq.Event.CLOSED)
+    try:
+        bound.unbind(address)
+        monitor.poll(UNBIND_WAIT)
+    except zmq.ZMQError:
+        pass  # it was not bound
+    finally:
+        bound.disable_monitor()
+        monitor.close()
 
 
 def _has_listener(path: str) -> bool:

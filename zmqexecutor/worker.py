@@ -262,6 +262,8 @@ class Worker:
 
     def _next_session(self) -> Session | None:
         """Wait for a master; None if the worker should end."""
+        if self.lost and not self._once:
+            self._control.seek()
         while True:
             self._wakeup.clear()  # before the looks that it would have us take
             if self._stopping:

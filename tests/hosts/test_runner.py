@@ -184,3 +184,29 @@ def test_the_three_programs_on_two_hosts(
         started.end(signal.SIGINT)
         assert started.wait(30) == 0
     reader.join()
+
+
+@pytest.mark.parametrize("workpoint", [False, True], ids=["connects", "binds"])
+def test_a_worker_that_is_still_busy_for_a_master_that_is_gone(
+    home: Host,
+    alpha: Host,
+    endpoint: str,
+    keys: Keys,
+    start_worker: Start,
+    diary: Diary,
+    tmp_path: Path,
+    workpoint: bool,
+) -> None:
+    """It comes when it is free; at its workpoint nobody may find the old socket before that."""
+    gate = tmp_path / "gate"
+    start_worker(alpha, workpoint)
+    old = home.python(MASTER, str(keys.directory), endpoint, f"1 {gate}")
+    assert eventually(lambda: diary.where(1))
+    old.end()
+    assert old.wait(30) == -signal.SIGKILL
+    with JobRunner(endpoint, keys=keys, lost_after=LOST_AFTER, patience=30) as runner:
+        with pytest.raises(TimeoutError):
+            runner.wait_for_workers(1, 1)
+        gate.touch()
+        assert runner.execute("job", "2", 30) == "2"
+    assert not diary.repeated()
