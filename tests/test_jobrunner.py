@@ -121,6 +121,22 @@ def test_jobs_text_and_bytes(
         assert worker.host == socket.gethostname()
 
 
+def test_two_workers_with_one_workpoint(tmp_path: Path, start_worker: StartWorker) -> None:
+    endpoint, workpoint = f"ipc://{tmp_path}/m", f"ipc://{tmp_path}/w"
+    first = start_worker(endpoint, workpoint)
+    with running(endpoint) as runner:
+        second = start_worker(endpoint, workpoint)
+        assert second.wait(60) == 1
+        assert [worker.pid for worker in runner.workers] == [first.pid]
+        assert runner.execute("a", "text", 20) == "text"
+        worker = Worker(endpoint, workpoint, target=lambda job: "", patience=20)
+        with pytest.raises(RegistrationError, match="another worker has the workpoint"):
+            worker.run()
+        first.kill()
+        start_worker(endpoint, workpoint)
+        assert runner.execute("b", "pid", 20) != str(first.pid)
+
+
 def test_errors_of_a_job(endpoint: str, start_worker: StartWorker) -> None:
     start_worker(endpoint)
     with running(endpoint) as runner:

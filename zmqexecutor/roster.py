@@ -53,6 +53,7 @@ class Roster:
         self._deaths = DeathWatch()
         self._peers: dict[bytes, Peer] = {}
         self._by_pid: dict[int, set[Peer]] = {}  # threads of one process may be workers
+        self._by_workpoint: dict[str, Peer] = {}
         # Those to be pinged, longest without it first:
         self._unwatched: OrderedDict[bytes, Peer] = OrderedDict()
         self._hurried = 0  # how many of them are to be pinged soon
@@ -104,9 +105,15 @@ class Roster:
             except ValueError as error:
                 raise ProtocolError(str(error)) from None
         local = hello.machine == machine_id()
+        if hello.workpoint is not None and not self._clear_workpoint(hello.workpoint, local):
+            reason = f"another worker has the workpoint {hello.workpoint}; each needs its own"
+            channels.tell(identity, protocol.Refused(reason))
+            return
         self._make_way(channels, identity, hello.pid if local else None)
         peer = Peer(hello, identity, channels, _map_journal(hello) if local else None)
         self._peers[identity] = peer
+        if hello.workpoint is not None:
+            self._by_workpoint[hello.workpoint] = peer
         if not self._is_watched(peer):
             self._unwatched[identity] = peer
             self.next_ping = self.next_ping or time.monotonic() + self._ping_interval
@@ -151,6 +158,20 @@ class Roster:
             elif group_only:
                 raise ProtocolError(f"process {pid} is registered as {other.hello.worker}")
 
+    def _clear_workpoint(self, workpoint: str, local: bool) -> bool:
+        """Forget who had it: there must not be two connections to one. False if it is taken.
+
+        On another host a worker that registers there is one that has been started again, or
+        whose lost connection is not known here to be so.
+        """
+        before = self._by_workpoint.get(workpoint)
+        if before is None:
+            return True
+        if local and before.tell(protocol.Ping()):
+            return False
+        self._lose(before, None)
+        return True
+
     def equipped(self) -> None:
         """It is known now what workers must prepare; those that wait for it are welcomed."""
         for peer in self:
@@ -179,6 +200,7 @@ class Roster:
         if not namesakes and self._by_pid.pop(pid, None) is not None:
             self._deaths.remove(pid)
         if peer.hello.workpoint is not None:
+            del self._by_workpoint[peer.hello.workpoint]
             peer.channels.disconnect(peer.hello.workpoint)
 
     def fileno(self) -> int:

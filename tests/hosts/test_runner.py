@@ -33,6 +33,20 @@ WORKER = """
 
     Worker(endpoint, *workpoint, target=run, keys=keys).run()
 """
+PLAIN_WORKER = """
+    import sys
+    from zmqexecutor import Worker
+    from tests.hosts.tasks import note
+
+    diary, endpoint, workpoint = sys.argv[1:]
+    worker = Worker(
+        endpoint,
+        workpoint,
+        target=lambda job: str(note(diary, int(job[1]))),
+        allow_plaintext_tcp_from_anyone=True,
+    )
+    worker.run()
+"""
 MASTER = """
     import sys
     from zmqexecutor import JobRunner
@@ -210,3 +224,19 @@ def test_a_worker_that_is_still_busy_for_a_master_that_is_gone(
         gate.touch()
         assert runner.execute("job", "2", 30) == "2"
     assert not diary.repeated()
+
+
+def test_a_worker_is_started_again_at_its_workpoint(
+    alpha: Host, endpoint: str, diary: Diary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long before its end is noticed: without keys nobody tells the master at once."""
+    monkeypatch.setenv("ZMQEXECUTOR_KEYS", "")
+    at = alpha.tcp(free_port(alpha))
+    with JobRunner(endpoint, lost_after=200, allow_plaintext_tcp_from_anyone=True) as runner:
+        for number in range(4):
+            known = {worker.id for worker in runner.workers}
+            program = alpha.python(PLAIN_WORKER, str(diary), endpoint, at)
+            assert eventually(lambda: {w.id for w in runner.workers} - known)  # noqa: B023
+            assert runner.execute("job", str(number), 20) == str(number)
+            program.end()
+            program.wait(30)
