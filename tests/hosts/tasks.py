@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Diary", "hold_the_interpreter", "note", "random_bytes", "wait_for"]
+__all__ = ["Diary", "hold_the_interpreter", "note", "random_bytes", "wait_for", "work"]
 
 
 def note(diary: str, number: int) -> int:
@@ -41,6 +41,13 @@ def hold_the_interpreter(diary: str, number: int, seconds: int) -> int:
     """Compute without letting any other Python thread run, as a long regular expression does."""
     note(diary, number)
     ctypes.PyDLL(None).sleep(seconds)
+    return number
+
+
+def work(diary: str, number: int, seconds: float) -> int:
+    """Take some time."""
+    note(diary, number)
+    time.sleep(seconds)
     return number
 
 
