@@ -241,14 +241,14 @@ class Control(threading.Thread):
             monitor = self._monitor
             event, value = handshakes.read_event(monitor.recv_multipart())
             self._read_messages()  # those that came before a connection was lost
-            if self._monitor is monitor:
+            if self._monitor is monitor and not self._parted:
                 self._on_connection(event, value)
         elif self._socket in ready:
             self._read_messages()
         self._send_outbox()
 
     def _read_messages(self) -> None:
-        while True:
+        while not self._parted:
             try:
                 parts = self._socket.recv_multipart(zmq.DONTWAIT)
             except zmq.Again:

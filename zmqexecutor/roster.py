@@ -105,7 +105,9 @@ class Roster:
             except ValueError as error:
                 raise ProtocolError(str(error)) from None
         local = hello.machine == machine_id()
-        if hello.workpoint is not None and not self._clear_workpoint(hello.workpoint, local):
+        if hello.workpoint is not None and not self._clear_workpoint(
+            hello.workpoint, identity, local
+        ):
             reason = f"another worker has the workpoint {hello.workpoint}; each needs its own"
             channels.tell(identity, protocol.Refused(reason))
             return
@@ -118,10 +120,6 @@ class Roster:
             self._unwatched[identity] = peer
             self.next_ping = self.next_ping or time.monotonic() + self._ping_interval
         if hello.workpoint is not None:
-            # A connection keeps the routing id that its other end had at first.
-            for other in self:
-                if other is not peer and other.hello.workpoint == hello.workpoint:
-                    self._lose(other, None)
             try:
                 channels.connect(hello.workpoint)
             except zmq.ZMQError as error:
@@ -158,16 +156,17 @@ class Roster:
             elif group_only:
                 raise ProtocolError(f"process {pid} is registered as {other.hello.worker}")
 
-    def _clear_workpoint(self, workpoint: str, local: bool) -> bool:
-        """Forget who had it: there must not be two connections to one. False if it is taken.
+    def _clear_workpoint(self, workpoint: str, identity: bytes, local: bool) -> bool:
+        """Forget the worker that was there; False if it still is.
 
-        On another host a worker that registers there is one that has been started again, or
-        whose lost connection is not known here to be so.
+        There must not be two connections to one workpoint, and each keeps the routing id that
+        its other end had at first. On another host a worker that comes to a workpoint is one
+        that has been started again, or whose lost connection is not known here to be so.
         """
         before = self._by_workpoint.get(workpoint)
         if before is None:
             return True
-        if local and before.tell(protocol.Ping()):
+        if local and before.identity != identity and before.tell(protocol.Ping()):
             return False
         self._lose(before, None)
         return True
