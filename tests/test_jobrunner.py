@@ -133,6 +133,7 @@ def test_two_workers_with_one_workpoint(tmp_path: Path, start_worker: StartWorke
         with pytest.raises(RegistrationError, match="another worker has the workpoint"):
             worker.run()
         first.kill()
+        assert eventually(lambda: not runner.workers)
         start_worker(endpoint, workpoint)
         assert runner.execute("b", "pid", 20) != str(first.pid)
 
