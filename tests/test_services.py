@@ -287,10 +287,16 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registration, "machine_id", str)
 
 
-@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
 def test_a_worker_that_registers_again_at_its_workpoint(
-    tmp_path: Path, endpoint: str, start_worker: StartWorker
+    tmp_path: Path,
+    endpoint: str,
+    start_worker: StartWorker,
+    where: str,
+    request: pytest.FixtureRequest,
 ) -> None:
+    if where == "elsewhere":
+        request.getfixturevalue("elsewhere")
     start_worker(workpoint=f"ipc://{tmp_path}/w", target=square)
     with running(endpoint, 1) as runner:
         (first,) = runner.workers

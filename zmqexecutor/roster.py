@@ -106,7 +106,7 @@ class Roster:
                 raise ProtocolError(str(error)) from None
         local = hello.machine == machine_id()
         if hello.workpoint is not None and not self._clear_workpoint(
-            hello.workpoint, identity, local
+            hello.workpoint, hello.pid if local else None
         ):
             reason = f"another worker has the workpoint {hello.workpoint}; each needs its own"
             channels.tell(identity, protocol.Refused(reason))
@@ -156,17 +156,22 @@ class Roster:
             elif group_only:
                 raise ProtocolError(f"process {pid} is registered as {other.hello.worker}")
 
-    def _clear_workpoint(self, workpoint: str, identity: bytes, local: bool) -> bool:
+    def _clear_workpoint(self, workpoint: str, pid: int | None) -> bool:
         """Forget the worker that was there; False if it still is.
 
         There must not be two connections to one workpoint, and each keeps the routing id that
         its other end had at first. On another host a worker that comes to a workpoint is one
         that has been started again, or whose lost connection is not known here to be so.
+        So is, on this one, another registration of the same process.
+
+        Args:
+            workpoint: where a new worker has bound its work socket.
+            pid: its process, if that is on this machine.
         """
         before = self._by_workpoint.get(workpoint)
         if before is None:
             return True
-        if local and before.identity != identity and before.tell(protocol.Ping()):
+        if pid not in (None, before.hello.pid) and before.tell(protocol.Ping()):
             return False
         self._lose(before, None)
         return True
