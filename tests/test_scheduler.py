@@ -26,6 +26,7 @@ from zmqexecutor.scheduler import (
     AHEAD,
     KINDS_REMEMBERED,
     LARGEST_BATCH,
+    PURGE,
     STALL,
     Decision,
     Deserted,
@@ -1444,7 +1445,8 @@ def test_only_the_jobs_of_a_service_without_workers_expire() -> None:
     (expired,) = only(later, Expire)
     assert expired.jobs == lonely
     assert queued(desk.scheduler) == served[1:]
-    assert desk.scheduler.next_deadline() is None
+    assert only(desk.decide(after=PURGE), Expire) == []
+    assert desk.scheduler.next_deadline() is None  # nothing is left to look after
 
 
 def test_jobs_wait_for_a_service_whose_last_worker_has_left_as_long_as_for_a_new_one() -> None:

@@ -152,6 +152,9 @@ class Supervisor:
             if not orphaned:
                 await self._say_goodbye()
             obeying.cancel()
+            # asyncio closes its end of this before it gives its handlers back, and a
+            # signal between the two would write words to standard error.
+            signal.set_wakeup_fd(-1)
 
     def _watch_parent(self, loop: asyncio.AbstractEventLoop) -> None:
         # Where there are no pidfds, the end of file on the link has to do: a child
