@@ -696,7 +696,7 @@ def test_a_killed_supervisor_is_told_and_its_processes_end(start: Start) -> None
     with pytest.raises(RuntimeError, match="has ended"):
         watch.group.scale(3)
     watch.group.restart()
-    new = watch.alive(2)
+    new = watch.alive(3)
     assert not new & pids
     with pytest.raises(RuntimeError, match="has ended can be restarted"):
         watch.group.restart()

@@ -260,7 +260,7 @@ class Workers:
             spare: let surplus processes end by themselves instead of stopping them.
 
         Raises:
-            RuntimeError: the supervisor is gone or takes no commands.
+            RuntimeError: the supervisor is gone or takes no commands; `restart` starts so many.
             TypeError: the number is not an int.
             ValueError: the number is negative.
         """
