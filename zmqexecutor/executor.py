@@ -15,6 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 import msgspec
 
 from . import interpreter, security
+from .bell import path_of_bell
 from .buffers import Segments
 from .calls import Initializer, Setup, boot_code, call_service
 from .channels import LOST_AFTER, Entrance, joining_entrance
@@ -200,7 +201,12 @@ class ZmqExecutor(MappingExecutor):
         own = Entrance(endpoint, work, setup=None, group_only=True)
         command = python_command("-c", boot_code(start_path(), endpoint, directory.path, rlimits))
         return Master(
-            replace(options, entrances=[own, *options.entrances], segments=segments),
+            replace(
+                options,
+                entrances=[own, *options.entrances],
+                segments=segments,
+                bell=path_of_bell(directory.path),
+            ),
             Workers(command, 1, directory=directory.path, remove_directory=True, rlimits=rlimits),
             cleanup=directory.close,
         )

@@ -42,6 +42,9 @@ import stat
 import struct
 import tempfile
 import zlib
+from collections.abc import Iterator
+
+from .bell import BellRope, path_of_bell
 
 __all__ = ["JournalReader", "JournalWriter"]
 
@@ -49,6 +52,8 @@ CAPACITY = 256 * 1024
 """Bytes of results that may wait for confirmation."""
 LARGEST_ENTRY = CAPACITY // 4
 """Results of more bytes than this are not kept; see `JournalWriter.append`."""
+LARGEST_MARKER = 128
+"""Bytes for which there is always room; see `JournalWriter.mark`."""
 
 # The header: magic, the running job's number, end of the ring, when that job
 # started (the monotonic clock), number of the condemned job.
@@ -77,8 +82,20 @@ class JournalWriter:
             directory: a private directory on this host.
 
         Raises:
-            OSError: there is no room for it.
+            OSError: there is no room for it, or no master in this directory.
         """
+        self.bell = BellRope(path_of_bell(directory))
+        """Tells the master to look."""
+        try:
+            self._map = self._make(directory)
+        except BaseException:
+            self.bell.close()
+            raise
+        self._map[: len(_MAGIC)] = _MAGIC
+        self._confirmed = 0
+        self.position = 0
+
+    def _make(self, directory: str) -> mmap.mmap:
         descriptor, self.path = tempfile.mkstemp(prefix="journal-", dir=directory)
         try:
             # Reserve the space: a full file system must show here, as an error,
@@ -87,15 +104,12 @@ class JournalWriter:
                 os.posix_fallocate(descriptor, 0, _HEADER + CAPACITY)
             else:
                 os.write(descriptor, bytes(_HEADER + CAPACITY))
-            self._map = mmap.mmap(descriptor, _HEADER + CAPACITY)
+            return mmap.mmap(descriptor, _HEADER + CAPACITY)
         except BaseException:
             os.unlink(self.path)
             raise
         finally:
             os.close(descriptor)
-        self._map[: len(_MAGIC)] = _MAGIC
-        self._confirmed = 0
-        self.position = 0
 
     def start(self, seq: int, now: float) -> bool:
         """Note that this job is being run from now on; False if it must not start yet."""
@@ -110,8 +124,16 @@ class JournalWriter:
 
     def append(self, result: bytes) -> bool:
         """Keep an encoded result, and say whether there was room for it."""
+        return self._append(result, LARGEST_ENTRY, CAPACITY - LARGEST_MARKER)
+
+    def mark(self, marker: bytes) -> None:
+        """Note a result that is only in a message; until that is confirmed, no other follows."""
+        if not self._append(marker, LARGEST_MARKER, CAPACITY):
+            raise ValueError("a result follows one that was not confirmed")
+
+    def _append(self, result: bytes, largest: int, capacity: int) -> bool:
         position, size = self.position, _entry.size + len(result)
-        if size > LARGEST_ENTRY or position + size - self._confirmed > CAPACITY:
+        if size > largest or position + size - self._confirmed > capacity:
             return False
         self._write(position, _entry.pack(len(result), _checksum(result, position)) + result)
         self.position = position + size
@@ -139,6 +161,7 @@ class JournalWriter:
     def close(self) -> None:
         """Give back the memory."""
         self._map.close()
+        self.bell.close()
 
 
 class JournalReader:
@@ -181,9 +204,8 @@ class JournalReader:
         """Have the worker start nothing after this job; 0 lets it go on."""
         _running.pack_into(self._map, _CONDEMNED_AT, seq)
 
-    def read(self) -> list[bytes]:
-        """The encoded results after `position`, which moves behind them."""
-        results = []
+    def read(self) -> Iterator[bytes]:
+        """The encoded results after `position`, which moves behind each that was taken."""
         end = _running.unpack_from(self._map, _END_AT)[0]
         while self.position < end:
             length, checksum = _entry.unpack(self._bytes(self.position, _entry.size))
@@ -192,9 +214,8 @@ class JournalReader:
             result = self._bytes(self.position + _entry.size, length)
             if _checksum(result, self.position) != checksum:
                 break
-            results.append(result)
+            yield result
             self.position += _entry.size + length
-        return results
 
     def _bytes(self, position: int, size: int) -> bytes:
         start = position % CAPACITY

@@ -32,6 +32,7 @@ from queue import Empty, SimpleQueue
 from typing import Final
 
 from . import protocol
+from .bell import Bell
 from .buffers import Segments
 from .certificate import lost_error
 from .channels import Channels, Entrance
@@ -72,6 +73,7 @@ class MasterOptions:
         lenient: whether it then waits on, and that is only told.
         finish_at_exit: whether pending tasks are finished when the interpreter exits.
         segments: where big buffers of jobs and results are, if not in messages.
+        bell: path of the `bell` that its workers ring, if they have one.
     """
 
     entrances: Sequence[Entrance]
@@ -82,6 +84,7 @@ class MasterOptions:
     lenient: bool = False
     finish_at_exit: bool = False
     segments: Segments | None = None
+    bell: str | None = None
 
 
 class Master:
@@ -299,6 +302,8 @@ class Master:
                 channels.read(socket, handle)
         if self._roster.fileno() in ready:
             self._roster.read_deaths()
+        if self._bell and self._bell.fileno() in ready:
+            self._answer_bell()
         if self._fleet.polled in ready:
             self._read_fleet()
         if self._inbox:
@@ -310,6 +315,13 @@ class Master:
         self._confirm()
         if self._answered:
             self._finish_answered()
+
+    def _answer_bell(self) -> None:
+        """Take the results of those workers that say that they have some."""
+        assert self._bell
+        for pid in self._bell.rung_by():
+            for peer in self._roster.of_process(pid):
+                self._read_journal(peer)
 
     def _bar(self, barred: bool) -> None:
         """Whether the group's workers must not connect for now."""
@@ -333,6 +345,7 @@ class Master:
 
     def _open(self) -> None:
         self._channels: list[Channels] = []
+        self._bell = Bell(self._options.bell) if self._options.bell else None
         try:
             for entrance in self._options.entrances:
                 self._channels.append(Channels(entrance, self._look_soon))
@@ -362,6 +375,7 @@ class Master:
             *(descriptor for descriptor, *_ in self._sockets),
             self._wakeup.fileno(),
             self._roster.fileno(),
+            self._bell.fileno() if self._bell else -1,
         )
         for source in sources:
             if source != -1:
@@ -471,6 +485,7 @@ class Master:
         if isinstance(message, protocol.Results):
             if peer.state is None:
                 raise ProtocolError("results from a worker that is not ready")
+            self._read_journal(peer)  # what comes before it
             peer.received(message.position)
             if message.confirm:
                 self._unconfirmed.add(peer)
@@ -537,11 +552,16 @@ class Master:
     def _read_journal(self, peer: Peer) -> None:
         """Take results that the worker has written down but that have not come."""
         if peer.journal and peer.state:
-            results = [protocol.decode_result(entry) for entry in peer.journal.read()]
+            results = []
+            for entry in peer.journal.read():
+                result = protocol.decode_result(entry)
+                if result.buffers:
+                    # It comes as a message, or not at all; it is not confirmed before.
+                    peer.finished = max(peer.finished, result.seq)
+                    break
+                results.append(result)
             if results:
-                peer.finished = results[-1].seq
-            # Those with buffers come as a message, or not at all.
-            self._on_results(peer, [r for r in results if not r.buffers], [])
+                self._on_results(peer, results, [])
 
     # -------------------------------------------------------- deaths, the group
 
@@ -562,8 +582,8 @@ class Master:
         """A worker is gone; `running` is 0 if it is known to have run nothing."""
         if self._roster.get(peer.identity) is not peer:
             return
+        self._read_journal(peer)
         if running is None:
-            self._read_journal(peer)
             running = peer.last_run()
         self._roster.remove(peer)
         self._stops.forget(peer)

@@ -42,7 +42,6 @@ __all__ = [
     "ControlFromWorker",
     "Die",
     "Drain",
-    "EncodedResults",
     "Expelled",
     "Frame",
     "FromClient",
@@ -452,14 +451,6 @@ _control_to_master = msgspec.msgpack.Decoder(ControlFromWorker | FromClient)
 _control_from_master = msgspec.msgpack.Decoder(ControlFromMaster)
 _to_client = msgspec.msgpack.Decoder(ToClient)
 _work_from_worker = msgspec.msgpack.Decoder(WorkFromWorker)
-
-
-class EncodedResults(msgspec.Struct, frozen=True, array_like=True, tag="Results", gc=False):
-    """`Results` whose elements a worker has encoded before, one by one."""
-
-    position: int
-    results: list[msgspec.Raw]
-    confirm: bool = False
 
 
 def _decoder(decoder: msgspec.msgpack.Decoder[_T]) -> Callable[[Frame], _T]:

@@ -219,8 +219,13 @@ class Control(threading.Thread):
         self._socket.disable_monitor()
         self._monitor.close()
         self._socket.close(linger)
+        self._drop_journal()
+
+    def _drop_journal(self) -> None:
         if self._journal:
             self._journal.unlink()
+            self._journal.close()
+            self._journal = None
 
     def _step(self) -> None:
         timeout = None
@@ -365,6 +370,7 @@ class Control(threading.Thread):
 
     def _register(self) -> None:
         """Ask for registration, on each new connection."""
+        self._drop_journal()
         if self._journals is not None:
             try:
                 self._journal = JournalWriter(self._journals)

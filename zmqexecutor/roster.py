@@ -68,6 +68,10 @@ class Roster:
         """The worker of this routing id, if it has registered and is not lost."""
         return self._peers.get(identity)
 
+    def of_process(self, pid: int) -> list[Peer]:
+        """The workers that are this process of this machine."""
+        return list(self._by_pid.get(pid, ()))
+
     # ------------------------------------------------------------- coming
 
     def register(self, channels: Channels, identity: bytes, hello: protocol.Hello) -> None:

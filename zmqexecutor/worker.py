@@ -15,8 +15,10 @@ them, the control thread to give them back. `Claims` decides; whoever takes a jo
 first has it, wherever the message with the job is at that time.
 
 A result is written into the journal before the next job starts, so that it is
-not lost if that job kills the process (see `journal`). Results of very short jobs
-travel together, but none waits for longer than `COALESCE` before the next job.
+not lost if that job kills the process (see `journal`), and a bell tells the master
+to read it. It is told of several results of very short jobs at once, but none waits
+for longer than `COALESCE` before the next job. What is too large for the journal,
+and all results of a worker that has none, are messages on the work socket.
 """
 
 from __future__ import annotations
@@ -30,7 +32,6 @@ from collections.abc import Callable, Mapping
 from time import monotonic, sleep  # as they are now, whatever tasks make of them
 from typing import TYPE_CHECKING, Any, Final
 
-import msgspec
 import zmq
 
 from . import handshakes, protocol, security
@@ -195,9 +196,8 @@ class Worker:
         self.stopped = False
         """Whether `stop` was called."""
         self._queue: deque[tuple[Job | None, list[Frame], protocol.Jobs | None]] = deque()
-        self._unsent: list[msgspec.Raw] = []
-        self._unsent_buffers: list[Frame] = []
-        self._unsent_since = 0.0
+        self._untold_since: float | None = None  # of results in the journal
+        self._unsent: deque[list[Frame]] = deque()  # messages with results
         self._journal: JournalWriter | None = None
         self._confirmed = 0  # position of the journal
         self._needed = 0  # position to be confirmed before the next job starts
@@ -289,8 +289,8 @@ class Worker:
     def _serve(self, context: zmq.Context[zmq.Socket[bytes]], session: Session) -> None:
         """Run the jobs of one master until it is lost, or lets this worker go."""
         self._queue.clear()
+        self._untold_since = None
         self._unsent.clear()
-        self._unsent_buffers.clear()
         self._journal = session.journal
         self._confirmed = self._needed = self._abandoned = 0
         self._claims.reset()
@@ -424,7 +424,7 @@ class Worker:
             os._exit(0)  # the child of a job that forked; the sockets are not its own
         now = monotonic()
         self._answer(job.seq, outcome, started, now)
-        if now - self._unsent_since > COALESCE:
+        if self._untold_since is not None and now - self._untold_since > COALESCE:
             self._flush()
         if outcome.worn:
             self._control.send(protocol.Worn(outcome.worn))
@@ -444,34 +444,43 @@ class Worker:
         return now
 
     def _answer(self, seq: int, outcome: Outcome, started: float, ended: float) -> None:
-        """Make a result safe, and part of the next message."""
+        """Make a result safe: in the journal, or on its way as a message."""
         ok, data, codec, buffers, segment, kept, _ = outcome
-        if not self._unsent:
-            self._unsent_since = started
         seconds = ended - started
-        result = protocol.encode(
-            protocol.Result(seq, ok, data, codec, seconds, len(buffers), segment, kept)
-        )
-        self._unsent.append(msgspec.Raw(result))
-        self._unsent_buffers += buffers
-        if self._journal is None:
+        result = protocol.Result(seq, ok, data, codec, seconds, len(buffers), segment, kept)
+        if self._journal and not buffers and self._journal.append(protocol.encode(result)):
+            if self._untold_since is None:
+                self._untold_since = started
             return
-        if buffers or not self._journal.append(result):
+        position = 0
+        if self._journal:
             # It exists only in its message. The next job waits until that has come.
-            marker = protocol.encode(protocol.Result(seq, ok, b"", "", seconds, 1))
-            self._journal.append(marker)
-            self._needed = self._journal.position
-            self._flush()
+            self._journal.mark(protocol.encode(protocol.Result(seq, ok, b"", "", seconds, 1)))
+            self._needed = position = self._journal.position
+        message = protocol.Results(position, [result], confirm=self._journal is not None)
+        self._unsent.append([protocol.encode(message), *buffers])
+        self._flush()
 
     def _flush(self) -> None:
-        """Send the results that are waiting to travel together."""
-        if not self._unsent:
-            return
-        position = self._journal.position if self._journal else 0
-        message = protocol.EncodedResults(position, self._unsent, self._needed > self._confirmed)
-        if self._send([protocol.encode(message), *self._unsent_buffers]):
-            self._unsent = []
-            self._unsent_buffers = []
+        """Tell the master of results, in the journal or in a message."""
+        while self._unsent:
+            if not self._send(self._unsent[0]):
+                return
+            self._unsent.popleft()
+            self._untold_since = None  # a message has it read the journal too
+        if self._untold_since is not None and self._ring():
+            self._untold_since = None
+
+    def _ring(self) -> bool:
+        """Have the master read the journal; False if something else is to be done."""
+        assert self._journal is not None
+        bell = self._journal.bell
+        while not bell.ring():
+            if self._stopping or self._control.events:
+                return False  # the `Goodbye` has it read the journal too
+            zmq.zmq_poll([(bell.fileno(), zmq.POLLOUT), (self._wakeup.fileno(), zmq.POLLIN)], -1)
+            self._wakeup.clear()
+        return True
 
     def _send(self, parts: list[Frame]) -> bool:
         """Send to the master; False if it is not there and something else is to be done."""
@@ -491,6 +500,7 @@ class Worker:
     def _await_confirmation(self) -> None:
         """Wait until the master has what only a message holds, or is lost."""
         while self._needed > self._confirmed and "lost" not in self._control.events:
+            self._flush()
             self._wait()
             self._receive()
 
