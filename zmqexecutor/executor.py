@@ -15,7 +15,6 @@ from typing import Any, ParamSpec, TypeVar
 import msgspec
 
 from . import interpreter, security
-from .bell import path_of_bell
 from .buffers import Segments
 from .calls import Initializer, Setup, boot_code, call_service
 from .channels import LOST_AFTER, Entrance, joining_entrance
@@ -198,15 +197,11 @@ class ZmqExecutor(MappingExecutor):
         self._decode = partial(_decode, CallPickler(segments))
         endpoint = f"ipc://{directory.path}/control"
         work = f"ipc://{directory.path}/work"
-        own = Entrance(endpoint, work, setup=None, group_only=True)
+        bell = f"{directory.path}/bell"
+        own = Entrance(endpoint, work, setup=None, group_only=True, bell=bell)
         command = python_command("-c", boot_code(start_path(), endpoint, directory.path, rlimits))
         return Master(
-            replace(
-                options,
-                entrances=[own, *options.entrances],
-                segments=segments,
-                bell=path_of_bell(directory.path),
-            ),
+            replace(options, entrances=[own, *options.entrances], segments=segments),
             Workers(command, 1, directory=directory.path, remove_directory=True, rlimits=rlimits),
             cleanup=directory.close,
         )

@@ -44,8 +44,6 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 
-from .bell import BellRope, path_of_bell
-
 __all__ = ["JournalReader", "JournalWriter"]
 
 CAPACITY = 256 * 1024
@@ -82,20 +80,8 @@ class JournalWriter:
             directory: a private directory on this host.
 
         Raises:
-            OSError: there is no room for it, or no master in this directory.
+            OSError: there is no room for it.
         """
-        self.bell = BellRope(path_of_bell(directory))
-        """Tells the master to look."""
-        try:
-            self._map = self._make(directory)
-        except BaseException:
-            self.bell.close()
-            raise
-        self._map[: len(_MAGIC)] = _MAGIC
-        self._confirmed = 0
-        self.position = 0
-
-    def _make(self, directory: str) -> mmap.mmap:
         descriptor, self.path = tempfile.mkstemp(prefix="journal-", dir=directory)
         try:
             # Reserve the space: a full file system must show here, as an error,
@@ -104,12 +90,15 @@ class JournalWriter:
                 os.posix_fallocate(descriptor, 0, _HEADER + CAPACITY)
             else:
                 os.write(descriptor, bytes(_HEADER + CAPACITY))
-            return mmap.mmap(descriptor, _HEADER + CAPACITY)
+            self._map = mmap.mmap(descriptor, _HEADER + CAPACITY)
         except BaseException:
             os.unlink(self.path)
             raise
         finally:
             os.close(descriptor)
+        self._map[: len(_MAGIC)] = _MAGIC
+        self._confirmed = 0
+        self.position = 0
 
     def start(self, seq: int, now: float) -> bool:
         """Note that this job is being run from now on; False if it must not start yet."""
@@ -161,7 +150,6 @@ class JournalWriter:
     def close(self) -> None:
         """Give back the memory."""
         self._map.close()
-        self.bell.close()
 
 
 class JournalReader:
@@ -205,17 +193,21 @@ class JournalReader:
         _running.pack_into(self._map, _CONDEMNED_AT, seq)
 
     def read(self) -> Iterator[bytes]:
-        """The encoded results after `position`, which moves behind each that was taken."""
-        end = _running.unpack_from(self._map, _END_AT)[0]
-        while self.position < end:
-            length, checksum = _entry.unpack(self._bytes(self.position, _entry.size))
-            if length > LARGEST_ENTRY:
-                break
-            result = self._bytes(self.position + _entry.size, length)
-            if _checksum(result, self.position) != checksum:
-                break
+        """The encoded results after `position`, which moves as they are taken."""
+        start = self.position
+        size = _running.unpack_from(self._map, _END_AT)[0] - start
+        if not 0 < size <= CAPACITY:
+            return
+        data = self._bytes(start, size)
+        at = 0
+        while at + _entry.size <= size:
+            length, checksum = _entry.unpack_from(data, at)
+            result = data[at + _entry.size : at + _entry.size + length]
+            if len(result) != length or _checksum(result, start + at) != checksum:
+                return
             yield result
-            self.position += _entry.size + length
+            at += _entry.size + length
+            self.position = start + at
 
     def _bytes(self, position: int, size: int) -> bytes:
         start = position % CAPACITY

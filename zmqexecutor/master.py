@@ -32,7 +32,6 @@ from queue import Empty, SimpleQueue
 from typing import Final
 
 from . import protocol
-from .bell import Bell
 from .buffers import Segments
 from .certificate import lost_error
 from .channels import Channels, Entrance
@@ -44,6 +43,7 @@ from .protocol import DEFAULT_SERVICE, Frame
 from .retries import Retries
 from .roster import Roster
 from .scheduler import Decision, Deserted, Expire, Recall, Retire, Scale, Scheduler, Send
+from .shortcuts import Bell
 from .stops import Stops
 from .tasks import Task
 from .wakeup import Wakeup
@@ -73,7 +73,6 @@ class MasterOptions:
         lenient: whether it then waits on, and that is only told.
         finish_at_exit: whether pending tasks are finished when the interpreter exits.
         segments: where big buffers of jobs and results are, if not in messages.
-        bell: path of the `bell` that its workers ring, if they have one.
     """
 
     entrances: Sequence[Entrance]
@@ -84,7 +83,6 @@ class MasterOptions:
     lenient: bool = False
     finish_at_exit: bool = False
     segments: Segments | None = None
-    bell: str | None = None
 
 
 class Master:
@@ -132,6 +130,7 @@ class Master:
         self._asleep = False
         self._thread = threading.Thread(target=self._run, name="zmqexecutor-master", daemon=True)
         self._opened: Future[None] = Future()
+        self._bell: Bell | None = None  # of its own workers
         self._ready: dict[bytes, Peer] = {}
         self._dying: list[Peer] = []  # workers elsewhere that were told to
         self._answered: list[tuple[Task, protocol.Result, list[Frame]]] = []
@@ -345,13 +344,13 @@ class Master:
 
     def _open(self) -> None:
         self._channels: list[Channels] = []
-        self._bell = Bell(self._options.bell) if self._options.bell else None
         try:
             for entrance in self._options.entrances:
+                if entrance.bell:
+                    self._bell = Bell(entrance.bell)
                 self._channels.append(Channels(entrance, self._look_soon))
         except BaseException:
-            for channels in self._channels:
-                channels.close()
+            self._close_channels()
             raise
         self._sockets = [
             source
@@ -725,8 +724,7 @@ class Master:
                 )
             )
             frames += buffers
-        message = protocol.Jobs(peer.confirmed, jobs, shared, forget)
-        if not peer.send_work(message, frames):
+        if not peer.send_jobs(jobs, shared, forget, frames):
             # Without a journal it held nothing but this, which has not left.
             self._lose(peer, None if peer.journal else 0)
         else:
@@ -755,8 +753,7 @@ class Master:
         while self._unconfirmed:
             peer = self._unconfirmed.pop()
             self._forgetful.discard(peer)
-            message = protocol.Jobs(peer.confirmed, [], [], peer.take_forgotten())
-            if not peer.send_work(message):
+            if not peer.send_jobs([], [], peer.take_forgotten()):
                 self._lose(peer, None)
 
     # ---------------------------------------------------------------- the end
@@ -833,13 +830,18 @@ class Master:
         finally:
             self._roster.close()
             self._ready.clear()
-            for channels in self._channels:
-                channels.close()
+            self._close_channels()
             self._wakeup = None  # closed when no other thread is in the middle of using it
             self._tell_watchers()
             self._drop_inbox()
             self._cleanup()
             self._let_go()
+
+    def _close_channels(self) -> None:
+        for channels in self._channels:
+            channels.close()
+        if self._bell:
+            self._bell.close()
 
     def _see_them_die(self) -> None:
         """Wait for the workers that were told to, a little.

@@ -39,6 +39,7 @@ from .handler import Handler, Outcome
 from .journal import JournalWriter
 from .protocol import DEFAULT_SERVICE, Frame, Job
 from .registration import Claims, Control, Session
+from .shortcuts import BellRope, Mailbox
 from .targets import Initializer, Target, TargetHandler
 from .wakeup import Wakeup
 from .worker_errors import RegistrationError
@@ -196,9 +197,15 @@ class Worker:
         self.stopped = False
         """Whether `stop` was called."""
         self._queue: deque[tuple[Job | None, list[Frame], protocol.Jobs | None]] = deque()
+        self._received = 0  # number of the last message whose jobs were queued
+        self._early: dict[int, tuple[protocol.Jobs, list[Frame]]] = {}  # later ones
         self._untold_since: float | None = None  # of results in the journal
         self._unsent: deque[list[Frame]] = deque()  # messages with results
         self._journal: JournalWriter | None = None
+        self._mailbox: Mailbox | None = None
+        self._bell: BellRope | None = None
+        self._work_used = False  # since it was last found empty
+        self._mail = False  # whether the mailbox may have something
         self._confirmed = 0  # position of the journal
         self._needed = 0  # position to be confirmed before the next job starts
         self._abandoned = 0  # number of a job that was started, and was interrupted
@@ -283,15 +290,26 @@ class Worker:
         """Sleep until a message may have come, or there is other news."""
         # Not zmq.zmq_poll, which takes longer. The socket's descriptor tells of what has
         # come since the socket was used last, so that is asked before.
-        if not _has_message(self._work) and self._poller.poll() != self._work_ready:
-            self._wakeup.clear()
+        if self._work_used:
+            if _has_message(self._work):
+                return
+            self._work_used = False
+        for descriptor, _ in self._poller.poll():
+            if descriptor == self._work_fd:
+                self._work_used = True
+            elif descriptor == self._wakeup.fileno():
+                self._wakeup.clear()
+            else:
+                self._mail = True
 
     def _serve(self, context: zmq.Context[zmq.Socket[bytes]], session: Session) -> None:
         """Run the jobs of one master until it is lost, or lets this worker go."""
         self._queue.clear()
+        self._received = 0
+        self._early.clear()
         self._untold_since = None
         self._unsent.clear()
-        self._journal = session.journal
+        self._journal, self._mailbox, self._bell = session.journal, session.mailbox, session.bell
         self._confirmed = self._needed = self._abandoned = 0
         self._claims.reset()
         address = self._workpoint or session.work
@@ -300,7 +318,10 @@ class Worker:
         )
         self._work.routing_id = session.worker.encode()
         self._poller.register(self._work, select.POLLIN)
-        self._work_ready = [(self._work.fileno(), select.POLLIN)]  # and nothing else
+        self._work_fd = self._work.fileno()
+        self._work_used = True
+        if self._mailbox:
+            self._poller.register(self._mailbox, select.POLLIN)
         # On one machine it is only lost together with the control connection.
         if not address.startswith("ipc://"):
             monitor = f"inproc://work-{session.worker}"
@@ -328,8 +349,11 @@ class Worker:
             self._poller.unregister(self._work)
             self._stop_watch()
             security.close(self._work, self._workpoint)
-            if self._journal:
-                self._journal.close()
+            if self._mailbox:
+                self._poller.unregister(self._mailbox)
+            for file in (self._journal, self._mailbox, self._bell):
+                if file:
+                    file.close()
 
     def _say_goodbye(self) -> None:
         """Tell the master that what has no result was not started here, but for one."""
@@ -379,22 +403,41 @@ class Worker:
     # -------------------------------------------------------------------- jobs
 
     def _receive(self) -> None:
-        """Queue the jobs of the next message, if one has come."""
-        work = self._work
-        try:
-            frame = work.recv(zmq.DONTWAIT)
-        except zmq.Again:
+        """Queue the jobs of the messages that have come."""
+        if self._mail and self._mailbox:
+            self._mail = False
+            if (letter := self._mailbox.read()) is not None:
+                self._take(protocol.decode_jobs(letter), [])
+        if self._work_used:
+            try:
+                message = protocol.decode_jobs(self._work.recv(zmq.DONTWAIT))
+            except zmq.Again:
+                return
+            # They have come with the message. They are large, and not copied.
+            count = sum(job.buffers for job in message.jobs)
+            self._take(message, [self._work.recv(copy=False).buffer for _ in range(count)])
+
+    def _take(self, message: protocol.Jobs, buffers: list[Frame]) -> None:
+        """Queue the jobs of a message, and of those that have overtaken it."""
+        if message.number > self._received + 1:
+            self._early[message.number] = message, buffers
             return
-        message = protocol.decode_jobs(frame)
+        self._enqueue(message, buffers)
+        self._received += message.number > 0
+        while self._early and (early := self._early.pop(self._received + 1, None)) is not None:
+            self._enqueue(*early)
+            self._received += 1
+
+    def _enqueue(self, message: protocol.Jobs, buffers: list[Frame]) -> None:
         if message.confirmed > self._confirmed:
             self._confirmed = message.confirmed
             if self._journal:
                 self._journal.confirm(message.confirmed)
         first: protocol.Jobs | None = message
+        taken = 0
         for job in message.jobs:
-            # They have come with the message. They are large, and not copied.
-            frames: list[Frame] = [work.recv(copy=False).buffer for _ in range(job.buffers)]
-            self._queue.append((job, frames, first))
+            self._queue.append((job, buffers[taken : taken + job.buffers], first))
+            taken += job.buffers
             first = None
         if first is not None and first.forget:
             self._queue.append((None, [], first))
@@ -448,16 +491,17 @@ class Worker:
         ok, data, codec, buffers, segment, kept, _ = outcome
         seconds = ended - started
         result = protocol.Result(seq, ok, data, codec, seconds, len(buffers), segment, kept)
-        if self._journal and not buffers and self._journal.append(protocol.encode(result)):
+        journal = self._journal
+        if self._bell and journal and not buffers and journal.append(protocol.encode(result)):
             if self._untold_since is None:
                 self._untold_since = started
             return
         position = 0
-        if self._journal:
+        if journal:
             # It exists only in its message. The next job waits until that has come.
-            self._journal.mark(protocol.encode(protocol.Result(seq, ok, b"", "", seconds, 1)))
-            self._needed = position = self._journal.position
-        message = protocol.Results(position, [result], confirm=self._journal is not None)
+            journal.mark(protocol.encode(protocol.Result(seq, ok, b"", "", seconds, 1)))
+            self._needed = position = journal.position
+        message = protocol.Results(position, [result], confirm=journal is not None)
         self._unsent.append([protocol.encode(message), *buffers])
         self._flush()
 
@@ -473,17 +517,21 @@ class Worker:
 
     def _ring(self) -> bool:
         """Have the master read the journal; False if something else is to be done."""
-        assert self._journal is not None
-        bell = self._journal.bell
-        while not bell.ring():
+        assert self._bell is not None
+        while not self._bell.ring():
             if self._stopping or self._control.events:
                 return False  # the `Goodbye` has it read the journal too
-            zmq.zmq_poll([(bell.fileno(), zmq.POLLOUT), (self._wakeup.fileno(), zmq.POLLIN)], -1)
-            self._wakeup.clear()
+            self._await_room(self._bell)
         return True
+
+    def _await_room(self, way: zmq.Socket[bytes] | BellRope) -> None:
+        """Until something can be sent, or there is other news."""
+        zmq.zmq_poll([(way, zmq.POLLOUT), (self._wakeup.fileno(), zmq.POLLIN)], -1)
+        self._wakeup.clear()
 
     def _send(self, parts: list[Frame]) -> bool:
         """Send to the master; False if it is not there and something else is to be done."""
+        self._work_used = True
         while True:
             try:
                 if len(parts) == 1:
@@ -494,8 +542,7 @@ class Worker:
             except zmq.Again:  # it has not connected yet, or is gone
                 if self._stopping or self._control.events:
                     return False
-            zmq.zmq_poll([(self._work, zmq.POLLOUT), (self._wakeup.fileno(), zmq.POLLIN)], -1)
-            self._wakeup.clear()
+            self._await_room(self._work)
 
     def _await_confirmation(self) -> None:
         """Wait until the master has what only a message holds, or is lost."""
