@@ -24,6 +24,7 @@ LAYERS = [
     "codecs",
     "wakeup",
     "journal",
+    "shortcuts",
     "machine",
     "limits",
     "interpreter",
