@@ -71,6 +71,7 @@ LAYERS = [
     "roster",
     "clients",
     "master",
+    "lean",
     "jobrunner",
     "futures",
     "mapping",
