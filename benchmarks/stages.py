@@ -21,8 +21,8 @@ from typing import Any
 from benchmarks import tasks
 from benchmarks.report import Table, value
 from zmqexecutor import ZmqExecutor, protocol
-from zmqexecutor.channels import Channels
 from zmqexecutor.journal import JournalWriter
+from zmqexecutor.peers import Peer
 from zmqexecutor.serialization import CallPickler, CallRunner
 
 clock = time.monotonic
@@ -123,10 +123,10 @@ def watch_worker() -> None:
     from zmqexecutor.calls import CallHandler
     from zmqexecutor.worker import Worker
 
-    Worker._receive = _stamp("received", Worker._receive, before=False)  # type: ignore[method-assign]
+    Worker._take = _stamp("received", Worker._take, before=False)  # type: ignore[method-assign]
     run = _stamp("run", CallHandler.run, before=True)
     CallHandler.run = _stamp("done", run, before=False)  # type: ignore[method-assign]
-    Worker._send = _stamp("returned", Worker._send, before=False)  # type: ignore[method-assign]
+    Worker._flush = _stamp("returned", Worker._flush, before=False)  # type: ignore[method-assign]
 
 
 def stamps() -> dict[str, float]:
@@ -149,7 +149,7 @@ ORDER = {
     "received": "on the way to the worker, its wake-up, decode",
     "run": "worker: claim it, note it in the journal",
     "done": "worker: unpickle, run, pickle the result",
-    "returned": "worker: journal, encode, send",
+    "returned": "worker: journal, ring the bell",
     "back": "on the way to the master, its wake-up, decode",
     "completed": "master: unpickle, complete the future",
     "end": "wake-up of the thread that waits",
@@ -160,8 +160,8 @@ def on_the_way(count: int) -> dict[str, list[float]]:
     """Seconds from each stamp to the next, for each of so many tasks."""
     found: dict[str, list[float]] = {title: [] for title in ORDER.values() if title}
     found["all"] = []
-    unwatched = Channels.send_work
-    Channels.send_work = _stamp("sent", unwatched, before=False)  # type: ignore[method-assign]
+    unwatched = Peer.send_jobs
+    Peer.send_jobs = _stamp("sent", unwatched, before=False)  # type: ignore[method-assign]
     try:
         with ZmqExecutor(1, initializer=watch_worker) as executor:
             master: Any = executor._master
@@ -176,7 +176,7 @@ def on_the_way(count: int) -> dict[str, list[float]]:
                     found[ORDER[later] or "all"].append(times[later] - times[earlier])
                 found["all"].append(times["end"] - times["start"])
     finally:
-        Channels.send_work = unwatched  # type: ignore[method-assign]
+        Peer.send_jobs = unwatched  # type: ignore[method-assign]
     return {title: times for title, times in found.items() if len(times) > 1}
 
 

@@ -19,7 +19,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from zmqexecutor import journal as journal_module
-from zmqexecutor.journal import CAPACITY, LARGEST_ENTRY, JournalReader, JournalWriter
+from zmqexecutor.journal import (
+    CAPACITY,
+    LARGEST_ENTRY,
+    LARGEST_MARKER,
+    JournalReader,
+    JournalWriter,
+)
 
 OVERHEAD = 8
 """Bytes that an entry takes beside its result."""
@@ -57,25 +63,25 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
 
 
 def test_a_new_journal_has_no_results_and_runs_nothing(pair: Pair) -> None:
-    assert pair.reader.read() == []
+    assert list(pair.reader.read()) == []
     assert pair.reader.running == 0
     assert pair.reader.position == pair.writer.position == 0
 
 
 def test_results_are_read_once_and_in_order(pair: Pair) -> None:
     assert all(pair.writer.append(result) for result in (b"one", b"", b"three"))
-    assert pair.reader.read() == [b"one", b"", b"three"]
+    assert list(pair.reader.read()) == [b"one", b"", b"three"]
     assert pair.reader.position == pair.writer.position
-    assert pair.reader.read() == []
+    assert list(pair.reader.read()) == []
     assert pair.writer.append(b"four")
-    assert pair.reader.read() == [b"four"]
+    assert list(pair.reader.read()) == [b"four"]
 
 
 def test_a_reader_that_comes_late_reads_all(tmp_path: Path) -> None:
     writer = JournalWriter(str(tmp_path))
     assert writer.append(b"early")
     reader = JournalReader(writer.path)
-    assert reader.read() == [b"early"]
+    assert list(reader.read()) == [b"early"]
     reader.close()
     writer.close()
 
@@ -84,7 +90,7 @@ def test_results_known_from_messages_are_skipped(pair: Pair) -> None:
     pair.writer.append(b"came in a message")
     pair.reader.position = pair.writer.position
     pair.writer.append(b"did not come")
-    assert pair.reader.read() == [b"did not come"]
+    assert list(pair.reader.read()) == [b"did not come"]
 
 
 @pytest.mark.parametrize("seq", [1, 255, 256, 2**32, 2**64 - 1])
@@ -114,7 +120,7 @@ def test_entries_that_wrap_around_the_end_are_read_whole(pair: Pair) -> None:
     for number in range(4 * CAPACITY // size):
         result = number.to_bytes(4, "little") * (size // 4)
         assert pair.writer.append(result)
-        assert pair.reader.read() == [result]
+        assert list(pair.reader.read()) == [result]
         pair.writer.confirm(pair.reader.position)
     assert pair.writer.position > 3 * CAPACITY
 
@@ -128,20 +134,43 @@ def test_the_end_of_the_ring_may_cut_an_entry_anywhere(pair: Pair, before_the_en
             size -= OVERHEAD  # leave room for a last entry
         assert pair.writer.append(b"x" * (size - OVERHEAD))
         left -= size
+        list(pair.reader.read())
+        pair.writer.confirm(pair.reader.position)
     assert pair.writer.position == CAPACITY - before_the_end
-    pair.reader.read()
-    pair.writer.confirm(pair.reader.position)
     assert pair.writer.append(b"cut in two")
-    assert pair.reader.read() == [b"cut in two"]
+    assert list(pair.reader.read()) == [b"cut in two"]
+
+
+def test_a_full_journal_has_room_for_a_marker(pair: Pair) -> None:
+    while pair.writer.append(b""):
+        pass
+    before = len(list(pair.reader.read()))
+    marker = b"m" * (LARGEST_MARKER - OVERHEAD)
+    pair.writer.mark(marker)
+    assert before > 1
+    assert list(pair.reader.read()) == [marker]
+    with pytest.raises(ValueError, match="not confirmed"):
+        pair.writer.mark(marker)
+    pair.writer.confirm(pair.reader.position)
+    pair.writer.mark(marker)
+    assert list(pair.reader.read()) == [marker]
+
+
+def test_what_was_not_taken_is_read_again(pair: Pair) -> None:
+    for result in (b"one", b"two", b"three"):
+        pair.writer.append(result)
+    reading = pair.reader.read()
+    assert [next(reading), next(reading)] == [b"one", b"two"]
+    assert list(pair.reader.read()) == [b"two", b"three"]
 
 
 def test_a_full_journal_refuses_until_results_are_confirmed(pair: Pair) -> None:
     appended = 0
     while pair.writer.append(b"x" * 1000):
         appended += 1
-    assert appended == CAPACITY // (1000 + OVERHEAD)
+    assert appended == (CAPACITY - LARGEST_MARKER) // (1000 + OVERHEAD)
     position = pair.writer.position
-    assert len(pair.reader.read()) == appended, "what is there stays whole"
+    assert len(list(pair.reader.read())) == appended, "what is there stays whole"
     assert not pair.writer.append(b"x" * 1000), "read is not confirmed"
     assert pair.writer.position == position
     pair.writer.confirm(pair.reader.position)
@@ -165,7 +194,7 @@ def test_old_and_impossible_confirmations_do_no_harm(pair: Pair) -> None:
     appended = 0
     while pair.writer.append(b"y" * 1000):
         appended += 1
-    assert appended == CAPACITY // (1000 + OVERHEAD)
+    assert appended == (CAPACITY - LARGEST_MARKER) // (1000 + OVERHEAD)
     pair.writer.confirm(0)
     pair.writer.confirm(-5)
     assert not pair.writer.append(b"z" * 1000)
@@ -175,7 +204,7 @@ def test_the_largest_entry_fits_and_a_larger_one_does_not(pair: Pair) -> None:
     assert not pair.writer.append(b"x" * (LARGEST_RESULT + 1))
     assert pair.writer.position == 0
     assert pair.writer.append(b"x" * LARGEST_RESULT)
-    assert pair.reader.read() == [b"x" * LARGEST_RESULT]
+    assert list(pair.reader.read()) == [b"x" * LARGEST_RESULT]
 
 
 # --------------------------------------------------------------- torn and foreign
@@ -186,33 +215,33 @@ def test_an_entry_whose_bytes_are_damaged_is_not_read(pair: Pair) -> None:
     damaged_at = pair.writer.position
     pair.writer.append(b"damaged")
     pair.patch(64 + damaged_at + OVERHEAD, b"D")
-    assert pair.reader.read() == [b"good"]
+    assert list(pair.reader.read()) == [b"good"]
     assert pair.reader.position == damaged_at
     pair.patch(64 + damaged_at + OVERHEAD, b"d")
-    assert pair.reader.read() == [b"damaged"], "it is read once its bytes are there"
+    assert list(pair.reader.read()) == [b"damaged"], "it is read once its bytes are there"
 
 
 def test_an_entry_with_an_impossible_length_is_not_read(pair: Pair) -> None:
     pair.writer.append(b"x")
     pair.patch(64, b"\xff\xff\xff\xff")
-    assert pair.reader.read() == []
+    assert list(pair.reader.read()) == []
     assert pair.reader.position == 0
 
 
 def test_an_entry_of_which_no_byte_is_there_yet_is_not_read(pair: Pair) -> None:
     # All zero is what a fresh file holds; it must not pass for an empty result.
     pair.pretend_end(OVERHEAD + 10)
-    assert pair.reader.read() == []
+    assert list(pair.reader.read()) == []
     assert pair.reader.position == 0
 
 
 def test_an_entry_of_an_earlier_round_is_not_read_again(pair: Pair) -> None:
     for _ in range(4):  # exactly once around
         assert pair.writer.append(b"o" * LARGEST_RESULT)
-    pair.reader.read()
-    pair.writer.confirm(pair.reader.position)
+        list(pair.reader.read())
+        pair.writer.confirm(pair.reader.position)
     pair.pretend_end(CAPACITY + LARGEST_ENTRY)
-    assert pair.reader.read() == []
+    assert list(pair.reader.read()) == []
     assert pair.reader.position == CAPACITY
 
 
@@ -283,7 +312,7 @@ def test_results_stay_readable_after_the_name_is_removed(pair: Pair) -> None:
     pair.writer.unlink()  # once more does no harm
     assert not os.path.exists(pair.writer.path)
     pair.writer.append(b"still here")
-    assert pair.reader.read() == [b"still here"]
+    assert list(pair.reader.read()) == [b"still here"]
 
 
 def no_room(*_: object) -> None:
@@ -317,7 +346,7 @@ def test_without_posix_fallocate_the_file_is_made_too(
     monkeypatch.delattr(os, "posix_fallocate", raising=False)
     pair = Pair(tmp_path)
     pair.writer.append(b"result")
-    assert pair.reader.read() == [b"result"]
+    assert list(pair.reader.read()) == [b"result"]
     pair.close()
 
 
@@ -336,7 +365,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert ended.returncode == -signal.SIGKILL
     (name,) = os.listdir(tmp_path)
     reader = JournalReader(str(tmp_path / name))
-    assert reader.read() == [b"result 1", b"result 2", b"result 3"]
+    assert list(reader.read()) == [b"result 1", b"result 2", b"result 3"]
     assert reader.running == 4
     reader.close()
 
@@ -377,7 +406,7 @@ def test_no_interleaving_loses_or_repeats_a_result(
                 if fits:
                     unread.append(step)
             elif step == "read":
-                assert pair.reader.read() == list(unread)
+                assert list(pair.reader.read()) == list(unread)
                 unread.clear()
             elif step == "message":
                 pair.reader.position = pair.writer.position
@@ -385,7 +414,7 @@ def test_no_interleaving_loses_or_repeats_a_result(
             else:
                 confirmed = pair.reader.position
                 pair.writer.confirm(confirmed)
-        assert pair.reader.read() == list(unread)
+        assert list(pair.reader.read()) == list(unread)
 
 
 def test_the_ring_is_a_whole_number_of_largest_entries() -> None:

@@ -19,7 +19,6 @@ from zmqexecutor.protocol import (
     Configure,
     Die,
     Drain,
-    EncodedResults,
     Expelled,
     FromSupervisor,
     Goodbye,
@@ -75,7 +74,7 @@ DECODERS: dict[str, Decode] = {
     TO_CLIENT: protocol.decode_to_client,
     IN_JOURNAL: protocol.decode_result,
 }
-HELLO = Hello(1, "w1", 42, "host", "machine", None, "/dev/shm/j", "3.13.1", ["a"])
+HELLO = Hello(1, "w1", 42, "host", "machine", None, "/dev/shm/j", "3.13.1", ["a"], "/m")
 JOB = Job(1, "id", b"data", "text", b"key", 2, Segment("s", [7]), "a")
 RESULT = Result(1, True, b"data", "text", 0.5, 1, Segment("s", []), True)
 
@@ -84,15 +83,16 @@ WIRE: list[tuple[str, object, bytes]] = [
     (
         CONTROL_TO_MASTER,
         HELLO,
-        b"\x9a\xa5Hello\x01\xa2w1\x2a\xa4host\xa7machine\xc0\xaa/dev/shm/j\xa63.13.1\x91\xa1a",
+        b"\x9b\xa5Hello\x01\xa2w1\x2a\xa4host\xa7machine\xc0\xaa/dev/shm/j\xa63.13.1\x91\xa1a"
+        b"\xa2/m",
     ),
     (CONTROL_TO_MASTER, Recalled([1, 300]), b"\x92\xa8Recalled\x92\x01\xcd\x01\x2c"),
     (CONTROL_TO_MASTER, Recalled([]), b"\x92\xa8Recalled\x90"),
     (CONTROL_TO_MASTER, Unready("why"), b"\x92\xa7Unready\xa3why"),
     (
         CONTROL_TO_WORKER,
-        Welcome(1, "ipc://w", b"s", 2.5),
-        b"\x95\xa7Welcome\x01\xa7ipc://w\xc4\x01s\xcb\x40\x04\x00\x00\x00\x00\x00\x00",
+        Welcome(1, "ipc://w", b"s", 2.5, "/b"),
+        b"\x96\xa7Welcome\x01\xa7ipc://w\xc4\x01s\xcb\x40\x04\x00\x00\x00\x00\x00\x00\xa2/b",
     ),
     (CONTROL_TO_WORKER, Refused("why"), b"\x92\xa7Refused\xa3why"),
     (CONTROL_TO_WORKER, Recall([2, 3]), b"\x92\xa6Recall\x92\x02\x03"),
@@ -142,11 +142,11 @@ WIRE: list[tuple[str, object, bytes]] = [
     (WORK_TO_MASTER, Goodbye(), b"\x92\xa7Goodbye\x00"),
     (
         WORK_TO_WORKER,
-        Jobs(9, [JOB], [Shared(b"key", b"function")], [b"old"]),
-        b"\x95\xa4Jobs\x09\x91\x98\x01\xa2id\xc4\x04data\xa4text\xc4\x03key\x02\x92\xa1s\x91\x07\xa1a"
-        b"\x91\x92\xc4\x03key\xc4\x08function\x91\xc4\x03old",
+        Jobs(9, [JOB], [Shared(b"key", b"function")], [b"old"], 3),
+        b"\x96\xa4Jobs\x09\x91\x98\x01\xa2id\xc4\x04data\xa4text\xc4\x03key\x02\x92\xa1s\x91\x07\xa1a"
+        b"\x91\x92\xc4\x03key\xc4\x08function\x91\xc4\x03old\x03",
     ),
-    (WORK_TO_WORKER, Jobs(9, []), b"\x95\xa4Jobs\x09\x90\x90\x90"),
+    (WORK_TO_WORKER, Jobs(9, []), b"\x96\xa4Jobs\x09\x90\x90\x90\x00"),
     (
         IN_JOURNAL,
         Result(1, False, b"", "", 0.0, 0),
@@ -258,14 +258,6 @@ def test_data_stays_bytes_when_the_frame_is_gone() -> None:
     frame[:] = bytes(len(frame))
     assert type(job.data) is bytes
     assert job.data == b"data"
-
-
-@pytest.mark.parametrize("confirm", [False, True])
-@pytest.mark.parametrize("count", [0, 1, 15, 16, 300])
-def test_results_encoded_one_by_one_are_results_on_the_wire(count: int, confirm: bool) -> None:
-    results = [Result(seq, seq % 2 == 0, b"x" * seq) for seq in range(count)]
-    raw = [msgspec.Raw(encode(result)) for result in results]
-    assert encode(EncodedResults(5, raw, confirm)) == encode(Results(5, results, confirm))
 
 
 @pytest.mark.parametrize("number", [0, 127, 128, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1])

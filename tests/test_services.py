@@ -324,7 +324,7 @@ def test_a_job_that_could_not_be_sent_goes_to_another_worker(
         peers = {peer.hello.worker: peer for peer in runner._master._roster}
         warmest = max(runner.workers, key=lambda worker: worker.jobs_done)
         # As when its connection has just been lost, and nobody knows.
-        monkeypatch.setattr(peers[warmest.id], "send_work", lambda *_: False)
+        monkeypatch.setattr(peers[warmest.id], "send_jobs", lambda *_: False)
         assert runner.execute("2", "b", 20) == "b"
     assert len(workers) == 2
 

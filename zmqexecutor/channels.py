@@ -48,6 +48,7 @@ class Entrance:
         lost_after: seconds after which a worker that is not heard of is taken for lost;
             on this machine the kernel tells.
         access: who may connect.
+        bell: where to make the bell for these workers, if they have one; see `shortcuts`.
     """
 
     endpoint: str
@@ -58,6 +59,7 @@ class Entrance:
     calls: bool = False
     lost_after: float = LOST_AFTER
     access: security.Access = field(default_factory=security.Access)
+    bell: str | None = None
 
 
 def joining_entrance(
@@ -210,11 +212,9 @@ class Channels:
         """Send a control message; False if there is no way to the worker or client."""
         return self._send(self.control, identity, [protocol.encode(message)])
 
-    def send_work(
-        self, identity: bytes, message: protocol.Jobs, buffers: Sequence[Frame] = ()
-    ) -> bool:
-        """Send jobs; False if there is no way to the worker."""
-        return self._send(self.work, identity, [protocol.encode(message), *buffers])
+    def send_work(self, identity: bytes, frame: bytes, buffers: Sequence[Frame] = ()) -> bool:
+        """Send jobs, encoded, and their buffers; False if there is no way to the worker."""
+        return self._send(self.work, identity, [frame, *buffers])
 
     def _send(self, socket: zmq.Socket[bytes], identity: bytes, parts: list[Frame]) -> bool:
         self.used.add(socket)

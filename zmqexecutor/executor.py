@@ -197,7 +197,8 @@ class ZmqExecutor(MappingExecutor):
         self._decode = partial(_decode, CallPickler(segments))
         endpoint = f"ipc://{directory.path}/control"
         work = f"ipc://{directory.path}/work"
-        own = Entrance(endpoint, work, setup=None, group_only=True)
+        bell = f"{directory.path}/bell"
+        own = Entrance(endpoint, work, setup=None, group_only=True, bell=bell)
         command = python_command("-c", boot_code(start_path(), endpoint, directory.path, rlimits))
         return Master(
             replace(options, entrances=[own, *options.entrances], segments=segments),

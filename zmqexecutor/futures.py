@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from concurrent.futures import Future
 from typing import TypeVar
 
+from .lean import LeanFuture
 from .master import Master
 from .tasks import Task
 
@@ -14,7 +14,7 @@ __all__ = ["TaskFuture"]
 T = TypeVar("T")
 
 
-class TaskFuture(Future[T]):
+class TaskFuture(LeanFuture[T]):
     """A `concurrent.futures.Future` with a `kill`."""
 
     _master: weakref.ref[Master] | None = None

@@ -15,6 +15,7 @@ from . import codecs, security
 from .channels import LOST_AFTER, joining_entrance
 from .errors import ForkedExecutorError, JobFailedError, TaskTimeoutError
 from .keys import Keys
+from .lean import LeanFuture
 from .master import Master, MasterOptions, check_wait
 from .peers import WorkerInfo
 from .protocol import DEFAULT_SERVICE, Frame, Result
@@ -170,7 +171,7 @@ class JobRunner:
             raise TypeError(f"service must be str, not {type(service).__name__}")
         (job_id + service).encode()  # text that is no text must fail here, and only its caller
         encoded, encoding = codecs.encode(data, codec)
-        future: Future[Data] = Future()
+        future: Future[Data] = LeanFuture()
         task = Task(
             future,
             encoded,

@@ -42,6 +42,7 @@ import stat
 import struct
 import tempfile
 import zlib
+from collections.abc import Iterator
 
 __all__ = ["JournalReader", "JournalWriter"]
 
@@ -49,6 +50,8 @@ CAPACITY = 256 * 1024
 """Bytes of results that may wait for confirmation."""
 LARGEST_ENTRY = CAPACITY // 4
 """Results of more bytes than this are not kept; see `JournalWriter.append`."""
+LARGEST_MARKER = 128
+"""Bytes for which there is always room; see `JournalWriter.mark`."""
 
 # The header: magic, the running job's number, end of the ring, when that job
 # started (the monotonic clock), number of the condemned job.
@@ -110,8 +113,16 @@ class JournalWriter:
 
     def append(self, result: bytes) -> bool:
         """Keep an encoded result, and say whether there was room for it."""
+        return self._append(result, LARGEST_ENTRY, CAPACITY - LARGEST_MARKER)
+
+    def mark(self, marker: bytes) -> None:
+        """Note a result that is only in a message; until that is confirmed, no other follows."""
+        if not self._append(marker, LARGEST_MARKER, CAPACITY):
+            raise ValueError("a result follows one that was not confirmed")
+
+    def _append(self, result: bytes, largest: int, capacity: int) -> bool:
         position, size = self.position, _entry.size + len(result)
-        if size > LARGEST_ENTRY or position + size - self._confirmed > CAPACITY:
+        if size > largest or position + size - self._confirmed > capacity:
             return False
         self._write(position, _entry.pack(len(result), _checksum(result, position)) + result)
         self.position = position + size
@@ -181,20 +192,22 @@ class JournalReader:
         """Have the worker start nothing after this job; 0 lets it go on."""
         _running.pack_into(self._map, _CONDEMNED_AT, seq)
 
-    def read(self) -> list[bytes]:
-        """The encoded results after `position`, which moves behind them."""
-        results = []
-        end = _running.unpack_from(self._map, _END_AT)[0]
-        while self.position < end:
-            length, checksum = _entry.unpack(self._bytes(self.position, _entry.size))
-            if length > LARGEST_ENTRY:
-                break
-            result = self._bytes(self.position + _entry.size, length)
-            if _checksum(result, self.position) != checksum:
-                break
-            results.append(result)
-            self.position += _entry.size + length
-        return results
+    def read(self) -> Iterator[bytes]:
+        """The encoded results after `position`, which moves as they are taken."""
+        start = self.position
+        size = _running.unpack_from(self._map, _END_AT)[0] - start
+        if not 0 < size <= CAPACITY:
+            return
+        data = self._bytes(start, size)
+        at = 0
+        while at + _entry.size <= size:
+            length, checksum = _entry.unpack_from(data, at)
+            result = data[at + _entry.size : at + _entry.size + length]
+            if len(result) != length or _checksum(result, start + at) != checksum:
+                return
+            yield result
+            at += _entry.size + length
+            self.position = start + at
 
     def _bytes(self, position: int, size: int) -> bytes:
         start = position % CAPACITY

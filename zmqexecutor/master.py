@@ -43,6 +43,7 @@ from .protocol import DEFAULT_SERVICE, Frame
 from .retries import Retries
 from .roster import Roster
 from .scheduler import Decision, Deserted, Expire, Recall, Retire, Scale, Scheduler, Send
+from .shortcuts import Bell
 from .stops import Stops
 from .tasks import Task
 from .wakeup import Wakeup
@@ -129,6 +130,7 @@ class Master:
         self._asleep = False
         self._thread = threading.Thread(target=self._run, name="zmqexecutor-master", daemon=True)
         self._opened: Future[None] = Future()
+        self._bell: Bell | None = None  # of its own workers
         self._ready: dict[bytes, Peer] = {}
         self._dying: list[Peer] = []  # workers elsewhere that were told to
         self._answered: list[tuple[Task, protocol.Result, list[Frame]]] = []
@@ -299,6 +301,8 @@ class Master:
                 channels.read(socket, handle)
         if self._roster.fileno() in ready:
             self._roster.read_deaths()
+        if self._bell and self._bell.fileno() in ready:
+            self._answer_bell()
         if self._fleet.polled in ready:
             self._read_fleet()
         if self._inbox:
@@ -310,6 +314,13 @@ class Master:
         self._confirm()
         if self._answered:
             self._finish_answered()
+
+    def _answer_bell(self) -> None:
+        """Take the results of those workers that say that they have some."""
+        assert self._bell
+        for pid in self._bell.rung_by():
+            for peer in self._roster.of_process(pid):
+                self._read_journal(peer)
 
     def _bar(self, barred: bool) -> None:
         """Whether the group's workers must not connect for now."""
@@ -335,10 +346,11 @@ class Master:
         self._channels: list[Channels] = []
         try:
             for entrance in self._options.entrances:
+                if entrance.bell:
+                    self._bell = Bell(entrance.bell)
                 self._channels.append(Channels(entrance, self._look_soon))
         except BaseException:
-            for channels in self._channels:
-                channels.close()
+            self._close_channels()
             raise
         self._sockets = [
             source
@@ -362,6 +374,7 @@ class Master:
             *(descriptor for descriptor, *_ in self._sockets),
             self._wakeup.fileno(),
             self._roster.fileno(),
+            self._bell.fileno() if self._bell else -1,
         )
         for source in sources:
             if source != -1:
@@ -471,6 +484,7 @@ class Master:
         if isinstance(message, protocol.Results):
             if peer.state is None:
                 raise ProtocolError("results from a worker that is not ready")
+            self._read_journal(peer)  # what comes before it
             peer.received(message.position)
             if message.confirm:
                 self._unconfirmed.add(peer)
@@ -537,11 +551,16 @@ class Master:
     def _read_journal(self, peer: Peer) -> None:
         """Take results that the worker has written down but that have not come."""
         if peer.journal and peer.state:
-            results = [protocol.decode_result(entry) for entry in peer.journal.read()]
+            results = []
+            for entry in peer.journal.read():
+                result = protocol.decode_result(entry)
+                if result.buffers:
+                    # It comes as a message, or not at all; it is not confirmed before.
+                    peer.finished = max(peer.finished, result.seq)
+                    break
+                results.append(result)
             if results:
-                peer.finished = results[-1].seq
-            # Those with buffers come as a message, or not at all.
-            self._on_results(peer, [r for r in results if not r.buffers], [])
+                self._on_results(peer, results, [])
 
     # -------------------------------------------------------- deaths, the group
 
@@ -562,8 +581,8 @@ class Master:
         """A worker is gone; `running` is 0 if it is known to have run nothing."""
         if self._roster.get(peer.identity) is not peer:
             return
+        self._read_journal(peer)
         if running is None:
-            self._read_journal(peer)
             running = peer.last_run()
         self._roster.remove(peer)
         self._stops.forget(peer)
@@ -705,8 +724,7 @@ class Master:
                 )
             )
             frames += buffers
-        message = protocol.Jobs(peer.confirmed, jobs, shared, forget)
-        if not peer.send_work(message, frames):
+        if not peer.send_jobs(jobs, shared, forget, frames):
             # Without a journal it held nothing but this, which has not left.
             self._lose(peer, None if peer.journal else 0)
         else:
@@ -735,8 +753,7 @@ class Master:
         while self._unconfirmed:
             peer = self._unconfirmed.pop()
             self._forgetful.discard(peer)
-            message = protocol.Jobs(peer.confirmed, [], [], peer.take_forgotten())
-            if not peer.send_work(message):
+            if not peer.send_jobs([], [], peer.take_forgotten()):
                 self._lose(peer, None)
 
     # ---------------------------------------------------------------- the end
@@ -813,13 +830,18 @@ class Master:
         finally:
             self._roster.close()
             self._ready.clear()
-            for channels in self._channels:
-                channels.close()
+            self._close_channels()
             self._wakeup = None  # closed when no other thread is in the middle of using it
             self._tell_watchers()
             self._drop_inbox()
             self._cleanup()
             self._let_go()
+
+    def _close_channels(self) -> None:
+        for channels in self._channels:
+            channels.close()
+        if self._bell:
+            self._bell.close()
 
     def _see_them_die(self) -> None:
         """Wait for the workers that were told to, a little.

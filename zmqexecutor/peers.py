@@ -14,8 +14,18 @@ from typing import Final, Literal
 from .channels import Channels
 from .journal import JournalReader
 from .lanes import WorkerState
-from .protocol import DEFAULT_SERVICE, ControlFromMaster, Frame, Hello, Jobs, Shared
+from .protocol import (
+    DEFAULT_SERVICE,
+    ControlFromMaster,
+    Frame,
+    Hello,
+    Job,
+    Jobs,
+    Shared,
+    encode,
+)
 from .shares import Share
+from .shortcuts import Post
 from .tasks import Task
 
 __all__ = ["DeathWatch", "Peer", "Stop", "WorkerInfo"]
@@ -76,6 +86,7 @@ class Peer:
         identity: bytes,
         channels: Channels,
         journal: JournalReader | None = None,
+        post: Post | None = None,
     ) -> None:
         self.hello = hello
         self.channels = channels
@@ -83,6 +94,8 @@ class Peer:
         self.identity = identity
         """Routing id of the worker's sockets."""
         self.journal = journal
+        self._post = post
+        self._number = 0  # of the last message with jobs, if there is a post
         self.welcomed = False
         """Whether it has been told what to prepare."""
         self.state: WorkerState[Task] | None = None
@@ -126,9 +139,22 @@ class Peer:
         """Send a control message; False if there is no way to it."""
         return self.channels.tell(self.identity, message)
 
-    def send_work(self, message: Jobs, buffers: Sequence[Frame] = ()) -> bool:
-        """Send jobs; False if there is no way to it."""
-        return self.channels.send_work(self.identity, message, buffers)
+    def send_jobs(
+        self,
+        jobs: list[Job],
+        shared: list[Shared],
+        forget: list[bytes],
+        buffers: Sequence[Frame] = (),
+    ) -> bool:
+        """Send jobs, or without any a confirmation; False if there is no way to it."""
+        if self._post is None:
+            frame = encode(Jobs(self.confirmed, jobs, shared, forget))
+            return self.channels.send_work(self.identity, frame, buffers)
+        self._number += 1
+        frame = encode(Jobs(self.confirmed, jobs, shared, forget, self._number))
+        if not buffers and self._post.send(frame):
+            return True
+        return self.channels.send_work(self.identity, frame, buffers)
 
     def introduce(self, needed: Shared, new: list[Shared], forget: list[bytes]) -> None:
         """Note that a job needs this; what the worker lacks, or may drop, is appended."""
@@ -208,6 +234,8 @@ class Peer:
         self.stop = None  # and with it the task's arguments
         if self.journal:
             self.journal.close()
+        if self._post:
+            self._post.close()
 
 
 class DeathWatch:

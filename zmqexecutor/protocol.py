@@ -42,7 +42,6 @@ __all__ = [
     "ControlFromWorker",
     "Die",
     "Drain",
-    "EncodedResults",
     "Expelled",
     "Frame",
     "FromClient",
@@ -200,6 +199,8 @@ class Hello(Message, frozen=True):
     """Version of the worker's interpreter, empty for other languages."""
     services: list[Name] = msgspec.field(default_factory=lambda: [DEFAULT_SERVICE])
     """What it offers, one or more."""
+    mailbox: str | None = None
+    """A socket of its own (see `shortcuts`) on which a pool's own master may send jobs."""
 
 
 class Welcome(Message, frozen=True):
@@ -212,6 +213,8 @@ class Welcome(Message, frozen=True):
     """What the worker must prepare before it is ready; known to the two ends."""
     lost_after: float = 10.0
     """Seconds without a sign of life after which the master takes a worker for lost."""
+    bell: str | None = None
+    """A pipe (see `shortcuts`) by which a pool's own worker may tell of results in its journal."""
 
 
 class Refused(Message, frozen=True):
@@ -398,6 +401,8 @@ class Jobs(Message, frozen=True):
     shared: list[Shared] = []
     forget: list[bytes] = []
     """Keys of shared data that will not be needed again."""
+    number: Count = 0
+    """1 for the first of these messages, and so on, if they take several ways; else 0."""
 
 
 class Result(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -452,14 +457,6 @@ _control_to_master = msgspec.msgpack.Decoder(ControlFromWorker | FromClient)
 _control_from_master = msgspec.msgpack.Decoder(ControlFromMaster)
 _to_client = msgspec.msgpack.Decoder(ToClient)
 _work_from_worker = msgspec.msgpack.Decoder(WorkFromWorker)
-
-
-class EncodedResults(msgspec.Struct, frozen=True, array_like=True, tag="Results", gc=False):
-    """`Results` whose elements a worker has encoded before, one by one."""
-
-    position: int
-    results: list[msgspec.Raw]
-    confirm: bool = False
 
 
 def _decoder(decoder: msgspec.msgpack.Decoder[_T]) -> Callable[[Frame], _T]:

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
@@ -20,6 +21,7 @@ import zmq
 from . import handshakes, protocol, security
 from .journal import JournalWriter
 from .machine import machine_id
+from .shortcuts import BellRope, Mailbox
 from .wakeup import Wakeup
 from .worker_errors import ProtocolError, RegistrationError
 
@@ -76,9 +78,11 @@ class Session:
     worker: str
     work: str
     setup: bytes
-    journal: JournalWriter | None
     lost_after: float
     """Seconds of silence after which the master takes the worker for lost."""
+    journal: JournalWriter | None
+    mailbox: Mailbox | None
+    bell: BellRope | None
 
 
 Event: TypeAlias = Session | RegistrationError | Literal["lost", "drain"]
@@ -138,6 +142,7 @@ class Control(threading.Thread):
         self._seeking = False  # asked for by the main thread
         self._worker = ""
         self._journal: JournalWriter | None = None
+        self._mailbox: Mailbox | None = None
         self._main_thread = threading.get_ident()
         self._deadline: float | None = time.monotonic() + (patience or 30.0)
         self.events: deque[Event] = deque()
@@ -219,8 +224,14 @@ class Control(threading.Thread):
         self._socket.disable_monitor()
         self._monitor.close()
         self._socket.close(linger)
-        if self._journal:
-            self._journal.unlink()
+        self._drop_files()
+
+    def _drop_files(self) -> None:
+        for file in (self._journal, self._mailbox):
+            if file:
+                file.unlink()
+                file.close()
+        self._journal = self._mailbox = None
 
     def _step(self) -> None:
         timeout = None
@@ -365,11 +376,12 @@ class Control(threading.Thread):
 
     def _register(self) -> None:
         """Ask for registration, on each new connection."""
+        self._drop_files()
         if self._journals is not None:
-            try:
+            # Without room for a journal the master sends one job at a time.
+            with suppress(OSError):
                 self._journal = JournalWriter(self._journals)
-            except OSError:
-                self._journal = None  # no room: the master will send one job at a time
+                self._mailbox = Mailbox(self._journal.path + ".in")
         self._send(
             protocol.Hello(
                 version=protocol.VERSION,
@@ -381,6 +393,7 @@ class Control(threading.Thread):
                 journal=self._journal.path if self._journal else None,
                 python=platform.python_version(),
                 services=list(self._services),
+                mailbox=self._mailbox.path if self._mailbox else None,
             )
         )
 
@@ -411,13 +424,20 @@ class Control(threading.Thread):
             raise RegistrationError(
                 f"the master speaks protocol {message.version}, this worker {protocol.VERSION}"
             )
-        journal, self._journal = self._journal, None
-        if journal:
-            journal.unlink()  # the master has mapped it; no file is left to clean up
+        journal, mailbox, bell = self._journal, self._mailbox, None
+        self._journal = self._mailbox = None
+        for file in (journal, mailbox):
+            if file:
+                file.unlink()  # the master has opened it; no file is left to clean up
+        if journal and message.bell:
+            with suppress(OSError):
+                bell = BellRope(message.bell)
         self._welcomed = True
         self._deadline = None
         work = self._work_address = security.reachable(message.work, self._endpoint)
-        self._tell(Session(self._worker, work, message.setup, journal, message.lost_after))
+        self._tell(
+            Session(self._worker, work, message.setup, message.lost_after, journal, mailbox, bell)
+        )
 
 
 def _stack_of(thread: int) -> str:

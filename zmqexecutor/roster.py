@@ -19,6 +19,7 @@ from .journal import JournalReader
 from .machine import machine_id
 from .peers import DeathWatch, Peer
 from .protocol import makes_calls
+from .shortcuts import Post
 
 __all__ = ["Roster"]
 
@@ -68,6 +69,10 @@ class Roster:
         """The worker of this routing id, if it has registered and is not lost."""
         return self._peers.get(identity)
 
+    def of_process(self, pid: int) -> list[Peer]:
+        """The workers that are this process of this machine."""
+        return list(self._by_pid.get(pid, ()))
+
     # ------------------------------------------------------------- coming
 
     def register(self, channels: Channels, identity: bytes, hello: protocol.Hello) -> None:
@@ -112,7 +117,13 @@ class Roster:
             channels.tell(identity, protocol.Refused(reason))
             return
         self._make_way(channels, identity, hello.pid if local else None)
-        peer = Peer(hello, identity, channels, _map_journal(hello) if local else None)
+        peer = Peer(
+            hello,
+            identity,
+            channels,
+            _map_journal(hello) if local else None,
+            _post(hello) if channels.entrance.group_only else None,
+        )
         self._peers[identity] = peer
         if hello.workpoint is not None:
             self._by_workpoint[hello.workpoint] = peer
@@ -186,8 +197,13 @@ class Roster:
         if channels.setup is None or peer.welcomed:
             return  # it waits for `equipped`, or was there before
         peer.welcomed = True
+        entrance = channels.entrance
         welcome = protocol.Welcome(
-            protocol.VERSION, channels.work_address, channels.setup, channels.entrance.lost_after
+            protocol.VERSION,
+            channels.work_address,
+            channels.setup,
+            entrance.lost_after,
+            entrance.bell,
         )
         if not peer.tell(welcome):
             self._lose(peer, None)
@@ -281,4 +297,14 @@ def _map_journal(hello: protocol.Hello) -> JournalReader | None:
         return JournalReader(hello.journal)
     except (OSError, ValueError) as error:
         logger.debug("no journal of worker %s: %s", hello.worker, error)
+        return None
+
+
+def _post(hello: protocol.Hello) -> Post | None:
+    if hello.mailbox is None:
+        return None
+    try:
+        return Post(hello.mailbox)
+    except OSError as error:
+        logger.debug("no short cut to worker %s: %s", hello.worker, error)
         return None

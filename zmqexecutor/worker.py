@@ -15,8 +15,10 @@ them, the control thread to give them back. `Claims` decides; whoever takes a jo
 first has it, wherever the message with the job is at that time.
 
 A result is written into the journal before the next job starts, so that it is
-not lost if that job kills the process (see `journal`). Results of very short jobs
-travel together, but none waits for longer than `COALESCE` before the next job.
+not lost if that job kills the process (see `journal`), and a bell tells the master
+to read it. It is told of several results of very short jobs at once, but none waits
+for longer than `COALESCE` before the next job. What is too large for the journal,
+and all results of a worker that has none, are messages on the work socket.
 """
 
 from __future__ import annotations
@@ -30,7 +32,6 @@ from collections.abc import Callable, Mapping
 from time import monotonic, sleep  # as they are now, whatever tasks make of them
 from typing import TYPE_CHECKING, Any, Final
 
-import msgspec
 import zmq
 
 from . import handshakes, protocol, security
@@ -38,6 +39,7 @@ from .handler import Handler, Outcome
 from .journal import JournalWriter
 from .protocol import DEFAULT_SERVICE, Frame, Job
 from .registration import Claims, Control, Session
+from .shortcuts import BellRope, Mailbox
 from .targets import Initializer, Target, TargetHandler
 from .wakeup import Wakeup
 from .worker_errors import RegistrationError
@@ -195,10 +197,15 @@ class Worker:
         self.stopped = False
         """Whether `stop` was called."""
         self._queue: deque[tuple[Job | None, list[Frame], protocol.Jobs | None]] = deque()
-        self._unsent: list[msgspec.Raw] = []
-        self._unsent_buffers: list[Frame] = []
-        self._unsent_since = 0.0
+        self._received = 0  # number of the last message whose jobs were queued
+        self._early: dict[int, tuple[protocol.Jobs, list[Frame]]] = {}  # later ones
+        self._untold_since: float | None = None  # of results in the journal
+        self._unsent: deque[list[Frame]] = deque()  # messages with results
         self._journal: JournalWriter | None = None
+        self._mailbox: Mailbox | None = None
+        self._bell: BellRope | None = None
+        self._work_used = False  # since it was last found empty
+        self._mail = False  # whether the mailbox may have something
         self._confirmed = 0  # position of the journal
         self._needed = 0  # position to be confirmed before the next job starts
         self._abandoned = 0  # number of a job that was started, and was interrupted
@@ -283,15 +290,26 @@ class Worker:
         """Sleep until a message may have come, or there is other news."""
         # Not zmq.zmq_poll, which takes longer. The socket's descriptor tells of what has
         # come since the socket was used last, so that is asked before.
-        if not _has_message(self._work) and self._poller.poll() != self._work_ready:
-            self._wakeup.clear()
+        if self._work_used:
+            if _has_message(self._work):
+                return
+            self._work_used = False
+        for descriptor, _ in self._poller.poll():
+            if descriptor == self._work_fd:
+                self._work_used = True
+            elif descriptor == self._wakeup.fileno():
+                self._wakeup.clear()
+            else:
+                self._mail = True
 
     def _serve(self, context: zmq.Context[zmq.Socket[bytes]], session: Session) -> None:
         """Run the jobs of one master until it is lost, or lets this worker go."""
         self._queue.clear()
+        self._received = 0
+        self._early.clear()
+        self._untold_since = None
         self._unsent.clear()
-        self._unsent_buffers.clear()
-        self._journal = session.journal
+        self._journal, self._mailbox, self._bell = session.journal, session.mailbox, session.bell
         self._confirmed = self._needed = self._abandoned = 0
         self._claims.reset()
         address = self._workpoint or session.work
@@ -300,7 +318,10 @@ class Worker:
         )
         self._work.routing_id = session.worker.encode()
         self._poller.register(self._work, select.POLLIN)
-        self._work_ready = [(self._work.fileno(), select.POLLIN)]  # and nothing else
+        self._work_fd = self._work.fileno()
+        self._work_used = True
+        if self._mailbox:
+            self._poller.register(self._mailbox, select.POLLIN)
         # On one machine it is only lost together with the control connection.
         if not address.startswith("ipc://"):
             monitor = f"inproc://work-{session.worker}"
@@ -328,8 +349,11 @@ class Worker:
             self._poller.unregister(self._work)
             self._stop_watch()
             security.close(self._work, self._workpoint)
-            if self._journal:
-                self._journal.close()
+            if self._mailbox:
+                self._poller.unregister(self._mailbox)
+            for file in (self._journal, self._mailbox, self._bell):
+                if file:
+                    file.close()
 
     def _say_goodbye(self) -> None:
         """Tell the master that what has no result was not started here, but for one."""
@@ -379,22 +403,41 @@ class Worker:
     # -------------------------------------------------------------------- jobs
 
     def _receive(self) -> None:
-        """Queue the jobs of the next message, if one has come."""
-        work = self._work
-        try:
-            frame = work.recv(zmq.DONTWAIT)
-        except zmq.Again:
+        """Queue the jobs of the messages that have come."""
+        if self._mail and self._mailbox:
+            self._mail = False
+            if (letter := self._mailbox.read()) is not None:
+                self._take(protocol.decode_jobs(letter), [])
+        if self._work_used:
+            try:
+                message = protocol.decode_jobs(self._work.recv(zmq.DONTWAIT))
+            except zmq.Again:
+                return
+            # They have come with the message. They are large, and not copied.
+            count = sum(job.buffers for job in message.jobs)
+            self._take(message, [self._work.recv(copy=False).buffer for _ in range(count)])
+
+    def _take(self, message: protocol.Jobs, buffers: list[Frame]) -> None:
+        """Queue the jobs of a message, and of those that have overtaken it."""
+        if message.number > self._received + 1:
+            self._early[message.number] = message, buffers
             return
-        message = protocol.decode_jobs(frame)
+        self._enqueue(message, buffers)
+        self._received += message.number > 0
+        while self._early and (early := self._early.pop(self._received + 1, None)) is not None:
+            self._enqueue(*early)
+            self._received += 1
+
+    def _enqueue(self, message: protocol.Jobs, buffers: list[Frame]) -> None:
         if message.confirmed > self._confirmed:
             self._confirmed = message.confirmed
             if self._journal:
                 self._journal.confirm(message.confirmed)
         first: protocol.Jobs | None = message
+        taken = 0
         for job in message.jobs:
-            # They have come with the message. They are large, and not copied.
-            frames: list[Frame] = [work.recv(copy=False).buffer for _ in range(job.buffers)]
-            self._queue.append((job, frames, first))
+            self._queue.append((job, buffers[taken : taken + job.buffers], first))
+            taken += job.buffers
             first = None
         if first is not None and first.forget:
             self._queue.append((None, [], first))
@@ -424,7 +467,7 @@ class Worker:
             os._exit(0)  # the child of a job that forked; the sockets are not its own
         now = monotonic()
         self._answer(job.seq, outcome, started, now)
-        if now - self._unsent_since > COALESCE:
+        if self._untold_since is not None and now - self._untold_since > COALESCE:
             self._flush()
         if outcome.worn:
             self._control.send(protocol.Worn(outcome.worn))
@@ -444,37 +487,51 @@ class Worker:
         return now
 
     def _answer(self, seq: int, outcome: Outcome, started: float, ended: float) -> None:
-        """Make a result safe, and part of the next message."""
+        """Make a result safe: in the journal, or on its way as a message."""
         ok, data, codec, buffers, segment, kept, _ = outcome
-        if not self._unsent:
-            self._unsent_since = started
         seconds = ended - started
-        result = protocol.encode(
-            protocol.Result(seq, ok, data, codec, seconds, len(buffers), segment, kept)
-        )
-        self._unsent.append(msgspec.Raw(result))
-        self._unsent_buffers += buffers
-        if self._journal is None:
+        result = protocol.Result(seq, ok, data, codec, seconds, len(buffers), segment, kept)
+        journal = self._journal
+        if self._bell and journal and not buffers and journal.append(protocol.encode(result)):
+            if self._untold_since is None:
+                self._untold_since = started
             return
-        if buffers or not self._journal.append(result):
+        position = 0
+        if journal:
             # It exists only in its message. The next job waits until that has come.
-            marker = protocol.encode(protocol.Result(seq, ok, b"", "", seconds, 1))
-            self._journal.append(marker)
-            self._needed = self._journal.position
-            self._flush()
+            journal.mark(protocol.encode(protocol.Result(seq, ok, b"", "", seconds, 1)))
+            self._needed = position = journal.position
+        message = protocol.Results(position, [result], confirm=journal is not None)
+        self._unsent.append([protocol.encode(message), *buffers])
+        self._flush()
 
     def _flush(self) -> None:
-        """Send the results that are waiting to travel together."""
-        if not self._unsent:
-            return
-        position = self._journal.position if self._journal else 0
-        message = protocol.EncodedResults(position, self._unsent, self._needed > self._confirmed)
-        if self._send([protocol.encode(message), *self._unsent_buffers]):
-            self._unsent = []
-            self._unsent_buffers = []
+        """Tell the master of results, in the journal or in a message."""
+        while self._unsent:
+            if not self._send(self._unsent[0]):
+                return
+            self._unsent.popleft()
+            self._untold_since = None  # a message has it read the journal too
+        if self._untold_since is not None and self._ring():
+            self._untold_since = None
+
+    def _ring(self) -> bool:
+        """Have the master read the journal; False if something else is to be done."""
+        assert self._bell is not None
+        while not self._bell.ring():
+            if self._stopping or self._control.events:
+                return False  # the `Goodbye` has it read the journal too
+            self._await_room(self._bell)
+        return True
+
+    def _await_room(self, way: zmq.Socket[bytes] | BellRope) -> None:
+        """Until something can be sent, or there is other news."""
+        zmq.zmq_poll([(way, zmq.POLLOUT), (self._wakeup.fileno(), zmq.POLLIN)], -1)
+        self._wakeup.clear()
 
     def _send(self, parts: list[Frame]) -> bool:
         """Send to the master; False if it is not there and something else is to be done."""
+        self._work_used = True
         while True:
             try:
                 if len(parts) == 1:
@@ -485,12 +542,12 @@ class Worker:
             except zmq.Again:  # it has not connected yet, or is gone
                 if self._stopping or self._control.events:
                     return False
-            zmq.zmq_poll([(self._work, zmq.POLLOUT), (self._wakeup.fileno(), zmq.POLLIN)], -1)
-            self._wakeup.clear()
+            self._await_room(self._work)
 
     def _await_confirmation(self) -> None:
         """Wait until the master has what only a message holds, or is lost."""
         while self._needed > self._confirmed and "lost" not in self._control.events:
+            self._flush()
             self._wait()
             self._receive()
 

@@ -1,0 +1,133 @@
+"""Futures that cost less to make: whatever works with the standard library's works with them."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import threading
+import tracemalloc
+from collections.abc import Callable
+from concurrent.futures import Future
+
+import pytest
+
+from zmqexecutor import lean
+from zmqexecutor.lean import LeanCondition, LeanFuture
+
+
+@pytest.fixture(params=["lean", "as usual"])
+def make(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type[LeanFuture[int]]:
+    monkeypatch.setattr(lean, "_KNOWN", request.param == "lean")
+    return LeanFuture[int]
+
+
+def later(action: Callable[[], object]) -> threading.Thread:
+    thread = threading.Thread(target=action)
+    thread.start()
+    return thread
+
+
+def asleep(future: Future[int]) -> int:
+    sleepers = future._condition._sleepers  # type: ignore[attr-defined]
+    return len(sleepers or ())
+
+
+def test_it_has_all_the_parts_of_this_versions_futures() -> None:
+    assert vars(LeanFuture()).keys() == vars(Future()).keys()
+    assert lean._KNOWN
+
+
+def test_all_threads_that_wait_get_the_result(make: type[LeanFuture[int]]) -> None:
+    future = make()
+    got: list[int] = []
+    threads = [later(lambda: got.append(future.result(20))) for _ in range(5)]
+    future.set_running_or_notify_cancel()
+    future.set_result(3)
+    for thread in threads:
+        thread.join()
+    assert got == [3] * 5
+
+
+def test_who_waits_for_a_while_is_told_that_it_is_over(make: type[LeanFuture[int]]) -> None:
+    future = make()
+    for seconds in (0, 0.001, -1):
+        with pytest.raises(concurrent.futures.TimeoutError):
+            future.result(seconds)
+    future.set_exception(ValueError("why"))
+    with pytest.raises(ValueError, match="why"):
+        future.result(0)
+
+
+def test_nothing_is_left_of_those_that_have_waited_in_vain() -> None:
+    future: LeanFuture[int] = LeanFuture()
+    for _ in range(10):
+        with pytest.raises(concurrent.futures.TimeoutError):
+            future.result(0.0001)
+    assert asleep(future) == 0
+
+
+def test_who_waits_does_not_keep_the_lock(make: type[LeanFuture[int]]) -> None:
+    future = make()
+
+    def wait() -> None:
+        with contextlib.suppress(concurrent.futures.CancelledError):
+            future.result(20)
+
+    thread = later(wait)
+    assert future.cancel()
+    future.set_running_or_notify_cancel()
+    thread.join()
+    assert future.cancelled()
+
+
+def test_a_condition_is_a_lock_that_its_owner_may_take_again() -> None:
+    condition = LeanCondition()
+    taken: list[bool] = []
+    with condition, condition:
+        assert not condition.wait(0)
+        condition.notify_all()
+        later(lambda: taken.append(condition.acquire(blocking=False))).join()
+    assert taken == [False]
+
+
+def test_who_does_not_own_it_cannot_wait() -> None:
+    with pytest.raises(RuntimeError):
+        LeanCondition().wait(0)
+
+
+def test_they_can_be_waited_for_together(make: type[LeanFuture[int]]) -> None:
+    futures = [make() for _ in range(3)]
+
+    def complete() -> None:
+        for number, future in enumerate(futures):
+            future.set_running_or_notify_cancel()
+            future.set_result(number)
+
+    thread = later(complete)
+    assert sorted(f.result() for f in concurrent.futures.as_completed(futures, 20)) == [0, 1, 2]
+    assert concurrent.futures.wait(futures, 20).not_done == set()
+    thread.join()
+
+
+def test_callbacks_are_called_once_with_the_future(make: type[LeanFuture[int]]) -> None:
+    future = make()
+    called: list[Future[int]] = []
+    future.add_done_callback(called.append)
+    future.set_result(1)
+    future.add_done_callback(called.append)
+    assert called == [future, future]
+    with pytest.raises(concurrent.futures.InvalidStateError):
+        future.set_result(2)
+    assert "finished" in repr(future)
+
+
+def test_they_take_less_memory() -> None:
+    def size(make: Callable[[], object]) -> int:
+        tracemalloc.start()
+        kept = [make() for _ in range(1000)]
+        size = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert len(kept) == 1000
+        return size
+
+    assert size(LeanFuture) < size(Future) / 2

@@ -1,0 +1,208 @@
+"""The short cuts between a master and its own workers, and what takes the other way."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import select
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from zmqexecutor import ZmqExecutor
+from zmqexecutor.shortcuts import LARGEST_LETTER, Bell, BellRope, Mailbox, Post
+
+
+@pytest.fixture
+def bell(tmp_path: Path) -> Iterator[Bell]:
+    bell = Bell(str(tmp_path / "bell"))
+    yield bell
+    bell.close()
+
+
+@pytest.fixture
+def mailbox(tmp_path: Path) -> Iterator[Mailbox]:
+    mailbox = Mailbox(str(tmp_path / "in"))
+    yield mailbox
+    mailbox.close()
+
+
+def readable(file: Bell | Mailbox) -> bool:
+    poll = select.poll()
+    poll.register(file, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+# ---------------------------------------------------------------------- the bell
+
+
+def test_the_bell_names_the_processes_that_have_rung(bell: Bell, tmp_path: Path) -> None:
+    assert not readable(bell)
+    assert bell.rung_by() == set()
+    rope = BellRope(str(tmp_path / "bell"))
+    assert rope.ring()
+    assert rope.ring()
+
+    def ring() -> None:
+        BellRope(str(tmp_path / "bell")).ring()
+
+    other = multiprocessing.get_context("fork").Process(target=ring)
+    other.start()
+    other.join()
+    assert readable(bell)
+    assert bell.rung_by() == {os.getpid(), other.pid}
+    assert not readable(bell)
+    rope.close()
+    assert not readable(bell), "the last one that let go is no news"
+
+
+def test_a_full_bell_says_so_and_hears_again(bell: Bell, tmp_path: Path) -> None:
+    rope = BellRope(str(tmp_path / "bell"))
+    while rope.ring():
+        pass
+    poll = select.poll()
+    poll.register(rope, select.POLLOUT)
+    assert poll.poll(0) == []
+    while readable(bell):
+        assert bell.rung_by() == {os.getpid()}
+    assert poll.poll(0) == [(rope.fileno(), select.POLLOUT)]
+    assert rope.ring()
+    rope.close()
+
+
+def test_nobody_hears(tmp_path: Path) -> None:
+    path = str(tmp_path / "bell")
+    with pytest.raises(FileNotFoundError):
+        BellRope(path)
+    bell = Bell(path)
+    rope = BellRope(path)
+    bell.close()
+    assert rope.ring(), "that nobody is there is noticed elsewhere"
+    rope.close()
+    with pytest.raises(OSError, match="No such device"):
+        BellRope(path)
+
+
+def test_only_the_user_may_ring(bell: Bell, tmp_path: Path) -> None:
+    assert stat.S_IMODE((tmp_path / "bell").stat().st_mode) == 0o600
+
+
+# ---------------------------------------------------------------------- the mailbox
+
+
+def test_letters_come_whole_and_in_order(mailbox: Mailbox) -> None:
+    post = Post(mailbox.path)
+    assert mailbox.read() is None
+    assert post.send(b"one")
+    assert post.send(b"x" * LARGEST_LETTER)
+    assert bytes(mailbox.read() or b"") == b"one"
+    assert bytes(mailbox.read() or b"") == b"x" * LARGEST_LETTER
+    assert mailbox.read() is None
+    post.close()
+
+
+def test_what_is_too_large_takes_another_way(mailbox: Mailbox) -> None:
+    post = Post(mailbox.path)
+    assert not post.send(b"x" * (LARGEST_LETTER + 1))
+    assert not readable(mailbox)
+    post.close()
+
+
+def test_a_full_mailbox_takes_no_more_until_it_is_read(mailbox: Mailbox) -> None:
+    post = Post(mailbox.path)
+    sent = 0
+    while post.send(b"x"):
+        sent += 1
+    assert sent > 1
+    assert [bytes(mailbox.read() or b"") for _ in range(sent)] == [b"x"] * sent
+    assert mailbox.read() is None
+    assert post.send(b"y")
+    post.close()
+
+
+def test_a_mailbox_that_was_closed(mailbox: Mailbox) -> None:
+    post = Post(mailbox.path)
+    mailbox.unlink()
+    mailbox.unlink()
+    assert post.send(b"it needs no name")
+    mailbox.close()
+    assert not post.send(b"x")
+    post.close()
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "link", "pipe", "nothing"])
+def test_what_is_no_mailbox_is_refused(tmp_path: Path, mailbox: Mailbox, kind: str) -> None:
+    path = tmp_path / "other"
+    if kind == "file":
+        path.touch()
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "link":
+        path.symlink_to(mailbox.path)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    with pytest.raises(OSError, match=r"not a socket of this user|No such file"):
+        Post(str(path))
+
+
+# ---------------------------------------------------------------------- the pool
+
+
+def number(_: bytes, value: int) -> int:
+    return value
+
+
+@pytest.mark.parametrize("sizes", [(10,), (LARGEST_LETTER,), (10, LARGEST_LETTER, 10, 300_000)])
+def test_small_and_large_calls_of_one_batch_all_run(sizes: tuple[int, ...]) -> None:
+    with ZmqExecutor(1) as executor:
+        calls = [bytes(size) for _ in range(300) for size in sizes]
+        futures = [executor.submit(number, data, i) for i, data in enumerate(calls)]
+        assert [future.result(60) for future in futures] == list(range(len(calls)))
+
+
+def make(size: int) -> bytes:
+    return bytes(size)
+
+
+def test_small_and_large_results_of_one_batch_all_come() -> None:
+    sizes = [10, LARGEST_LETTER, 10, 300_000, 70_000, 0] * 100
+    with ZmqExecutor(2) as executor:
+        futures = [executor.submit(make, size) for size in sizes]
+        assert [len(future.result(60)) for future in futures] == sizes
+
+
+@pytest.mark.parametrize("missing", ["bell", "mailbox", "both"])
+def test_a_pool_without_short_cuts_does_the_same(
+    monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    code = {
+        "bell": "zmqexecutor.registration.BellRope = fail",
+        "mailbox": "zmqexecutor.registration.Mailbox = fail",
+    }
+    lines = [line for name, line in code.items() if missing in (name, "both")]
+    monkeypatch.setattr(
+        "zmqexecutor.executor.boot_code",
+        lambda path, endpoint, journals, rlimits: "\n".join(
+            [
+                f"import sys; sys.path[:] = {list(path)!r}",
+                "import zmqexecutor.registration",
+                "def fail(path): raise OSError('none here')",
+                *lines,
+                "from zmqexecutor import interpreter; interpreter.depth = 1",
+                "from zmqexecutor.calls import main",
+                f"main({endpoint!r}, {journals!r}, {dict(rlimits)!r})",
+            ]
+        ),
+    )
+    with ZmqExecutor(2) as executor:
+        assert list(executor.map(make, [5, 100_000, 0] * 50, timeout=60))[:2] == [
+            bytes(5),
+            bytes(100_000),
+        ]
+        pid = executor.submit(os.getpid).result(60)
+        error = executor.submit(os.kill, pid, 9) if missing == "both" else None
+        assert executor.submit(pow, 2, 3).result(60) == 8
+        if error is not None:
+            error.exception(60)
