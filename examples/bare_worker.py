@@ -40,25 +40,26 @@ def open_socket(name):
     socket = context.socket(zmq.DEALER)
     socket.routing_id = name.encode()
     socket.linger = 0
-    return socket
+    return socket, socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
 
 
 def serve(endpoint):
     """Work for one master, until it is lost (True) or lets us go (False)."""
     name = uuid.uuid4().hex
-    control, work = open_socket(name), open_socket(name)
+    (control, control_news), (work, work_news) = open_socket(name), open_socket(name)
     control.immediate = True
-    monitor = control.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
     control.connect(endpoint)
     try:
         while True:
             welcomed = bool(work.last_endpoint)
-            ready, _, _ = zmq.select([control, work, monitor], [], [], None if welcomed else 60)
+            sockets = [control, work, control_news, work_news]
+            ready, _, _ = zmq.select(sockets, [], [], None if welcomed else 60)
             if not ready:
                 sys.exit("no master answered within a minute")
-            if monitor in ready:
-                if recv_monitor_message(monitor)["event"] == zmq.EVENT_DISCONNECTED:
-                    return True
+            news = [socket for socket in (control_news, work_news) if socket in ready]
+            if zmq.EVENT_DISCONNECTED in [recv_monitor_message(socket)["event"] for socket in news]:
+                return True
+            if control_news in ready:
                 hello = ["Hello", 1, name, os.getpid(), os.uname().nodename, machine(), None, None]
                 control.send(encode(hello))
             if work in ready:
@@ -71,6 +72,8 @@ def serve(endpoint):
                 if kind == "Welcome":
                     work.connect(fields[1])
                     work.send(encode(["Ready", name]))
+                elif kind == "Expelled":
+                    return True
                 elif kind == "Refused":
                     sys.exit(f"the master refused this worker: {fields[0]}")
                 elif kind == "Drain":
@@ -81,7 +84,8 @@ def serve(endpoint):
         return True  # there is nobody to send to any more
     finally:
         control.disable_monitor()
-        for socket in (monitor, control, work):
+        work.disable_monitor()
+        for socket in (control_news, work_news, control, work):
             socket.close()
 
 
