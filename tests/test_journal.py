@@ -401,7 +401,7 @@ def test_no_interleaving_loses_or_repeats_a_result(
             if isinstance(step, bytes):
                 used = pair.writer.position - confirmed
                 size = len(step) + OVERHEAD
-                fits = size <= LARGEST_ENTRY and used + size <= CAPACITY
+                fits = size <= LARGEST_ENTRY and used + size <= CAPACITY - LARGEST_MARKER
                 assert pair.writer.append(step) == fits
                 if fits:
                     unread.append(step)
