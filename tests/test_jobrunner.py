@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -300,3 +301,47 @@ def test_arguments_are_checked(endpoint: str) -> None:
             runner.submit("1", 5)
         with pytest.raises(ValueError, match="surrogates"):
             runner.submit("\ud800", "x")
+
+
+LEAVER = """
+    import sys
+    from zmqexecutor import Worker
+
+    def target(job):
+        sys.stdin.readline()
+        worker.stop()
+        return job[0]
+
+    worker = Worker(sys.argv[1], target=target)
+    worker.run()
+"""
+
+
+@contextmanager
+def slow_sockets() -> Iterator[None]:
+    """ZeroMQ's threads in this process only run when one processor has nothing else to do."""
+    cpu = min(os.sched_getaffinity(0))
+    for thread in os.listdir("/proc/self/task"):
+        if Path(f"/proc/self/task/{thread}/comm").read_text().startswith("ZMQbg/IO"):
+            os.sched_setaffinity(int(thread), {cpu})
+            os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
+    code = f"import os; os.sched_setaffinity(0, {{{cpu}}})\nwhile True: pass"
+    with subprocess.Popen([sys.executable, "-c", code]) as hog:
+        try:
+            yield
+        finally:
+            hog.kill()
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="no such scheduling on this system")
+def test_the_last_result_of_a_worker_that_ends_is_not_lost(tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/master"
+    command = [sys.executable, "-c", textwrap.dedent(LEAVER), endpoint]
+    with JobRunner(endpoint) as runner, slow_sockets():
+        for number in range(6):
+            with subprocess.Popen(command, stdin=subprocess.PIPE) as worker:
+                future = runner.submit(str(number), "x")
+                assert eventually(future.running)
+                # That it has ended is known here before its result is.
+                worker.communicate(b"\n", timeout=30)
+                assert future.result(30) == str(number)

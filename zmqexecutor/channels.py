@@ -216,6 +216,10 @@ class Channels:
         """Send jobs, encoded, and their buffers; False if there is no way to the worker."""
         return self._send(self.work, identity, [frame, *buffers])
 
+    def is_read(self) -> bool:
+        """Whether no message is waiting on the work socket."""
+        return not _has_message(self.work)
+
     def _send(self, socket: zmq.Socket[bytes], identity: bytes, parts: list[Frame]) -> bool:
         self.used.add(socket)
         try:

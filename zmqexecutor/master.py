@@ -335,6 +335,8 @@ class Master:
             self._scheduler.submit(task, now)
         if self._roster.next_ping is not None and self._roster.next_ping <= now:
             self._roster.ping(now)
+        if self._roster.next_look is not None and self._roster.next_look <= now:
+            self._roster.see_off(now)
         if self._segments and self._segments.trim_at and self._segments.trim_at <= now:
             self._segments.trim()
 
@@ -401,6 +403,7 @@ class Master:
                     self._stops.next_deadline(),
                     self._retries.next_deadline(),
                     self._roster.next_ping,
+                    self._roster.next_look,
                     self._segments.trim_at if self._segments else None,
                 )
                 if deadline is not None

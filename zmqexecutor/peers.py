@@ -156,6 +156,11 @@ class Peer:
             return True
         return self.channels.send_work(self.identity, frame, buffers)
 
+    def heard_out(self) -> bool:
+        """Whether its work connection has ended, and all that came by it is read."""
+        frame = encode(Jobs(self.confirmed, []))
+        return not self.channels.send_work(self.identity, frame) and self.channels.is_read()
+
     def introduce(self, needed: Shared, new: list[Shared], forget: list[bytes]) -> None:
         """Note that a job needs this; what the worker lacks, or may drop, is appended."""
         key = needed.key

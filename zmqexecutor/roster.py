@@ -29,6 +29,10 @@ PINGS_PER_STEP: Final = 16
 """Workers that are pinged before other things have their turn."""
 SOON: Final = 0.005
 """Seconds from the end of a connection until ZeroMQ has cleared it away, and a bit more."""
+LAST_WORDS: Final = 0.25
+"""Seconds for which a worker that is gone is waited for, if its connection does not end."""
+LOOK: Final = 0.001
+"""Seconds between two looks whether all that it has sent is read."""
 
 
 class Roster:
@@ -58,8 +62,11 @@ class Roster:
         # Those to be pinged, longest without it first:
         self._unwatched: OrderedDict[bytes, Peer] = OrderedDict()
         self._hurried = 0  # how many of them are to be pinged soon
+        self._leaving: dict[Peer, float] = {}  # gone, and until when they are listened to
         self.next_ping: float | None = None
         """When `ping` must be called."""
+        self.next_look: float | None = None
+        """When `see_off` must be called."""
 
     def __iter__(self) -> Iterator[Peer]:
         """Those there are now, whatever becomes of them meanwhile."""
@@ -214,6 +221,7 @@ class Roster:
         """Strike off a worker that is lost."""
         del self._peers[peer.identity]
         self._unwatched.pop(peer.identity, None)
+        self._leaving.pop(peer, None)
         pid = peer.hello.pid
         namesakes = self._by_pid.get(pid, set())
         namesakes.discard(peer)
@@ -236,7 +244,23 @@ class Roster:
     def lose_process(self, pid: int) -> None:
         """A process of this machine has died."""
         for peer in list(self._by_pid.get(pid, ())):
+            self._part(peer)
+
+    def _part(self, peer: Peer) -> None:
+        """It is gone. Unless it has a journal, its last result may still be on its way."""
+        if peer.journal:
             self._lose(peer, None)
+        else:
+            now = time.monotonic()
+            self._leaving.setdefault(peer, now + LAST_WORDS)
+            self.see_off(now)
+
+    def see_off(self, now: float) -> None:
+        """Lose those that are gone, when all that they have sent is read."""
+        for peer, deadline in list(self._leaving.items()):
+            if deadline <= now or peer.heard_out():
+                self._lose(peer, None)
+        self.next_look = now + LOOK if self._leaving else None
 
     def lose_unwatched(self) -> None:
         """The supervisor has died, who would have told of deaths: all are lost."""
@@ -264,7 +288,7 @@ class Roster:
         for peer in list(itertools.islice(self._unwatched.values(), PINGS_PER_STEP)):
             self._unwatched.move_to_end(peer.identity)
             if not peer.tell(protocol.Ping()):
-                self._lose(peer, None)
+                self._part(peer)
         self.next_ping = None
         if self._unwatched:
             steps = -(-len(self._unwatched) // PINGS_PER_STEP)

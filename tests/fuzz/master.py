@@ -9,7 +9,7 @@ from typing import Any, cast
 from zmqexecutor.channels import Channels, Entrance
 from zmqexecutor.errors import ProtocolError
 from zmqexecutor.master import Master, MasterOptions
-from zmqexecutor.protocol import Frame, Jobs
+from zmqexecutor.protocol import Frame, Jobs, decode_jobs
 from zmqexecutor.roster import Roster
 from zmqexecutor.tasks import Task
 
@@ -40,9 +40,12 @@ class FakeChannels:
     def tell(self, identity: bytes, message: object) -> bool:
         return identity not in self.gone
 
-    def send_work(self, identity: bytes, message: Jobs, buffers: Sequence[Frame] = ()) -> bool:
-        self.sent.append((identity, message))
+    def send_work(self, identity: bytes, frame: bytes, buffers: Sequence[Frame] = ()) -> bool:
+        self.sent.append((identity, decode_jobs(frame)))
         return identity not in self.gone
+
+    def is_read(self) -> bool:
+        return True
 
 
 class BareMaster:
