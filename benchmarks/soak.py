@@ -52,7 +52,7 @@ from zmqexecutor import (
     TaskTimeoutError,
     WorkerLostError,
     ZmqExecutor,
-    security,
+    directories,
 )
 
 MIB = 2**20
@@ -472,7 +472,7 @@ KINDS: dict[str, tuple[int, Callable[[Round, str], None]]] = {
 
 def left_behind() -> dict[str, set[str]]:
     gc.collect()
-    roots = [Path(base, f"zmqexecutor-{os.geteuid()}") for base in security._bases()]
+    roots = [Path(base, f"zmqexecutor-{os.geteuid()}") for base in directories._bases()]
     return {
         "processes": {f"{p.pid} {_command(p)}" for p in psutil.Process().children(recursive=True)},
         "directories": {str(path) for root in roots for path in root.glob(f"{os.getpid()}-*")},

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from zmqexecutor import ZmqExecutor, security
+from zmqexecutor import ZmqExecutor, directories
 
 DEADLINE = 15.0
 
@@ -77,7 +77,7 @@ def _descriptors() -> dict[str, str]:
 def _private_directories() -> set[str]:
     """Those made by this process, not those of tests that run beside this one."""
     found = set()
-    for base in security._bases():
+    for base in directories._bases():
         root = Path(base, f"zmqexecutor-{os.geteuid()}")
         found |= {str(path) for path in root.glob(f"{os.getpid()}-*")}
     return found

@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 import zmq
 
-from zmqexecutor import security
-from zmqexecutor.security import IPC_PATH_LIMIT, PrivateDirectory, bind, check_address
+from zmqexecutor import directories, security
+from zmqexecutor.directories import IPC_PATH_LIMIT, PrivateDirectory
+from zmqexecutor.security import bind, check_address
 
 from .conftest import eventually
 
@@ -27,9 +28,9 @@ Make = Callable[..., zmq.Socket[bytes]]
 
 MAKE_ONE = """
 import sys
-from zmqexecutor import security
-security._bases = lambda: iter(sys.argv[1:])
-directory = security.PrivateDirectory()
+from zmqexecutor import directories
+directories._bases = lambda: iter(sys.argv[1:])
+directory = directories.PrivateDirectory()
 print(directory.path, flush=True)
 sys.stdin.read()
 """
@@ -47,7 +48,7 @@ def base(short: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The only place for private directories during a test."""
     made = short / "base"
     made.mkdir()
-    monkeypatch.setattr(security, "_bases", lambda: iter([str(made)]))
+    monkeypatch.setattr(directories, "_bases", lambda: iter([str(made)]))
     return made
 
 
@@ -197,7 +198,7 @@ def test_what_was_never_locked_is_swept_when_it_is_old(base: Path) -> None:
     unlocked = root_of(base) / "4711-dead"
     unlocked.mkdir()
     (unlocked / "lock.new").touch()
-    old = time.time() - security.UNLOCKED_FOR - 1
+    old = time.time() - directories.UNLOCKED_FOR - 1
     os.utime(unlocked, (old, old))
     PrivateDirectory().close()
     assert os.listdir(root_of(base)) == []
@@ -207,9 +208,9 @@ def test_what_was_never_locked_is_swept_when_it_is_old(base: Path) -> None:
 def test_it_is_removed_without_a_close(base: Path, end: str) -> None:
     code = f"""
 import sys
-from zmqexecutor import security
-security._bases = lambda: iter(sys.argv[1:])
-directory = security.PrivateDirectory()
+from zmqexecutor import directories
+directories._bases = lambda: iter(sys.argv[1:])
+directory = directories.PrivateDirectory()
 {end}
 """
     with subprocess.Popen(
@@ -225,13 +226,13 @@ directory = security.PrivateDirectory()
 def test_a_forked_child_removes_nothing_of_its_parents(base: Path) -> None:
     code = """
 import os, sys
-from zmqexecutor import security
-security._bases = lambda: iter(sys.argv[1:])
-directory = security.PrivateDirectory()
+from zmqexecutor import directories
+directories._bases = lambda: iter(sys.argv[1:])
+directory = directories.PrivateDirectory()
 child = os.fork()
 if not child:
     directory.close()
-    security.PrivateDirectory().close()
+    directories.PrivateDirectory().close()
     os._exit(0)
 os.waitpid(child, 0)
 print(os.path.exists(os.path.join(directory.path, "lock")), flush=True)
@@ -246,9 +247,9 @@ directory.close()
 def test_a_forked_child_that_lives_on_does_not_keep_its_parents_directory(base: Path) -> None:
     code = """
 import os, sys
-from zmqexecutor import security
-security._bases = lambda: iter(sys.argv[1:])
-directory = security.PrivateDirectory()
+from zmqexecutor import directories
+directories._bases = lambda: iter(sys.argv[1:])
+directory = directories.PrivateDirectory()
 print(directory.path, flush=True)
 if os.fork():
     os.kill(os.getpid(), 9)
@@ -276,7 +277,7 @@ def test_an_unusable_place_is_passed_over(short: Path, monkeypatch: pytest.Monke
     good = short / "good"
     good.mkdir()
     monkeypatch.setattr(
-        security, "_bases", lambda: iter([str(blocked), str(missing), str(good), "/never"])
+        directories, "_bases", lambda: iter([str(blocked), str(missing), str(good), "/never"])
     )
     directory = PrivateDirectory()
     assert Path(directory.path).parent == root_of(good)
@@ -289,7 +290,7 @@ def test_a_place_without_room_for_the_directory_is_passed_over(
     full, good = short / "full", short / "good"
     full.mkdir()
     good.mkdir()
-    monkeypatch.setattr(security, "_bases", lambda: iter([str(full), str(good)]))
+    monkeypatch.setattr(directories, "_bases", lambda: iter([str(full), str(good)]))
     mkdtemp = tempfile.mkdtemp
 
     def mkdtemp_or_full(prefix: str, **where: str) -> str:
@@ -307,7 +308,7 @@ def test_without_any_place_the_error_names_those_tried(
     short: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     places = [str(short / "one"), str(short / "two")]
-    monkeypatch.setattr(security, "_bases", lambda: iter(places))
+    monkeypatch.setattr(directories, "_bases", lambda: iter(places))
     with pytest.raises(OSError, match=r"set TMPDIR.*one.*two"):
         PrivateDirectory()
 
@@ -347,7 +348,7 @@ def test_a_temporary_directory_too_long_for_sockets_is_passed_over(
 ) -> None:
     long = short / ("x" * 100)
     long.mkdir()
-    monkeypatch.setattr(security, "_bases", lambda: iter([str(long), str(short)]))
+    monkeypatch.setattr(directories, "_bases", lambda: iter([str(long), str(short)]))
     directory = PrivateDirectory()
     assert Path(directory.path).parent == root_of(short)
     directory.close()
@@ -356,7 +357,7 @@ def test_a_temporary_directory_too_long_for_sockets_is_passed_over(
 
 def test_memory_comes_first_and_tmp_last(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/4711")
-    bases = list(security._bases())
+    bases = list(directories._bases())
     assert bases[0] == "/dev/shm"
     assert bases[1] == "/run/user/4711"
     assert bases[-1] == "/tmp"
@@ -617,14 +618,14 @@ def test_only_a_remote_peer_is_gone_when_it_is_silent(bulk: bool) -> None:
 
 
 def test_few_descriptors_are_told_before_zeromq_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    security.check_descriptors()
+    directories.check_descriptors()
 
     def refuse(descriptor: int) -> int:
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(os, "dup", refuse)
     with pytest.raises(OSError, match="raise its limit") as caught:
-        security.check_descriptors()
+        directories.check_descriptors()
     assert caught.value.errno == errno.EMFILE
 
 

@@ -11,7 +11,7 @@ from typing import Final, TypeAlias
 
 import zmq
 
-from . import protocol, security
+from . import directories, protocol, security
 from .errors import ProtocolError
 from .gatekeeper import Gatekeeper
 from .protocol import Frame
@@ -123,7 +123,7 @@ class Channels:
         self.setup = entrance.setup
         self.dropped = 0
         endpoint, work = entrance.endpoint, entrance.work
-        security.check_descriptors()
+        directories.check_descriptors()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         keys = entrance.access.keys
         lost_after = entrance.lost_after

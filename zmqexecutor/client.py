@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import zmq
 
-from . import codecs, errors, handshakes, protocol, security
+from . import codecs, directories, errors, handshakes, protocol, security
 from .errors import JobFailedError, NoMasterError, TaskTimeoutError
 from .protocol import DEFAULT_SERVICE, Answer, Report
 
@@ -78,7 +78,7 @@ class Client:
         self._patience = patience
         self._connected = False
         self._number = 0
-        security.check_descriptors()
+        directories.check_descriptors()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = security.socket(self._context, zmq.DEALER, endpoint, keys=self._keys)
         self._socket.routing_id = uuid.uuid4().hex.encode()

@@ -15,9 +15,11 @@ from typing import Any, ParamSpec, TypeVar
 import msgspec
 
 from . import interpreter, security
+from .attendance import check_wait
 from .buffers import Segments
 from .calls import Initializer, Setup, boot_code, call_service
 from .channels import LOST_AFTER, Entrance, joining_entrance
+from .directories import PrivateDirectory
 from .errors import BrokenPoolError, ForkedExecutorError, SerializationError
 from .futures import TaskFuture
 from .inheritance import inheritable
@@ -26,10 +28,9 @@ from .keys import Keys
 from .limits import check_rlimits
 from .machine import usable_cpus
 from .mapping import MappingExecutor
-from .master import Master, MasterOptions, check_wait
+from .master import Master, MasterOptions
 from .peers import WorkerInfo
 from .protocol import CALLS, Frame, Result, Shared
-from .security import PrivateDirectory
 from .serialization import CallPickler
 from .shares import SharedObject
 from .tasks import PLAIN, Task, TaskOptions, make_options

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from .certificate import ending, lost_error
+from .directories import check_descriptors
 from .protocol import GroupFailed, Reaped, Spawned
-from .security import check_descriptors
 from .tasks import Task
 
 __all__ = ["Fleet", "Group"]

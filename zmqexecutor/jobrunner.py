@@ -12,11 +12,12 @@ from types import TracebackType
 from typing import Any, TypeAlias
 
 from . import codecs, security
+from .attendance import check_wait
 from .channels import LOST_AFTER, joining_entrance
 from .errors import ForkedExecutorError, JobFailedError, TaskTimeoutError
 from .keys import Keys
 from .lean import LeanFuture
-from .master import Master, MasterOptions, check_wait
+from .master import Master, MasterOptions
 from .peers import WorkerInfo
 from .protocol import DEFAULT_SERVICE, Frame, Result
 from .tasks import Task

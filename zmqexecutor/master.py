@@ -25,30 +25,30 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from queue import Empty, SimpleQueue
 from typing import Final
 
 from . import protocol
+from .attendance import Attendance
 from .buffers import Segments
 from .certificate import lost_error
 from .channels import Channels, Entrance
 from .clients import Clients, Counts, report
-from .errors import BrokenPoolError, NoWorkerError, ProtocolError
+from .dispatch import Dispatcher
+from .errors import BrokenPoolError, ProtocolError
 from .fleet import Fleet, Group
 from .peers import Peer, WorkerInfo
 from .protocol import DEFAULT_SERVICE, Frame
 from .retries import Retries
 from .roster import Roster
-from .scheduler import Decision, Deserted, Expire, Recall, Retire, Scale, Scheduler, Send
+from .scheduler import Scheduler
 from .shortcuts import Bell
 from .stops import Stops
 from .tasks import Task
 from .wakeup import Wakeup
 
-__all__ = ["Master", "MasterOptions", "check_wait"]
+__all__ = ["Master", "MasterOptions"]
 
 logger = logging.getLogger(__name__)
 
@@ -131,12 +131,12 @@ class Master:
         self._thread = threading.Thread(target=self._run, name="zmqexecutor-master", daemon=True)
         self._opened: Future[None] = Future()
         self._bell: Bell | None = None  # of its own workers
-        self._ready: dict[bytes, Peer] = {}
+        # Not zmq.Poller: 0.6 us against 3 to 6; the price of it is `Channels.unread`.
+        self._poller = select.poll()
+        self._handlers: dict[int, Callable[[], object]] = {}  # by the descriptors it polls
         self._dying: list[Peer] = []  # workers elsewhere that were told to
         self._answered: list[tuple[Task, protocol.Result, list[Frame]]] = []
-        self._unconfirmed: set[Peer] = set()  # workers that wait for a confirmation
-        self._forgetful: set[Peer] = set()  # busy ones that have shares nobody needs
-        self._watchers: list[SimpleQueue[None]] = []  # of those that wait for workers
+        self._attendance = Attendance()
         self._cleanup = cleanup
         self._pid = os.getpid()
         self._due: float | None = None  # the next deadline, as of the last wait
@@ -184,26 +184,18 @@ class Master:
             BrokenPoolError: the pool cannot run tasks any more.
             RuntimeError: it has been shut down.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        # A queue, and not a Condition, whose wait a Ctrl-C can break in the middle.
-        news: SimpleQueue[None] = SimpleQueue()
-        self._watchers.append(news)
-        try:
-            self._call(lambda: self._want(number))
-            while (there := len(self._ready)) < number:
-                if self.broken:
-                    raise self.broken.with_traceback(None)
-                if self._wakeup is None or self._closing:
-                    raise RuntimeError("the pool has been shut down")
-                remaining = None if deadline is None else deadline - time.monotonic()
-                if remaining is not None and remaining <= 0:
-                    raise TimeoutError(
-                        f"{there} of {number} workers were ready after {timeout:g} s"
-                    )
-                with suppress(Empty):
-                    news.get(timeout=remaining)
-        finally:
-            self._watchers.remove(news)
+        self._attendance.wait(
+            number,
+            timeout,
+            want=lambda: self._call(lambda: self._want(number)),
+            check=self._check_running,
+        )
+
+    def _check_running(self) -> None:
+        if self.broken:
+            raise self.broken.with_traceback(None)
+        if self._wakeup is None or self._closing:
+            raise RuntimeError("the pool has been shut down")
 
     def close(self, *, cancel: bool = False) -> None:
         """End when the tasks handed over are done; `cancel` drops those not sent."""
@@ -223,17 +215,13 @@ class Master:
     def forget_share(self, key: bytes) -> None:
         """Have workers drop a shared object. Any thread, even in garbage collection."""
         if self._wakeup is not None and self._pid == os.getpid():
-            self._inbox.append(lambda: self._forget_share(key))
+            self._inbox.append(lambda: self._dispatcher.forget_share(key))
             self._wake()
 
     @property
     def workers(self) -> tuple[WorkerInfo, ...]:
         """The workers that are ready, oldest first."""
-        while True:
-            try:
-                return tuple(peer.info() for peer in self._ready.values())
-            except RuntimeError:
-                continue  # one has just come or gone
+        return self._attendance.infos()
 
     @property
     def refused(self) -> Mapping[str, int]:
@@ -295,23 +283,17 @@ class Master:
             self._shut()
 
     def _step(self) -> None:
-        ready = self._wait()
-        for descriptor, channels, socket, handle in self._sockets:
-            if descriptor in ready:
-                channels.read(socket, handle)
-        if self._roster.fileno() in ready:
-            self._roster.read_deaths()
-        if self._bell and self._bell.fileno() in ready:
-            self._answer_bell()
-        if self._fleet.polled in ready:
-            self._read_fleet()
+        handlers = self._handlers
+        for descriptor in self._wait():
+            if (handle := handlers.get(descriptor)) is not None:
+                handle()
         if self._inbox:
             self._read_inbox()
         now = time.monotonic()
         if self._due is not None and self._due <= now:
             self._check_deadlines(now)
         self._decide(now)
-        self._confirm()
+        self._dispatcher.confirm()
         if self._answered:
             self._finish_answered()
 
@@ -342,7 +324,7 @@ class Master:
 
     def _decide(self, now: float) -> None:
         for decision in self._scheduler.decide(now):
-            self._carry_out(decision)
+            self._dispatcher.carry_out(decision)
 
     def _open(self) -> None:
         self._channels: list[Channels] = []
@@ -354,37 +336,43 @@ class Master:
         except BaseException:
             self._close_channels()
             raise
-        self._sockets = [
-            source
-            for channels in self._channels
-            for source in (
-                (channels.work_fd, channels, channels.work, partial(self._on_work, channels)),
-                (
-                    channels.control_fd,
-                    channels,
-                    channels.control,
-                    partial(self._on_control, channels),
-                ),
-            )
-        ]
         lost_after = min(entrance.lost_after for entrance in self._options.entrances)
         self._roster = Roster(lost_after * PINGED_AFTER, self._fleet, self._lose)
-        # Not zmq.Poller: 0.6 us against 3 to 6; the price of it is `Channels.unread`.
-        self._poller = select.poll()
+        self._dispatcher = self._make_dispatcher()
+        # Sockets first: what workers have said comes before the news that they are dead.
+        for channels in self._channels:
+            for descriptor, socket, handle in (
+                (channels.work_fd, channels.work, self._on_work),
+                (channels.control_fd, channels.control, self._on_control),
+            ):
+                read = partial(channels.read, socket, partial(handle, channels))
+                self._watch(descriptor, read)
         assert self._wakeup is not None
-        sources = (
-            *(descriptor for descriptor, *_ in self._sockets),
-            self._wakeup.fileno(),
-            self._roster.fileno(),
-            self._bell.fileno() if self._bell else -1,
-        )
-        for source in sources:
-            if source != -1:
-                self._poller.register(source, select.POLLIN)
+        self._watch(self._wakeup.fileno(), self._wakeup.clear)
+        self._watch(self._roster.fileno(), self._roster.read_deaths)
+        if self._bell:
+            self._watch(self._bell.fileno(), self._answer_bell)
         self._fleet.start()
         if self._fleet.failure:  # of which no descriptor will tell
             self._break(self._fleet.failure)
         self._watch_fleet()
+
+    def _watch(self, descriptor: int, handle: Callable[[], object]) -> None:
+        """Have it called whenever the descriptor, unless that is -1, is readable."""
+        if descriptor != -1:
+            self._handlers[descriptor] = handle
+            self._poller.register(descriptor, select.POLLIN)
+
+    def _make_dispatcher(self) -> Dispatcher:
+        return Dispatcher(
+            self._roster,
+            self._fleet,
+            self._stops,
+            lose=self._lose,
+            read_journal=self._read_journal,
+            endpoint=self._options.entrances[-1].endpoint,
+            patience=self._options.patience,
+        )
 
     def _wait(self) -> list[int]:
         """Wait for the next event or deadline; which descriptors are ready."""
@@ -413,12 +401,9 @@ class Master:
                 # Rounded up to whole milliseconds: not to wake just before the time.
                 seconds = min(LONGEST_WAIT, self._due - time.monotonic())
                 timeout = max(0, math.ceil(seconds * 1000))
-        ready = [descriptor for descriptor, _ in self._poller.poll(timeout)] + unread
+        ready = self._poller.poll(timeout)
         self._asleep = False
-        assert self._wakeup is not None
-        if self._wakeup.fileno() in ready:
-            self._wakeup.clear()
-        return ready
+        return [*unread, *(descriptor for descriptor, _ in ready)]
 
     def _watch_fleet(self) -> None:
         """Poll the supervisor that is there now: call it when that may have changed."""
@@ -426,8 +411,8 @@ class Master:
         if old != new:
             if old != -1:
                 self._poller.unregister(old)
-            if new != -1:
-                self._poller.register(new, select.POLLIN)
+                del self._handlers[old]
+            self._watch(new, self._read_fleet)
             self._fleet.polled = new
 
     def _read_inbox(self) -> None:
@@ -473,7 +458,7 @@ class Master:
         else:
             doomed = peer.doomed()
             self._scheduler.recalled(peer.state, message.seqs)
-            self._settle(peer)
+            self._dispatcher.settle(peer)
             _kill_queued(doomed)
 
     def _on_work(
@@ -490,7 +475,7 @@ class Master:
             self._read_journal(peer)  # what comes before it
             peer.received(message.position)
             if message.confirm:
-                self._unconfirmed.add(peer)
+                self._dispatcher.waits(peer)
             self._on_results(peer, message.results, buffers)
         elif isinstance(message, protocol.Ready):
             self._on_ready(peer)
@@ -513,10 +498,9 @@ class Master:
             allowance=self._options.allowance,
         )
         peer.since = time.time()
-        self._ready[peer.identity] = peer
         if peer.grouped:
             self._fleet.worker_ready(peer.hello.pid)
-        self._tell_watchers()
+        self._attendance.come(peer)
 
     def _on_results(
         self, peer: Peer, results: Sequence[protocol.Result], buffers: list[Frame]
@@ -538,7 +522,7 @@ class Master:
         if results:
             peer.finished = max(peer.finished, results[-1].seq)
         self._scheduler.settle(worker)
-        self._settle(peer)
+        self._dispatcher.settle(peer)
 
     def _finish_answered(self) -> None:
         """Complete the tasks whose results have come, when all else of this step is done.
@@ -589,15 +573,14 @@ class Master:
             running = peer.last_run()
         self._roster.remove(peer)
         self._stops.forget(peer)
-        self._unconfirmed.discard(peer)
-        self._forgetful.discard(peer)
+        self._dispatcher.lost(peer)
         if peer.state:
             doomed = peer.doomed()
             lost = self._scheduler.worker_lost(peer.state, running, time.monotonic())
             if lost is not None:
                 self._bury(peer, lost)
             _kill_queued(task for task in doomed if task is not lost)
-            del self._ready[peer.identity]
+            self._attendance.leave(peer)
         if self._segments and peer.grouped:
             self._segments.sweep(peer.hello.pid)
         peer.close()
@@ -659,111 +642,13 @@ class Master:
 
     def _want(self, workers: int) -> None:
         """Have as many of the group's workers as this takes."""
-        others = sum(not peer.grouped for peer in self._ready.values())
-        self._scheduler.want(workers - others)
-
-    def _tell_watchers(self) -> None:
-        for news in list(self._watchers):
-            news.put(None)
-
-    # ---------------------------------------------------------------- decisions
-
-    def _carry_out(self, decision: Decision[Task]) -> None:
-        if isinstance(decision, Send):
-            self._send_jobs(decision)
-        elif isinstance(decision, Recall):
-            peer = self._roster.get(decision.worker.key)
-            if peer is not None:
-                self._read_journal(peer)
-                peer.tell(protocol.Recall(decision.seqs))
-        elif isinstance(decision, Retire):
-            if (peer := self._roster.get(decision.worker.key)) is not None:
-                peer.tell(protocol.Drain())
-        elif isinstance(decision, Scale):
-            self._fleet.scale(decision.workers)
-        elif isinstance(decision, Expire):
-            for task in decision.jobs:
-                task.fail(NoWorkerError(self._nobody_for(task.service)))
-        elif isinstance(decision, Deserted):
-            logger.warning(
-                "%d tasks wait for service %r, which no worker at %s offers; start one there",
-                decision.jobs,
-                decision.service,
-                self._options.entrances[-1].endpoint,
-            )
-
-    def _nobody_for(self, service: str) -> str:
-        """Why jobs that ask for this service cannot be done."""
-        offered = sorted({name for peer in self._roster for name in peer.hello.services})
-        who = "no worker" if service == DEFAULT_SERVICE else f"no worker for service {service!r}"
-        return (
-            f"{who} registered at {self._options.entrances[-1].endpoint} within "
-            f"{self._options.patience:g} s; start workers there, or allow more time"
-            + (f". Those that are there offer {', '.join(offered)}" if offered else "")
-        )
-
-    def _send_jobs(self, decision: Send[Task]) -> None:
-        peer = self._roster.get(decision.worker.key)
-        if peer is None:
-            return  # lost while earlier decisions were carried out: its jobs are queued again
-        jobs: list[protocol.Job] = []
-        shared: list[protocol.Shared] = []
-        forget = peer.take_forgotten()
-        frames: list[Frame] = []
-        limited = False
-        for seq, task in decision.jobs:
-            limited |= task.options.timeout is not None
-            key = b""
-            if task.shared is not None:
-                key = task.shared.key
-                peer.introduce(task.shared, shared, forget)
-            for share in task.shares:
-                peer.introduce_share(share, shared)
-            segment, buffers = task.ship(mapped=peer.journal is not None)
-            service = task.service if len(peer.hello.services) > 1 else ""
-            jobs.append(
-                protocol.Job(
-                    seq, task.id, task.data, task.codec, key, len(buffers), segment, service
-                )
-            )
-            frames += buffers
-        if not peer.send_jobs(jobs, shared, forget, frames):
-            # Without a journal it held nothing but this, which has not left.
-            self._lose(peer, None if peer.journal else 0)
-        else:
-            peer.sent_at = time.monotonic()
-            if limited:
-                self._stops.sent(peer, [task for _, task in decision.jobs], peer.sent_at)
-        self._unconfirmed.discard(peer)
-        self._forgetful.discard(peer)
-
-    def _forget_share(self, key: bytes) -> None:
-        for peer in self._roster:
-            if peer.forget_share(key):
-                self._forgetful.add(peer)
-                self._settle(peer)
-
-    def _settle(self, peer: Peer) -> None:
-        """A worker may have nothing to do now, and time to forget.
-
-        A busy one could not heed it yet; it is told with its next jobs, or when it is idle.
-        """
-        if peer in self._forgetful and peer.state and not peer.state.held:
-            self._unconfirmed.add(peer)
-
-    def _confirm(self) -> None:
-        """Tell workers how far their results have come, and the idle ones what to forget."""
-        while self._unconfirmed:
-            peer = self._unconfirmed.pop()
-            self._forgetful.discard(peer)
-            if not peer.send_jobs([], [], peer.take_forgotten()):
-                self._lose(peer, None)
+        self._scheduler.want(workers - self._attendance.joined())
 
     # ---------------------------------------------------------------- the end
 
     def _close_when_done(self, cancel: bool) -> None:
         self._closing = True
-        self._tell_watchers()
+        self._attendance.tell()
         self._drop_unwanted()
         if cancel:
             self._cancelling = True
@@ -793,7 +678,7 @@ class Master:
     def _break(self, reason: str) -> None:
         if self.broken is None:
             self.broken = BrokenPoolError(f"the pool cannot run tasks any more: {reason}")
-        self._tell_watchers()
+        self._attendance.tell()
         for task in self._scheduler.cancel_queued():
             task.fail(self.broken)
         self._fail_held(self.broken)
@@ -832,10 +717,9 @@ class Master:
             self._see_them_die()
         finally:
             self._roster.close()
-            self._ready.clear()
             self._close_channels()
             self._wakeup = None  # closed when no other thread is in the middle of using it
-            self._tell_watchers()
+            self._attendance.clear()
             self._drop_inbox()
             self._cleanup()
             self._let_go()
@@ -861,7 +745,7 @@ class Master:
     def _let_go(self) -> None:
         """Break the cycles of references: nothing should wait for a garbage collection."""
         self._fleet = Fleet(None)
-        for name in ("_stops", "_roster", "_clients", "_sockets"):
+        for name in ("_stops", "_roster", "_dispatcher", "_clients", "_handlers"):
             vars(self).pop(name, None)
         if self._segments:
             self._segments.on_idle = int
@@ -875,21 +759,6 @@ class Master:
                 return
             if isinstance(item, Task):
                 item.fail(self.broken or CancelledError("the pool has been shut down"))
-
-
-def check_wait(number: int, timeout: float | None) -> None:
-    """Check the arguments of `wait_for_workers`.
-
-    Raises:
-        TypeError: one has the wrong type.
-        ValueError: one is out of range.
-    """
-    if isinstance(number, bool) or not isinstance(number, int):
-        raise TypeError(f"the number of workers must be an integer, not {number!r}")
-    if number < 0:
-        raise ValueError(f"the number of workers must be 0 or more, not {number}")
-    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float))):
-        raise TypeError(f"timeout must be a number of seconds or None, not {timeout!r}")
 
 
 def _kill_queued(tasks: Iterable[Task]) -> None:

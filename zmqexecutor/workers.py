@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Final
 
+from .directories import PrivateDirectory
 from .errors import ForkedExecutorError
 from .limits import check_rlimits
 from .protocol import (
@@ -32,7 +33,6 @@ from .protocol import (
     Quit,
     Scale,
 )
-from .security import PrivateDirectory
 from .supervisor_link import TERM_GRACE, Event, SupervisorLink
 
 __all__ = ["Workers"]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from zmqexecutor import WorkerLostError, ZmqExecutor, security
+from zmqexecutor import WorkerLostError, ZmqExecutor, directories
 
 from .processes import PATIENCE, Diary, Pool
 
@@ -67,7 +67,7 @@ def test_killed_while_it_sends_a_big_result(
 ) -> None:
     """The result is there as a whole, or the task is lost; others are not."""
     if way == "frames":
-        monkeypatch.setattr(security, "_bases", lambda: iter(["/tmp"]))
+        monkeypatch.setattr(directories, "_bases", lambda: iter(["/tmp"]))
     size = 100_000_000
     diary = Diary(tmp_path / "diary")
     outcomes = Counter[str]()

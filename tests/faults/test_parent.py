@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from zmqexecutor import ZmqExecutor, security
+from zmqexecutor import ZmqExecutor, directories
 
 from ..conftest import eventually
 
@@ -97,7 +97,7 @@ class Program:
         return found
 
     def directories(self) -> list[Path]:
-        roots = [Path(base, f"zmqexecutor-{os.geteuid()}") for base in security._bases()]
+        roots = [Path(base, f"zmqexecutor-{os.geteuid()}") for base in directories._bases()]
         return [path for root in roots for path in root.glob(f"{self.pid}-*")]
 
     def clean_up(self) -> None:

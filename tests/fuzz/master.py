@@ -56,6 +56,7 @@ class BareMaster:
         self.master = Master(MasterOptions([self.channels.entrance]))
         self.master._channels = [cast(Channels, self.channels)]
         self.master._roster = Roster(PING_INTERVAL, self.master._fleet, self.master._lose)
+        self.master._dispatcher = self.master._make_dispatcher()
         self.futures: list[Future[Any]] = []
 
     def submit(self) -> None:
@@ -74,7 +75,7 @@ class BareMaster:
     def step(self, now: float) -> None:
         self.master._read_inbox()
         self.master._decide(now)
-        self.master._confirm()
+        self.master._dispatcher.confirm()
         self.master._finish_answered()
 
     def check(self) -> None:

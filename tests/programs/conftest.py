@@ -15,7 +15,7 @@ from typing import TypeAlias
 import psutil
 import pytest
 
-from zmqexecutor import security
+from zmqexecutor import directories
 
 from ..conftest import eventually
 
@@ -130,7 +130,7 @@ class Program:
     def check_left(self) -> None:
         """Fail if there is a process or a private directory of the program still."""
         assert eventually(lambda: not self.processes(), 15), self.processes()
-        roots = [Path(base, f"zmqexecutor-{os.geteuid()}") for base in security._bases()]
+        roots = [Path(base, f"zmqexecutor-{os.geteuid()}") for base in directories._bases()]
         left = [path for root in roots for pid in self._pids for path in root.glob(f"{pid}-*")]
         assert left == []
 
