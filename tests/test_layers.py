@@ -43,6 +43,7 @@ LAYERS = [
     "definitions",
     "serialization",
     "inheritance",
+    "setups",
     # the worker's side
     "handler",
     "targets",

@@ -17,7 +17,6 @@ import msgspec
 from . import interpreter, security
 from .attendance import check_wait
 from .buffers import Segments
-from .calls import Initializer, Setup, boot_code, call_service
 from .channels import LOST_AFTER, Entrance, joining_entrance
 from .directories import PrivateDirectory
 from .errors import BrokenPoolError, ForkedExecutorError, SerializationError
@@ -32,6 +31,7 @@ from .master import Master, MasterOptions
 from .peers import WorkerInfo
 from .protocol import CALLS, Frame, Result, Shared
 from .serialization import CallPickler
+from .setups import Initializer, Setup, boot_code, call_service
 from .shares import SharedObject
 from .tasks import PLAIN, Task, TaskOptions, make_options
 from .workers import Workers

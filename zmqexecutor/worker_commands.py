@@ -182,7 +182,7 @@ def _serve_calls(arguments: Namespace) -> int:
         if getattr(arguments, option):
             name = "a target" if option == "targets" else f"--{option.replace('_', '-')}"
             raise CommandError(f"--calls and {name} contradict each other", Exit.USAGE)
-    from . import calls, security
+    from . import calls, security, setups
 
     try:
         security.Access.decide(
@@ -193,7 +193,7 @@ def _serve_calls(arguments: Namespace) -> int:
             allow_plaintext_loopback=False,
         )
         for service in arguments.service:
-            calls.call_service(service)
+            setups.call_service(service)
     except (TypeError, ValueError) as error:
         raise CommandError(error, Exit.USAGE) from None
     except OSError as error:  # of keys
