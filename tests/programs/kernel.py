@@ -14,11 +14,14 @@ from typing import Any
 warnings.simplefilter("ignore")
 from jupyter_client.manager import KernelManager  # noqa: E402
 
+TRIES = 25
+"""Of a second each, for each step; all of them are to end before the test loses patience."""
+
 
 def run_cell(manager: Any, client: Any, cell: str) -> str:
     shown = ""
     request = client.execute(cell)
-    for _ in range(100):
+    for _ in range(TRIES):
         try:
             message = client.get_iopub_msg(timeout=1)
         except Empty:
@@ -42,13 +45,26 @@ def run_cell(manager: Any, client: Any, cell: str) -> str:
     raise TimeoutError(f"the kernel does not end {cell!r}; it showed {shown!r}")
 
 
+def wait_until_ready(client: Any) -> None:
+    # Not the client's own `wait_for_ready`, which asks once: see above.
+    for _ in range(TRIES):
+        client.kernel_info()
+        try:
+            client.get_shell_msg(timeout=1)
+            client.get_iopub_msg(timeout=1)
+        except Empty:
+            continue
+        return
+    raise TimeoutError("the kernel does not answer")
+
+
 def main() -> None:
     manager = KernelManager(kernel_name="python3")
     manager.start_kernel(extra_arguments=["--InteractiveShell.colors=NoColor"])
     client = manager.blocking_client()
     try:
         client.start_channels()
-        client.wait_for_ready(timeout=60)
+        wait_until_ready(client)
         print(json.dumps([run_cell(manager, client, cell) for cell in json.load(sys.stdin)]))
     finally:
         client.stop_channels()
