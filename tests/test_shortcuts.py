@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import select
@@ -206,3 +207,18 @@ def test_a_pool_without_short_cuts_does_the_same(
         assert executor.submit(pow, 2, 3).result(60) == 8
         if error is not None:
             error.exception(60)
+
+
+def test_results_come_as_messages_when_the_master_cannot_map_the_journal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(path: str) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
+
+    monkeypatch.setattr("zmqexecutor.roster.JournalReader", fail)
+    with ZmqExecutor(1) as executor:
+        assert list(executor.map(make, [5, 100_000, 0], timeout=60)) == [
+            bytes(5),
+            bytes(100_000),
+            b"",
+        ]

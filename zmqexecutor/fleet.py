@@ -27,8 +27,9 @@ SUPERVISORS_BEFORE_BROKEN: Final = 3
 SUPERVISOR_PERIOD: Final = 60.0
 WAIT_FOR_EXIT_STATUS: Final = 1.0
 """Seconds that a lost task waits for the supervisor's word on how its worker died."""
-DESCRIPTORS_OF_A_WORKER: Final = 3
-"""What a worker takes in this process: two connections, and one to learn of its death."""
+DESCRIPTORS_OF_A_WORKER: Final = 5
+"""What a worker takes in this process: two connections, one to learn of its death, its
+journal (before Python 3.13 a mapping keeps one) and its mailbox."""
 SPARE_DESCRIPTORS: Final = 4
 """For what other threads may open while workers connect."""
 LOOK_FOR_DESCRIPTORS: Final = 0.5

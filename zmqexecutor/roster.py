@@ -210,7 +210,7 @@ class Roster:
             channels.work_address,
             channels.setup,
             entrance.lost_after,
-            entrance.bell,
+            entrance.bell if peer.journal else None,  # which says to look into the journal
         )
         if not peer.tell(welcome):
             self._lose(peer, None)

@@ -273,6 +273,39 @@ def test_a_program_whose_descriptors_are_all_taken_goes_on(run_script: Run) -> N
     assert done.stdout.split() == ["WARNING", "waits", "done"]
 
 
+FOR_SOME = """
+    import os, resource, sys, time
+    from zmqexecutor import ZmqExecutor
+    if __name__ == "__main__":
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        with ZmqExecutor(4) as pool:
+            pool.submit(pow, 2, 2).result(60)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+            taken = []
+            while True:
+                try:
+                    taken.append(os.dup(0))
+                except OSError:
+                    break
+            for _ in range(int(sys.argv[1])):
+                os.close(taken.pop())
+            futures = [pool.submit(time.sleep, 0.05) for _ in range(60)]
+            for future in futures:
+                future.result(60)
+            for descriptor in taken:
+                os.close(descriptor)
+            pool.wait_for_workers(4, timeout=60)
+        print("done")
+"""
+
+
+@pytest.mark.parametrize("left", [13, 15, 18])
+def test_descriptors_for_some_of_the_workers_that_are_started(run_script: Run, left: int) -> None:
+    """Three come at once, and ZeroMQ would end the program at the one it cannot accept."""
+    done = run_script(FOR_SOME, str(left))
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+
+
 def test_no_descriptor_left_while_it_runs() -> None:
     """What is there goes on; a new worker comes in when there are descriptors again."""
     taken: list[int] = []
