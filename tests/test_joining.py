@@ -270,7 +270,7 @@ def test_nobody_is_special_enough(
     with ZmqExecutor(1, endpoint=endpoint) as executor:
         future = executor.options(service="gpu").submit(abs, -1)
         assert executor.submit(abs, -2).result(60) == 2
-        assert eventually(lambda: "1 tasks wait for service 'python/gpu'" in caplog.text)
+        assert eventually(lambda: "1 tasks wait for service 'gpu'" in caplog.text)
         assert endpoint in caplog.text
         assert not future.done()
         start_worker("gpu")

@@ -10,7 +10,7 @@ from . import protocol
 from .errors import NoWorkerError
 from .fleet import Fleet
 from .peers import Peer
-from .protocol import DEFAULT_SERVICE, Frame
+from .protocol import DEFAULT_SERVICE, Frame, shown
 from .roster import Roster
 from .scheduler import Decision, Deserted, Expire, Recall, Retire, Scale, Send
 from .stops import Stops
@@ -80,7 +80,7 @@ class Dispatcher:
             logger.warning(
                 "%d tasks wait for service %r, which no worker at %s offers; start one there",
                 decision.jobs,
-                decision.service,
+                shown(decision.service),
                 self._endpoint,
             )
 

@@ -105,6 +105,11 @@ def makes_calls(service: str) -> bool:
     return service == CALLS or service.startswith(f"{CALLS}/")
 
 
+def shown(service: str) -> str:
+    """What users call this service."""
+    return service.removeprefix(f"{CALLS}/")
+
+
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
     """A message: an array whose first element is the name of its class."""
 
@@ -197,7 +202,9 @@ class Hello(Message, frozen=True):
     """The file of its `journal`, which a master on the same host may map."""
     python: str = ""
     """Version of the worker's interpreter, empty for other languages."""
-    services: list[Name] = msgspec.field(default_factory=lambda: [DEFAULT_SERVICE])
+    services: Annotated[list[Name], msgspec.Meta(max_length=1000)] = msgspec.field(
+        default_factory=lambda: [DEFAULT_SERVICE]
+    )
     """What it offers, one or more."""
     mailbox: str | None = None
     """A socket of its own (see `shortcuts`) on which a pool's own master may send jobs."""
