@@ -134,6 +134,8 @@ class Channels:
         self.work = security.socket(
             self._context, zmq.ROUTER, work, keys, lost_after=lost_after, bulk=True
         )
+        # The end of a connection to a workpoint is noticed, as that of others is.
+        self.work.immediate = True
         self.control_fd = self.control.fileno()
         self.work_fd = self.work.fileno()
         self._bound: dict[zmq.Socket[bytes], str] = {}
