@@ -112,6 +112,13 @@ def test_nothing_starts_after_a_condemned_job(pair: Pair) -> None:
     assert pair.writer.start(2, 0.0)
 
 
+def test_a_worker_is_hurried_up_to_a_number(pair: Pair) -> None:
+    assert pair.writer.hurried == 0
+    pair.reader.hurry(2**40)
+    assert pair.writer.hurried == 2**40
+    assert pair.writer.start(1, 0.0)
+
+
 # ---------------------------------------------------------------------- the ring
 
 

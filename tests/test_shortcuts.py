@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import multiprocessing
 import os
 import select
+import signal
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,8 @@ import pytest
 
 from zmqexecutor import ZmqExecutor
 from zmqexecutor.shortcuts import LARGEST_LETTER, Bell, BellRope, Mailbox, Post
+
+from .conftest import eventually
 
 
 @pytest.fixture
@@ -222,3 +226,25 @@ def test_results_come_as_messages_when_the_master_cannot_map_the_journal(
             bytes(100_000),
             b"",
         ]
+
+
+def keep_the_interpreter(seconds: int) -> int:
+    """The worker's control thread cannot answer a recall meanwhile."""
+    return ctypes.PyDLL(None).sleep(seconds) if seconds else 0
+
+
+@pytest.mark.parametrize("attempt", range(4))
+def test_no_result_waits_for_a_long_job_behind_it(attempt: int) -> None:
+    with ZmqExecutor(1) as executor:
+        list(executor.map(keep_the_interpreter, [0] * 200, timeout=60))
+        (peer,) = executor._master._attendance._ready.values()
+        state = peer.state
+        assert state is not None
+        os.kill(peer.hello.pid, signal.SIGSTOP)
+        short = [executor.submit(keep_the_interpreter, 0) for _ in range(5)]
+        long = executor.submit(keep_the_interpreter, 2)
+        assert eventually(lambda: state.stalled)
+        os.kill(peer.hello.pid, signal.SIGCONT)
+        assert [future.result(60) for future in short] == [0] * 5
+        assert not long.done()
+        assert long.result(60) == 0

@@ -66,6 +66,10 @@ class Dispatcher:
         elif isinstance(decision, Recall):
             peer = self._roster.get(decision.worker.key)
             if peer is not None:
+                # It may come to a job that is long and keeps the interpreter's lock, so that
+                # it cannot answer. What it has finished before must not wait for that.
+                if peer.journal:
+                    peer.journal.hurry(decision.seqs[-1])
                 self._read_journal(peer)
                 peer.tell(protocol.Recall(decision.seqs))
         elif isinstance(decision, Retire):

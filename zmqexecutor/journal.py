@@ -10,7 +10,7 @@ which job it is running. The master maps the same file and learns from it
   message with others;
 - since when it has been running that job.
 
-One word of the file is the master's: the number of a job that it is about to end by
+Two words of the file are the master's. One is the number of a job that it is about to end by
 killing the worker. A worker that finds it set starts nothing, so that no other job is
 hit, however the two race:
 
@@ -19,6 +19,10 @@ hit, however the two race:
       is it still running? kill : condemn(0)   is a job condemned? wait : run it
 
 Either the worker sees that a job is condemned, or the master sees that another runs.
+
+The other one hurries the worker: it tells at once of each result up to this number, and
+not together with the next, whose job may be long. What it wrote before, the master sees,
+which reads the ring after it has set the word.
 
 The journal is a ring of bytes. A position counts all the bytes ever written, as
 a TCP sequence number does. Messages carry the position after their last result,
@@ -54,7 +58,8 @@ LARGEST_MARKER = 128
 """Bytes for which there is always room; see `JournalWriter.mark`."""
 
 # The header: magic, the running job's number, end of the ring, when that job
-# started (the monotonic clock), number of the condemned job.
+# started (the monotonic clock), number of the condemned job, number up to which
+# the worker is hurried.
 _HEADER = 64
 _MAGIC = b"zmqexjn1"
 _running = struct.Struct("<Q")
@@ -63,6 +68,7 @@ _END_AT = 16
 _started = struct.Struct("<d")
 _STARTED_AT = 24
 _CONDEMNED_AT = 32
+_HURRIED_AT = 40
 _entry = struct.Struct("<II")  # length, checksum
 
 
@@ -110,6 +116,11 @@ class JournalWriter:
     def condemned(self) -> bool:
         """Whether the master is about to kill this process for a job that it ran."""
         return _running.unpack_from(self._map, _CONDEMNED_AT)[0] != 0  # type: ignore[no-any-return]
+
+    @property
+    def hurried(self) -> int:
+        """The master waits for the results of jobs up to this number."""
+        return _running.unpack_from(self._map, _HURRIED_AT)[0]  # type: ignore[no-any-return]
 
     def append(self, result: bytes) -> bool:
         """Keep an encoded result, and say whether there was room for it."""
@@ -191,6 +202,10 @@ class JournalReader:
     def condemn(self, seq: int) -> None:
         """Have the worker start nothing after this job; 0 lets it go on."""
         _running.pack_into(self._map, _CONDEMNED_AT, seq)
+
+    def hurry(self, seq: int) -> None:
+        """Have the worker tell at once of each result up to that of this job."""
+        _running.pack_into(self._map, _HURRIED_AT, seq)
 
     def read(self) -> Iterator[bytes]:
         """The encoded results after `position`, which moves as they are taken."""

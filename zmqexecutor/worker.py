@@ -495,6 +495,8 @@ class Worker:
         if self._bell and journal and not buffers and journal.append(protocol.encode(result)):
             if self._untold_since is None:
                 self._untold_since = started
+            if seq <= journal.hurried:
+                self._flush()
             return
         position = 0
         if journal:
