@@ -745,7 +745,8 @@ class Master:
     def _let_go(self) -> None:
         """Break the cycles of references: nothing should wait for a garbage collection."""
         self._fleet = Fleet(None)
-        for name in ("_stops", "_roster", "_dispatcher", "_clients", "_handlers"):
+        self._handlers.clear()  # a traceback that somebody keeps may lead to it
+        for name in ("_stops", "_roster", "_dispatcher", "_clients"):
             vars(self).pop(name, None)
         if self._segments:
             self._segments.on_idle = int

@@ -68,14 +68,19 @@ def all_serve(executor: ZmqExecutor, diary: Diary, gate: Path, hosts: set[str]) 
 
 
 def test_workers_of_three_hosts(
-    alpha: Host, beta: Host, make: Make, start_worker: StartWorker
+    alpha: Host, beta: Host, make: Make, start_worker: StartWorker, tmp_path: Path
 ) -> None:
     def prepare(what: str) -> None:
         os.environ["PREPARED"] = what
 
-    def where(seconds: float = 0.01) -> tuple[str, str]:
-        time.sleep(seconds)
+    def where() -> tuple[str, str]:
+        time.sleep(0.01)
         return socket.gethostname(), os.environ["PREPARED"]
+
+    def slow_where(begun: Path) -> str:
+        begun.touch()
+        time.sleep(0.5)
+        return socket.gethostname()
 
     here = socket.gethostname()
     with make(1, initializer=prepare, initargs=("all",)) as executor:
@@ -93,10 +98,11 @@ def test_workers_of_three_hosts(
         assert all((result.result(60) == 2 * array).all() for result in results)
         assert list(executor.map(lambda n: n**2, range(500))) == [n**2 for n in range(500)]
 
-        slow = [executor.submit(where, 0.5) for _ in range(3)]
-        assert eventually(lambda: all(worker.state == "busy" for worker in executor.workers))
+        begun = [tmp_path / str(number) for number in range(3)]
+        slow = [executor.submit(slow_where, path) for path in begun]
+        assert eventually(lambda: all(path.exists() for path in begun))
         first.end(signal.SIGTERM)  # it finishes what it has
-        assert {future.result(60)[0] for future in slow} == {here, "alpha", "beta"}
+        assert {future.result(60) for future in slow} == {here, "alpha", "beta"}
         assert first.wait(60) == 0
         assert eventually(lambda: hosts_of(executor) == sorted([here, "beta"]))
 
