@@ -114,7 +114,9 @@ def start(tmp_path: Path) -> Iterator[Start]:
     programs: list[Program] = []
 
     def start_program(ending: str, terminal: int | None = None) -> Program:
-        programs.append(Program(ending, tmp_path, terminal))
+        directory = tmp_path / str(len(programs))
+        directory.mkdir()
+        programs.append(Program(ending, directory, terminal))
         return programs[-1]
 
     yield start_program
