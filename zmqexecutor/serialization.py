@@ -17,7 +17,7 @@ gets into one is told in `definitions`. Master and worker carry bytes:
   reach. It has the digest of its content as its id, travels once to each worker,
   and is unpickled there before its first call.
 - *Data* is a plain pickle, which `pickle.loads` reads at C speed.
-- *Buffers* are the memory of big arrays (pickle protocol 5), at least 64 KiB each;
+- *Buffers* are the memory of big arrays (pickle protocol 5), at least 192 KiB each;
   what is smaller stays in the data. One byte for each buffer, after the pickle in
   the data, says whether it is read-only. Arguments are copied when the call is
   made: the caller may go on to change them. Results are not: send them before
@@ -56,8 +56,11 @@ if TYPE_CHECKING:
 
 __all__ = ["OUT_OF_BAND", "Buffer", "Call", "CallPickler", "CallRunner", "Outcome"]
 
-OUT_OF_BAND = 64 * 1024
-"""Buffers of at least this many bytes travel beside the data, not in it."""
+OUT_OF_BAND = 192 * 1024
+"""Buffers of at least this many bytes travel beside the data, not in it.
+
+What is smaller arrives sooner with the data, which a mailbox takes: see `shortcuts`.
+"""
 
 IN_SEGMENT = 256 * 1024
 """From this many bytes in all, buffers go into a segment where there are any."""
@@ -176,9 +179,10 @@ class _Pieces:
     def __init__(self) -> None:
         self.pieces: list[bytes] = []
 
-    def write(self, piece: bytes | bytearray) -> None:
-        # Of a bytearray the size is in the pickle already, and another thread may change it.
-        self.pieces.append(bytes(piece) if isinstance(piece, bytearray) else piece)
+    def write(self, piece: bytes | bytearray | pickle.PickleBuffer) -> None:
+        # Of a bytearray the size is in the pickle already, and another thread may change it;
+        # a smaller array comes as a PickleBuffer.
+        self.pieces.append(piece if isinstance(piece, bytes) else bytes(piece))
 
 
 _P = TypeVar("_P", bound=ValuePickler)
