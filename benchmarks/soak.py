@@ -30,6 +30,7 @@ import faulthandler
 import gc
 import os
 import random
+import re
 import signal
 import statistics
 import sys
@@ -150,8 +151,12 @@ class Account:
         print("VIOLATION:", text, flush=True)
 
 
+SUPERVISOR = "zmqexecutor[. ]supervisor"
+
+
 def children() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children() if "zmqexecutor.supervisor" in _command(p)]
+    # Its title is "zmqexecutor supervisor" where Circus finds setproctitle.
+    return [p for p in psutil.Process().children() if re.search(SUPERVISOR, _command(p))]
 
 
 def workers() -> list[psutil.Process]:

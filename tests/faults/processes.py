@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -108,7 +109,8 @@ class Pool:
             found[:] = [
                 process.pid
                 for process in psutil.Process().children()
-                if any("zmqexecutor.supervisor" in part for part in _cmdline(process))
+                # Its title is "zmqexecutor supervisor" where Circus finds setproctitle.
+                if any(re.search("zmqexecutor[. ]supervisor", part) for part in _cmdline(process))
             ]
             return len(found) == 1
 
