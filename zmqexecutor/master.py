@@ -285,8 +285,8 @@ class Master:
     def _step(self) -> None:
         handlers = self._handlers
         for descriptor in self._wait():
-            if (handle := handlers.get(descriptor)) is not None:
-                handle()
+            if descriptor in handlers:  # the supervisor's may just have been replaced
+                handlers[descriptor]()
         if self._inbox:
             self._read_inbox()
         now = time.monotonic()
