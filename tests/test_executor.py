@@ -40,6 +40,11 @@ def pid_after(seconds: float) -> int:
     return os.getpid()
 
 
+def stay(directory: str) -> None:
+    Path(directory, str(os.getpid())).touch()
+    time.sleep(60)
+
+
 def touch_and_wait_for(mine: str, other: str) -> bool:
     Path(mine).touch()
     return eventually(lambda: Path(other).exists())
@@ -396,13 +401,12 @@ class TestCrash:
         os.kill(pid, signal.SIGKILL)
         assert eventually(lambda: _ppid_or_none(executor) not in (None, pid))
 
-    def test_all_workers_at_once(self, executor: ZmqExecutor) -> None:
-        pids = set(executor.map(pid_after, [0.1] * 4))
-        running = [executor.submit(pid_after, 30) for _ in range(2)]
+    def test_all_workers_at_once(self, executor: ZmqExecutor, tmp_path: Path) -> None:
+        running = [executor.submit(stay, str(tmp_path)) for _ in range(2)]
         queued = [executor.submit(pow, 2, i) for i in range(20)]
-        assert eventually(lambda: all(f.running() for f in running))
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
+        assert eventually(lambda: len(os.listdir(tmp_path)) == 2)
+        for pid in os.listdir(tmp_path):
+            os.kill(int(pid), signal.SIGKILL)
         assert [f.result(30) for f in queued] == [2**i for i in range(20)]
         for future in running:
             assert isinstance(future.exception(30), WorkerLostError)

@@ -119,9 +119,9 @@ def test_workers_come_and_go(endpoint: str, start_worker: Start, tmp_path: Path)
         waiting = [executor.submit(abs, -number) for number in range(100)]
         first = start_worker()
         assert [future.result(60) for future in waiting] == list(range(100))
-        gate = tmp_path / "gate"
-        running = executor.submit(lambda: eventually(gate.exists))
-        assert eventually(running.running)
+        begun, gate = tmp_path / "begun", tmp_path / "gate"
+        running = executor.submit(lambda: begun.touch() or eventually(gate.exists))
+        assert eventually(begun.exists)
         first.terminate()  # it finishes what it runs
         gate.touch()
         assert running.result(60)
