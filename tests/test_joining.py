@@ -120,7 +120,12 @@ def test_workers_come_and_go(endpoint: str, start_worker: Start, tmp_path: Path)
         first = start_worker()
         assert [future.result(60) for future in waiting] == list(range(100))
         begun, gate = tmp_path / "begun", tmp_path / "gate"
-        running = executor.submit(lambda: begun.touch() or eventually(gate.exists))
+
+        def hold() -> bool:
+            begun.touch()
+            return eventually(gate.exists)
+
+        running = executor.submit(hold)
         assert eventually(begun.exists)
         first.terminate()  # it finishes what it runs
         gate.touch()
