@@ -19,12 +19,6 @@ class Attendance:
         self._ready: dict[bytes, Peer] = {}
         self._watchers: list[SimpleQueue[None]] = []
 
-    def __len__(self) -> int:
-        return len(self._ready)
-
-    def __contains__(self, peer: Peer) -> bool:
-        return peer.identity in self._ready
-
     def joined(self) -> int:
         """How many of them are not of the master's own group."""
         return sum(not peer.grouped for peer in self._ready.values())

@@ -243,7 +243,7 @@ class Roster:
 
     def lose_process(self, pid: int) -> None:
         """A process of this machine has died."""
-        for peer in list(self._by_pid.get(pid, ())):
+        for peer in self.of_process(pid):
             self._part(peer)
 
     def _part(self, peer: Peer) -> None:
