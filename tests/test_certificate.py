@@ -209,10 +209,10 @@ class TestRealDeaths:
         count = tmp_path / "count"
         count.write_text("5")
         boot = supervisor_link._BOOT.replace(
-            "from zmqexecutor.supervisor",
+            "from zmqexecutor.supervisor_boot",
             "from zmqexecutor import group; "
             f"group.oom_kills = lambda: int(open({str(count)!r}).read()); "
-            "from zmqexecutor.supervisor",
+            "from zmqexecutor.supervisor_boot",
         )
         assert boot != supervisor_link._BOOT
         monkeypatch.setattr(supervisor_link, "_BOOT", boot)

@@ -53,9 +53,11 @@ LAYERS = [
     # the group
     "terminal",
     "last_words",
+    "launch",
     "process",
     "group",
     "supervisor",
+    "supervisor_boot",
     "supervisor_link",
     "workers",
     # the master's side
@@ -137,9 +139,11 @@ NOT_FOR_WORKERS = {
     "executor",
     "terminal",
     "last_words",
+    "launch",
     "process",
     "group",
     "supervisor",
+    "supervisor_boot",
     "supervisor_link",
     "workers",
 }
@@ -236,8 +240,18 @@ def test_circus_and_tornado_have_one_place() -> None:
 
 def test_nobody_imports_the_supervisor_as_it_is_a_program_of_its_own() -> None:
     importers = {module for module in SOURCES if own_imports(module) & MAY_SUPERVISE}
-    assert importers == {"group", "supervisor"}
-    assert "supervisor" not in set().union(*map(own_imports, SOURCES))
+    assert importers == {"group", "supervisor", "supervisor_boot"}
+    programs = {module for module in SOURCES if own_imports(module) & {"supervisor"}}
+    assert programs == {"supervisor_boot"}
+    assert "supervisor_boot" not in set().union(*map(own_imports, SOURCES))
+
+
+def test_a_supervisor_starts_its_first_processes_before_it_imports_much() -> None:
+    code = (
+        "import sys, zmqexecutor.supervisor_boot; "
+        "assert not {'asyncio', 'circus', 'zmq', 'tornado'} & set(sys.modules), sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_the_process_wide_zmq_context_is_never_used() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from zmqexecutor import BrokenPoolError, ZmqExecutor
+from zmqexecutor import BrokenPoolError, WorkerLostError, ZmqExecutor, supervisor_link
 from zmqexecutor.fleet import STARTS_BEFORE_BROKEN
 
 
@@ -98,3 +98,32 @@ def test_an_interpreter_that_is_none(monkeypatch: pytest.MonkeyPatch, program: s
     told = broken()
     assert "the supervisor" in told
     assert program in told
+
+
+def test_the_first_worker_does_not_wait_for_circus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It works, and may die, before its supervisor is ready; then nothing is missed."""
+    gate = tmp_path / "gate"
+    slow_import = (
+        "import os, time\n"
+        "from importlib.abc import MetaPathFinder\n"
+        "class Gate(MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        while name == 'circus' and not os.path.exists({str(gate)!r}):\n"
+        "            time.sleep(0.005)\n"
+        "sys.meta_path.insert(0, Gate())\n"
+    )
+    head, separator, tail = supervisor_link._BOOT.partition("from zmqexecutor.supervisor_boot")
+    boot = f"{head}exec({slow_import!r}); {separator}{tail}"
+    monkeypatch.setattr(supervisor_link, "_BOOT", boot)
+    with ZmqExecutor(1) as executor:
+        first = executor.submit(os.getpid).result(30)
+        lost = executor.submit(os.kill, first, signal.SIGKILL)
+        after = executor.submit(os.getpid)
+        assert not lost.done()  # only the supervisor can tell how it ended
+        gate.touch()
+        error = lost.exception(30)
+        assert isinstance(error, WorkerLostError)
+        assert (error.pid, error.signal) == (first, "SIGKILL")
+        assert after.result(30) != first

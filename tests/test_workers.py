@@ -188,7 +188,7 @@ def test_a_given_directory_is_kept_but_emptied_of_sockets(tmp_path: Path) -> Non
     directory.mkdir(mode=0o700)
     with Workers(IDLE, 1, directory=str(directory)) as group:
         Watch(group).alive(1)
-        assert os.listdir(directory)
+        until(lambda: os.listdir(directory))
     assert os.listdir(directory) == []
 
 

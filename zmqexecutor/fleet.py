@@ -25,7 +25,7 @@ STARTS_BEFORE_BROKEN: Final = 3
 SUPERVISORS_BEFORE_BROKEN: Final = 3
 """Supervisors that may die within `SUPERVISOR_PERIOD` seconds."""
 SUPERVISOR_PERIOD: Final = 60.0
-WAIT_FOR_EXIT_STATUS: Final = 1.0
+WAIT_FOR_EXIT_STATUS: Final = 3.0
 """Seconds that a lost task waits for the supervisor's word on how its worker died."""
 DESCRIPTORS_OF_A_WORKER: Final = 5
 """What a worker takes in this process: two connections, one to learn of its death, its

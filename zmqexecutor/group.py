@@ -13,7 +13,7 @@ import functools
 import os
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from circus.stream import Redirector
@@ -56,7 +56,19 @@ class ClosingRedirector(Redirector):  # type: ignore[misc]
 class SupervisedGroup(Watcher):  # type: ignore[misc]
     """The processes. Its methods are Circus's; each change is one step of the loop."""
 
-    def __init__(self, config: Configure, report: Callable[[FromSupervisor], None]) -> None:
+    def __init__(
+        self,
+        config: Configure,
+        report: Callable[[FromSupervisor], None],
+        first: Sequence[subprocess.Popen[bytes]] = (),
+    ) -> None:
+        """Prepare.
+
+        Args:
+            config: what to run.
+            report: is told what happens.
+            first: processes that have been started and reported already.
+        """
         stderr = {"stream": self._on_stderr} if config.capture_stderr else None
         super().__init__(
             "group",
@@ -69,20 +81,18 @@ class SupervisedGroup(Watcher):  # type: ignore[misc]
             stderr_stream=stderr,
             rlimits=config.rlimits,
         )
+        self._config = config
         self.env = {**os.environ, **(config.env or {})}
         self.numprocesses = config.numprocesses
         self.spare = False
         self._report = report
+        self._first = first
         self._terminal = Terminal(self._pause, self._resume)
         self._kills: set[asyncio.Future[bool]] = set()
         self._early_deaths = self._spawn_failures = 0
         self._not_before = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._oom_kills, self._oom_at = oom_kills(), -OOM_PERIOD
-
-    @property
-    def _process_class(self) -> type[SupervisedProcess]:
-        return SupervisedProcess
 
     @property
     def _redirector_class(self) -> Callable[..., ClosingRedirector]:
@@ -177,22 +187,15 @@ class SupervisedGroup(Watcher):  # type: ignore[misc]
             self._create_redirectors()
             self._resume()
             self._status = "active"
+            for popen in self._first:
+                self._keep(SupervisedProcess(self, self._config, self._nextwid, popen))
+            self._first = ()
         self.manage()
 
     def spawn_process(self, recovery_wid: int | None = None) -> bool:
         """Start one process; False if that failed."""
         try:
-            process = self._process_class(
-                self.name,
-                recovery_wid or self._nextwid,
-                self.cmd,
-                working_dir=self.working_dir,
-                env=self.env,
-                rlimits=self.rlimits,
-                watcher=self,
-                pipe_stdout=False,
-                pipe_stderr=self.stderr_stream is not None,
-            )
+            process = SupervisedProcess(self, self._config, recovery_wid or self._nextwid)
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             self._spawn_failures += 1
             if self._spawn_failures == SPAWN_TRIES:
@@ -201,12 +204,15 @@ class SupervisedGroup(Watcher):  # type: ignore[misc]
             self._must_wait()
             return False
         self._spawn_failures = 0
-        self.processes[process.pid] = process
         self._report(Spawned(process.pid))
+        self._keep(process)
+        return True
+
+    def _keep(self, process: SupervisedProcess) -> None:
+        self.processes[process.pid] = process
         if self.stream_redirector:
             self.stream_redirector.add_redirections(process)
         self.notify_event("spawn", {"process_pid": process.pid, "time": process.started})
-        return True
 
     def reap_process(self, pid: int, status: int | None = None) -> None:  # noqa: ARG002
         """Report the process's end, if it has ended. Never waits, as Circus's own does."""

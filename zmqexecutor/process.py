@@ -1,21 +1,24 @@
-"""One process of a supervised group, started by Circus."""
+"""One process of a supervised group, as Circus knows it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import resource
 import signal
 import subprocess
 import sys
-from typing import Any, Final
+import time
+from typing import Final
 
+import psutil
 from circus.process import Process
+from circus.watcher import Watcher
 
 from .last_words import LastWords
-from .protocol import Reaped
+from .launch import launch
+from .protocol import Configure, Reaped
 
 __all__ = ["PIPE_BYTES", "SupervisedProcess"]
 
@@ -28,8 +31,6 @@ Linux counts whole clock ticks for the limit, which on a busy or virtual machine
 than what it tells later.
 """
 
-_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-_PR_SET_PDEATHSIG = 1
 _CRASHES = {
     -signum
     for signum in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
@@ -37,29 +38,52 @@ _CRASHES = {
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
 
 
+class _Handle(psutil.Process):  # type: ignore[misc]
+    """What Circus asks of a process: psutil's answers, and the pipe of its standard error."""
+
+    def __init__(self, popen: subprocess.Popen[bytes]) -> None:
+        super().__init__(popen.pid)
+        self.popen = popen
+        self.stdout = None
+        self.stderr = popen.stderr
+
+    @property
+    def returncode(self) -> int | None:
+        return self.popen.returncode
+
+
 class SupervisedProcess(Process):  # type: ignore[misc]
     """One process of the group."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(
+        self,
+        group: Watcher,
+        config: Configure,
+        wid: int,
+        popen: subprocess.Popen[bytes] | None = None,
+    ) -> None:
+        """Start it, or take one over that is started already (`popen`)."""
         self.ended = asyncio.Event()
         self.words = LastWords()
         self._usage: resource.struct_rusage | None = None
         self.born = asyncio.get_running_loop().time()
-        self._supervisor = os.getpid()
-        super().__init__(*args, **options)  # starts it
+        self._popen = popen or launch(config, wid)
+        super().__init__(
+            group.name,
+            wid,
+            group.cmd,
+            working_dir=group.working_dir,
+            env=group.env,
+            rlimits=group.rlimits,
+            watcher=group,
+            pipe_stdout=False,
+            pipe_stderr=group.stderr_stream is not None,
+        )
 
-    def format_args(self, sockets_fds: object = None) -> list[str]:  # noqa: ARG002
-        """The exact argv. Circus would split it and replace other things with a `$` too."""
-        wid = str(self.wid)
-        return [part.replace("$(circus.wid)", wid).replace("$WID", wid) for part in self.cmd]
-
-    def _null_streams(self, streams: list[Any]) -> None:
-        """Called by Circus in the new process, before its program is there."""
-        super()._null_streams(streams)
-        if _libc is not None:
-            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-            if os.getppid() != self._supervisor:  # it ended before that took effect
-                os._exit(1)
+    def spawn(self) -> None:
+        """Circus's start of a process. Its own takes a command apart that we know exactly."""
+        self.started = time.time()
+        self._worker = _Handle(self._popen)
 
     def signal_all(self, signum: int) -> None:
         """Signal the process and what it started; it leads a session of its own."""
@@ -77,7 +101,7 @@ class SupervisedProcess(Process):  # type: ignore[misc]
 
     def poll(self) -> int | None:
         """Its exit status if it has ended. As Popen's, but what it used is noted."""
-        popen: subprocess.Popen[bytes] = self._worker.poll.__self__  # inside psutil's
+        popen = self._popen
         if popen.returncode is None:
             try:
                 pid, status, usage = os.wait4(popen.pid, os.WNOHANG)

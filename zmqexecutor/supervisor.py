@@ -26,13 +26,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import shutil
 import signal
 import socket
+import subprocess
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -46,6 +46,7 @@ from .protocol import (
     Configure,
     FromSupervisor,
     GroupFailed,
+    Quit,
     Reaped,
     Scale,
     ToSupervisor,
@@ -116,9 +117,25 @@ class _Arbiter(Arbiter):  # type: ignore[misc]
 class Supervisor:
     """Carries out what the parent asks, until it says `Quit` or is gone."""
 
-    def __init__(self, link: socket.socket, parent: int) -> None:
+    def __init__(
+        self,
+        link: socket.socket,
+        parent: int,
+        config: Configure,
+        first: Sequence[subprocess.Popen[bytes]] = (),
+    ) -> None:
+        """Prepare.
+
+        Args:
+            link: our end of the socket pair.
+            parent: the process id of the user's process.
+            config: what to run.
+            first: processes of the group that have been started and reported already.
+        """
         self._link = link
         self._parent = parent
+        self._config = config
+        self._first = first
         self._quit = asyncio.Event()
         self._orphaned = asyncio.Event()
         self._arbiter: _Arbiter | None = None
@@ -127,8 +144,12 @@ class Supervisor:
         self._remove_directory = False
         self._writer: asyncio.StreamWriter | None = None
 
-    async def serve(self) -> None:
-        """Run until it is over; then nothing of the group is left."""
+    async def serve(self, *, over: bool = False) -> None:
+        """Run until it is over; then nothing of the group is left.
+
+        Args:
+            over: it is already, but processes have been started.
+        """
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGCHLD, self._on_child)
         loop.add_signal_handler(signal.SIGTERM, self._quit.set)
@@ -137,9 +158,12 @@ class Supervisor:
             # processes too: what is caught here is back to default after an exec.
             loop.add_signal_handler(ignored, lambda: None)
         self._watch_parent(loop)
+        if over:
+            self._quit.set()
         reader, self._writer = await asyncio.open_unix_connection(
             sock=self._link, limit=LONGEST_MESSAGE
         )
+        await self._configure()
         obeying = asyncio.ensure_future(self._obey(reader))
         try:
             await _first(self._quit.wait(), self._orphaned.wait())
@@ -182,30 +206,26 @@ class Supervisor:
             self._orphaned.set()
 
     async def _carry_out(self, message: ToSupervisor) -> None:
-        if isinstance(message, Configure):
-            try:
-                await self._configure(message)
-            except (OSError, ValueError, zmq.ZMQError) as error:
-                reason = f"cannot run Circus's arbiter in {message.directory!r}: {error}"
-                self._report(GroupFailed(reason))
-        elif isinstance(message, Scale):
+        if isinstance(message, Scale):
             if self._group is not None:
                 self._group.scale(message.numprocesses, message.spare)
-        else:
+        elif isinstance(message, Quit):
             if self._group is not None and message.graceful_timeout is not None:
                 self._group.graceful_timeout = message.graceful_timeout
             self._remove_directory = message.remove_directory
             self._quit.set()
 
-    async def _configure(self, config: Configure) -> None:
-        self._directory = config.directory
-        self._group = SupervisedGroup(config, self._report)
-        self._arbiter = _Arbiter(self._group, config.directory, self._quit.set)
+    async def _configure(self) -> None:
+        directory = self._directory = self._config.directory
+        self._group = SupervisedGroup(self._config, self._report, self._first)
         try:
+            self._arbiter = _Arbiter(self._group, directory, self._quit.set)
             await self._arbiter.start()
-        except BaseException:
+        except (OSError, ValueError, zmq.ZMQError) as error:
             self._arbiter = self._group = None
-            raise
+            for popen in self._first:
+                popen.kill()
+            self._report(GroupFailed(f"cannot run Circus's arbiter in {directory!r}: {error}"))
 
     def _report(self, message: FromSupervisor) -> None:
         assert self._writer is not None
@@ -237,6 +257,22 @@ class Supervisor:
             await asyncio.wait_for(self._writer.wait_closed(), KILL_WAIT)
 
 
+def supervise(
+    link: socket.socket,
+    parent: int,
+    config: Configure,
+    first: Sequence[subprocess.Popen[bytes]],
+    *,
+    over: bool,
+) -> None:
+    """Be the supervisor, until it is over. The arguments are those of `Supervisor`."""
+
+    async def serve() -> None:
+        await Supervisor(link, parent, config, first).serve(over=over)
+
+    asyncio.run(serve(), debug=False)
+
+
 async def _first(*awaitables: Any) -> None:
     """Until the first of them is done. The others, if they are coroutines, are cancelled."""
     waits = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
@@ -244,44 +280,3 @@ async def _first(*awaitables: Any) -> None:
     for wait, awaitable in zip(waits, awaitables, strict=True):
         if wait is not awaitable:
             wait.cancel()
-
-
-def _claim_link(fd: int) -> socket.socket:
-    """The link, on a descriptor that is not one of the three that processes inherit."""
-    if fd < 3:
-        moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
-        os.close(fd)
-        fd = moved
-    os.set_inheritable(fd, False)
-    for standard in range(3):
-        try:
-            os.fstat(standard)
-        except OSError:  # closed by the user: what is opened next must not land there
-            os.open(os.devnull, os.O_RDWR)
-            os.set_inheritable(standard, True)
-    return socket.socket(fileno=fd)
-
-
-def main(fd: int, parent: int) -> None:
-    """Be the supervisor; never returns.
-
-    Args:
-        fd: our end of the socket pair.
-        parent: the process id of the user's process.
-    """
-    code = 1
-    try:
-        # A thread that blocks signals passes that on to the processes it starts.
-        signal.pthread_sigmask(signal.SIG_SETMASK, [])
-        link = _claim_link(fd)
-
-        async def serve() -> None:
-            await Supervisor(link, parent).serve()
-
-        asyncio.run(serve(), debug=False)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        # Nothing of the interpreter's own end is needed, and some of it could wait.
-        os._exit(code)

@@ -37,7 +37,7 @@ Event: TypeAlias = Spawned | Reaped | GroupFailed
 _BOOT = (
     "import sys, warnings; warnings.simplefilter('ignore'); sys.path[:] = {path}; "
     "from zmqexecutor import interpreter; interpreter.depth = interpreter.DEEPEST; "
-    "from zmqexecutor.supervisor import main; main({fd}, {parent})"
+    "from zmqexecutor.supervisor_boot import main; main({fd}, {parent})"
 )
 
 

@@ -1,0 +1,98 @@
+"""The first steps of a supervisor process: it starts its processes, then imports Circus.
+
+To import Circus takes longer than most programs take to start. So the first
+processes of the group start beside it, and are handed over when it is there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import traceback
+
+import msgspec
+
+from .launch import launch
+from .protocol import Configure, Spawned
+
+__all__ = ["main"]
+
+_PEEK = 65536
+
+
+def main(fd: int, parent: int) -> None:
+    """Be the supervisor; never returns.
+
+    Args:
+        fd: our end of the socket pair.
+        parent: the process id of the user's process.
+    """
+    code = 1
+    try:
+        # A thread that blocks signals, and a program that ignores them, pass that on
+        # to the processes they start. What is caught is back to default after an exec.
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
+        terminated: list[int] = []
+        signal.signal(signal.SIGTERM, lambda signum, _: terminated.append(signum))
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for ignored in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(ignored, lambda *_: None)
+        link = _claim_link(fd)
+        if line := _read_line(link):
+            config = msgspec.json.decode(line, type=Configure)
+            first = _start_first(link, config)
+
+            from .supervisor import supervise
+
+            supervise(link, parent, config, first, over=bool(terminated))
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        # Nothing of the interpreter's own end is needed, and some of it could wait.
+        os._exit(code)
+
+
+def _start_first(link: socket.socket, config: Configure) -> list[subprocess.Popen[bytes]]:
+    """Start and report the processes of the group, but for those that cannot be started.
+
+    That is for the group to find out again, and to tell.
+    """
+    started = []
+    try:
+        for wid in range(1, config.numprocesses + 1):
+            started.append(launch(config, wid))
+            link.sendall(msgspec.json.encode(Spawned(started[-1].pid)) + b"\n")
+    except (OSError, ValueError, subprocess.SubprocessError):
+        pass
+    return started
+
+
+def _read_line(link: socket.socket) -> bytes:
+    """The first line, and nothing of what follows it; empty if the parent is gone."""
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        seen = link.recv(_PEEK, socket.MSG_PEEK)
+        if not seen:
+            return b""
+        line += link.recv(seen.find(b"\n") + 1 or len(seen))
+    return bytes(line)
+
+
+def _claim_link(fd: int) -> socket.socket:
+    """The link, on a descriptor that is not one of the three that processes inherit."""
+    if fd < 3:
+        moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+        os.close(fd)
+        fd = moved
+    os.set_inheritable(fd, False)
+    for standard in range(3):
+        try:
+            os.fstat(standard)
+        except OSError:  # closed by the user: what is opened next must not land there
+            os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(standard, True)
+    return socket.socket(fileno=fd)
