@@ -59,15 +59,13 @@ class MappingExecutor(Executor):
         arguments = zip(*iterables)  # noqa: B905  (the shortest one ends it)
         results = _results_as_they_come if unordered else _results
         if chunksize == 1:
-            submits = (partial(self.submit, fn, *args) for args in arguments)
-            return results(submits, deadline, buffersize)
+            return results((self.submit(fn, *args) for args in arguments), deadline, buffersize)
         run = partial(_run_chunk, fn)
         # What errors call the task.
         vars(run)["__qualname__"] = getattr(fn, "__qualname__", None) or type(fn).__name__
         chunks = iter(lambda: tuple(itertools.islice(arguments, chunksize)), ())
-        chunked = (partial(self.submit, run, chunk) for chunk in chunks)
-        lists: Iterator[list[T]] = results(chunked, deadline, buffersize)
-        return _flattened(lists)
+        submitted: Iterator[Future[list[T]]] = (self.submit(run, chunk) for chunk in chunks)
+        return _flattened(results(submitted, deadline, buffersize))
 
 
 def _run_chunk(fn: Callable[..., T], chunk: Sequence[tuple[Any, ...]]) -> list[T]:
@@ -82,16 +80,20 @@ def _flattened(lists: Iterator[list[T]]) -> Iterator[T]:
 
 
 def _results(
-    submits: Iterator[Callable[[], Future[T]]], deadline: float | None, buffersize: int | None
+    submitted: Iterator[Future[T]], deadline: float | None, buffersize: int | None
 ) -> Iterator[T]:
-    """Submit now, as far as the buffer allows; yield results in order, later."""
-    futures = deque(submit() for submit in itertools.islice(submits, buffersize))
+    """Submit now, as far as the buffer allows; yield results in order, later.
+
+    Each step of `submitted` submits one.
+    """
+    futures = deque(itertools.islice(submitted, buffersize))
 
     def generate() -> Iterator[T]:
         try:
             while futures:
-                if buffersize is not None and (submit := next(submits, None)) is not None:
-                    futures.append(submit())
+                if buffersize is not None and (future := next(submitted, None)) is not None:
+                    futures.append(future)
+                    del future
                 yield _result_or_cancel(futures.popleft(), deadline)
         finally:
             for future in futures:
@@ -101,15 +103,14 @@ def _results(
 
 
 def _results_as_they_come(
-    submits: Iterator[Callable[[], Future[T]]], deadline: float | None, buffersize: int | None
+    submitted: Iterator[Future[T]], deadline: float | None, buffersize: int | None
 ) -> Iterator[T]:
     """The same, but yield each result when it is there."""
     done: SimpleQueue[Future[T]] = SimpleQueue()
     pending: set[Future[T]] = set()
 
     def submit_some(number: int | None) -> None:
-        for submit in itertools.islice(submits, number):
-            future = submit()
+        for future in itertools.islice(submitted, number):
             pending.add(future)
             future.add_done_callback(done.put)
 
@@ -143,6 +144,8 @@ def _result_or_cancel(future: Future[T], deadline: float | None) -> T:
     # In a function of its own, so that the iterator keeps nothing of what it yields.
     try:
         return future.result(None if deadline is None else max(0.0, deadline - time.monotonic()))
-    finally:
+    except BaseException:
         future.cancel()
+        raise
+    finally:
         del future

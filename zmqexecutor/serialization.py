@@ -38,7 +38,7 @@ import pickle
 import traceback
 import types
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 
@@ -108,6 +108,10 @@ _Arguments: TypeAlias = tuple[_Packed, Lease | None, frozenset[Key], tuple[Share
 """A call's arguments: their pickle, the lease on its segment, what it refers to, its shares."""
 
 _NO_ARGUMENTS: _Arguments = (_Packed(pickle.dumps(((), {}), 5), []), None, _NO_KEYS, ())
+
+
+_PLAIN: Final = frozenset((int, float, complex, bool, type(None)))
+"""Types whose pickles refer to nothing, and are small."""
 
 
 class _Failure(NamedTuple):
@@ -343,6 +347,8 @@ class CallPickler:
         raise failure
 
     def _dump_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
+        if not kwargs and _PLAIN.issuperset(map(type, args)):
+            return _Packed(pickle.dumps((args, kwargs), 5), []), None, _NO_KEYS, ()
         try:
             pickler = self._spare.pop()
         except IndexError:
