@@ -24,7 +24,7 @@ def identity(value: Any) -> Any:
 
 
 def files(executor: ZmqExecutor, folder: str = "segments") -> list[str]:
-    segments = executor._pickler.segments
+    segments = executor._pickler.packer.segments
     if segments is None:
         pytest.skip("the private directory is not in /dev/shm")
     return os.listdir(Path(segments._used).parent / folder)

@@ -114,6 +114,24 @@ def test_what_is_shared_reaches_both(endpoint: str, start_worker: Start) -> None
         assert len({pid for pid, _ in results}) == 2
 
 
+def test_large_variables_reach_both(endpoint: str, start_worker: Start) -> None:
+    table = np.arange(200_000)
+
+    def get(index: int) -> tuple[int, int]:
+        time.sleep(0.02)
+        table[index] += 1  # of the worker
+        return os.getpid(), int(table[index])
+
+    joined = start_worker()
+    with ZmqExecutor(1, endpoint=endpoint) as executor:
+        executor.wait_for_workers(2, 60)
+        results = [executor.submit(get, index) for index in range(30)]
+        pids, values = zip(*[future.result(60) for future in results], strict=True)
+        assert values == tuple(range(1, 31))
+        assert len(set(pids)) == 2
+        assert joined.pid in pids
+
+
 def test_workers_come_and_go(endpoint: str, start_worker: Start, tmp_path: Path) -> None:
     with ZmqExecutor(0, endpoint=endpoint) as executor:
         waiting = [executor.submit(abs, -number) for number in range(100)]

@@ -34,6 +34,8 @@ class Pair:
         self.runner = CallRunner()
 
     def run(self, call: Call) -> Outcome:
+        for share in call.shares:
+            self.runner.load_share(share.key, share.contents(mapped=False))
         self.runner.load_function(call.function_id, call.function)
         return self.runner.run(call.function_id, call.data, call.buffers)
 

@@ -72,7 +72,7 @@ def either(
 
 
 def files(executor: ZmqExecutor) -> list[str]:
-    segments = executor._pickler.segments
+    segments = executor._pickler.packer.segments
     if segments is None:
         pytest.skip("the private directory is not in /dev/shm")
     return os.listdir(segments._used)
@@ -432,7 +432,7 @@ def test_without_room_it_travels_in_messages(
 
 def test_too_large_for_a_message(single: ZmqExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Segments, "_has_room", lambda *_: False)
-    monkeypatch.setattr("zmqexecutor.serialization.LARGEST_DATA", MB)
+    monkeypatch.setattr("zmqexecutor.packing.LARGEST_DATA", MB)
     with pytest.raises(SerializationError, match="no room in shared memory"):
         single.share(np.zeros(MB))
 

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Lease", "Segments", "forks"]
 
+IN_SEGMENT: Final = 256 * 1024
+"""From this many bytes in all, buffers go into a segment where there are any."""
 IDLE_BYTES: Final = 512 * 1024 * 1024
 """Free segments that are kept, at most; less if the file system is small."""
 IDLE_SEGMENTS: Final = 128
@@ -337,6 +339,14 @@ class Lease:
         """What is in it, for those who cannot map it; they may hold it for as long as they like."""
         self._lent += 1
         return self._segments.open(self.segment, readonly=True)
+
+    def places(self) -> list[tuple[Any, int, int]]:
+        """The mapping in which each buffer can be read, where it begins, and its size."""
+        offsets, _ = _layout(self.segment.sizes)
+        return [
+            (view.obj, offset if isinstance(view.obj, mmap.mmap) else 0, view.nbytes)
+            for view, offset in zip(self.views(), offsets, strict=True)
+        ]
 
     def end(self) -> None:
         """Nobody will be told of it any more."""

@@ -69,6 +69,8 @@ class CallHandler:
             self._runner.segments = Segments(self._directory)
 
     def _initialize(self, call: Initializer) -> None:
+        for key, contents in call.shares:
+            self._runner.load_share(key, contents)
         self._runner.load_function(call.function_id, call.function)
         outcome = self._runner.run(call.function_id, call.data, call.buffers)
         self._runner.forget(call.function_id)

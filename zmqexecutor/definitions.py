@@ -40,10 +40,13 @@ import pickle
 import weakref
 from typing import Any, Final, NamedTuple
 
+from .bulk import BULK, Bulk
 from .byvalue import Unavailable
 from .namespaces import MISSING, Entry, Key, Payload, class_by_id, importable, is_class, namespace
+from .packing import Packer
 from .picklers import DefinitionPickler, find_key
 from .proofs import READERS, Proof, holds, prove
+from .shares import Share
 
 __all__ = ["Definition", "DefinitionError", "Definitions"]
 
@@ -70,6 +73,8 @@ class _Piece(NamedTuple):
     is_class: bool
     proof: Proof | None
     available: bool = True
+    bulk: Bulk | None = None
+    """What the payload names, if it is too large to be there itself."""
 
 
 class Definition(NamedTuple):
@@ -78,6 +83,10 @@ class Definition(NamedTuple):
     function_id: bytes
     function: bytes
     proof: Proof | None
+    shares: tuple[Share, ...] = ()
+    """Large parts of it."""
+    bulk: Bulk | None = None
+    """The callable itself, if it is one of them."""
 
 
 class _Known(NamedTuple):
@@ -107,9 +116,16 @@ class Definitions:
 
     _BOUND: Final = 1024
 
-    def __init__(self) -> None:
+    def __init__(self, packer: Packer) -> None:
+        """Begin with nothing.
+
+        Args:
+            packer: for what is large.
+        """
         self._known: dict[int, _Known] = {}
         self._pieces: dict[Key, _Piece] = {}
+        self._bulks: dict[Key, Bulk] = {}  # of globals that may be in no kept piece
+        self._packer = packer
 
     def define(self, func: Any, keys: frozenset[Key]) -> Definition:
         """Return the definition of a callable whose arguments refer to these entries."""
@@ -121,11 +137,17 @@ class Definitions:
                 return old
         # A function that is met for the first time may well be met only once (a lambda
         # in a loop): a proof is made when it comes again.
-        new = self._make_definition(func, keys, again=old is not None)
+        new = self._make_definition(func, keys, old)
         if old is not None and old.function_id == new.function_id:
             new = new._replace(function=old.function)  # one copy of it is enough
-        self._keep(func, keys, new)
+        # Without a proof it is made anew next time, and what was large may be gone by then.
+        self._keep(func, keys, new if new.proof else new._replace(shares=()))
         return new
+
+    def clear(self) -> None:
+        """Keep nothing any more."""
+        for cache in (self._known, self._pieces, self._bulks):
+            cache.clear()
 
     def _keep(self, func: Any, keys: frozenset[Key], definition: Definition) -> None:
         all_known, ident = self._known, id(func)
@@ -142,11 +164,16 @@ class Definitions:
             known.by_keys.clear()
         known.by_keys[keys] = definition
 
-    def _make_definition(self, func: Any, keys: frozenset[Key], again: bool) -> Definition:
+    def _make_definition(
+        self, func: Any, keys: frozenset[Key], old: Definition | None
+    ) -> Definition:
+        again = old is not None
         key = None if importable(func) else find_key(func)
         try:
             # If it is a global, the proof of that entry is enough.
-            root = _make_piece(func, None, proven=again and key is None)
+            root = self._make_piece(
+                func, None, proven=again and key is None, before=old.bulk if old else None
+            )
         except _FAILURES as error:
             raise DefinitionError("", error)
         if key is not None:
@@ -165,12 +192,14 @@ class Definitions:
         ]
         function_id = _digest(root.digest, *parts)
         function = pickle.dumps((entries, *root.payload), 5)
+        bulks = [piece.bulk for piece in (root, *pieces.values())]
+        shares = tuple(bulk.share for bulk in bulks if bulk is not None)
         if not again and key is None:
-            return Definition(function_id, function, None)
+            return Definition(function_id, function, None, shares, root.bulk)
         proofs = [piece.proof for piece in (root, *pieces.values())]
         proven = [proof for proof in proofs if proof is not None]
         proof = Proof.union(proven) if len(proven) == len(proofs) else None
-        return Definition(function_id, function, proof)
+        return Definition(function_id, function, proof, shares, root.bulk)
 
     def _closure(self, root: _Piece, keys: frozenset[Key]) -> dict[Key, _Piece]:
         """Return all entries that can be reached."""
@@ -194,7 +223,7 @@ class Definitions:
         if old is not None and (old.available or optional) and holds(old.proof):
             return old
         try:
-            piece = _make_entry(key)
+            piece = self._make_entry(key)
         except _FAILURES as error:
             if not optional:
                 raise DefinitionError(_describe_key(key), error)
@@ -205,6 +234,38 @@ class Definitions:
             self._pieces[key] = piece
         return piece
 
+    def _make_entry(self, key: Key) -> _Piece:
+        module, name = key
+        value = namespace(module).get(name, MISSING) if module else class_by_id(name)
+        if value is MISSING:
+            proof = Proof()
+            proof.bind([key])
+            return _Piece((), b"", frozenset(), frozenset(), False, proof)
+        piece = self._make_piece(value, key, before=self._bulks.get(key))
+        if piece.bulk is not None:
+            self._bulks[key] = piece.bulk
+        else:
+            self._bulks.pop(key, None)
+        return piece
+
+    def _drop_bulks(self) -> None:
+        """Keep nothing of globals that have been deleted."""
+        for module, name in list(self._bulks):
+            if module and name not in namespace(module):
+                self._bulks.pop((module, name), None)
+
+    def _make_piece(
+        self, value: object, key: Key | None, *, proven: bool = True, before: Bulk | None = None
+    ) -> _Piece:
+        piece, data, views = _make_piece(value, key, proven=proven)
+        if not data:
+            return piece
+        same = before if before is not None and before.says(data, views) else None
+        bulk = same or self._packer.bulk(data, views)
+        if bulk is not same:
+            self._drop_bulks()
+        return piece._replace(payload=(bulk.payload,), digest=_digest(bulk.payload), bulk=bulk)
+
 
 def _describe_key(key: Key) -> str:
     module, name = key
@@ -213,20 +274,10 @@ def _describe_key(key: Key) -> str:
     return f"the class {getattr(class_by_id(name), '__qualname__', name)}"
 
 
-def _make_entry(key: Key) -> _Piece:
-    module, name = key
-    value = namespace(module).get(name, MISSING) if module else class_by_id(name)
-    if value is MISSING:
-        proof = Proof()
-        proof.bind([key])
-        return _Piece((), b"", frozenset(), frozenset(), False, proof)
-    return _make_piece(value, key)
-
-
 def _make_unavailable(key: Key, error: BaseException) -> _Piece:
     value = namespace(key[0]).get(key[1], MISSING) if key[0] else MISSING
     reason = f"{_describe_key(key)} cannot be used in a worker, as it cannot be pickled: {error}"
-    piece = _make_piece(Unavailable(reason), None)._replace(available=False)
+    piece = _make_piece(Unavailable(reason), None)[0]._replace(available=False)
     # A lock or a pool stays what it is. Something in a container may be replaced.
     kind = type(value)
     replaceable = kind in READERS or (kind.__module__ != "builtins" and not importable(kind))
@@ -236,7 +287,10 @@ def _make_unavailable(key: Key, error: BaseException) -> _Piece:
     return piece
 
 
-def _make_piece(value: object, key: Key | None, proven: bool = True) -> _Piece:
+def _make_piece(
+    value: object, key: Key | None, *, proven: bool = True
+) -> tuple[_Piece, bytes, list[memoryview]]:
+    """A piece, without its payload if that is bulk: then it follows, with its buffers."""
     # The proof comes first: what changes after it is seen at the next call.
     proof = prove(value) if proven else None
     pickler = DefinitionPickler(key)
@@ -245,7 +299,11 @@ def _make_piece(value: object, key: Key | None, proven: bool = True) -> _Piece:
     if proof is not None:
         proof.bind(refs if key is None else (*refs, key))
     names = frozenset(pickler.names)
-    return _Piece(payload, _digest(*payload), refs, names, is_class(value), proof)
+    views, data = pickler.outside.views, b""
+    if len(payload) == 1 and (views or len(payload[0]) >= BULK):
+        data, payload = payload[0], ()
+    piece = _Piece(payload, _digest(*payload), refs, names, is_class(value), proof)
+    return piece, data, views
 
 
 def _reach(pieces: dict[Key, _Piece], start: Key) -> set[Key]:
@@ -281,7 +339,7 @@ def _grouped(pieces: dict[Key, _Piece]) -> dict[Key, _Piece]:
         payload = (*pickler.dumps(values), pickle.dumps(group, 5), b"")
         for member in group:
             grouped[member] = pieces[member]._replace(
-                payload=payload, digest=_digest(*payload), refs=frozenset(pickler.refs)
+                payload=payload, digest=_digest(*payload), refs=frozenset(pickler.refs), bulk=None
             )
     return grouped
 

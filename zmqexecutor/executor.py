@@ -32,7 +32,7 @@ from .peers import WorkerInfo
 from .protocol import CALLS, Frame, Result, Shared
 from .serialization import CallPickler
 from .setups import Initializer, Setup, boot_code, call_service
-from .shares import SharedObject
+from .shares import Share, SharedObject
 from .tasks import PLAIN, Task, TaskOptions, make_options
 from .workers import Workers
 
@@ -156,7 +156,7 @@ class ZmqExecutor(MappingExecutor):
         self._max_worker_memory = max_worker_memory or 0
         rlimits = check_rlimits(worker_rlimits)
         self._pickler = CallPickler()
-        self._pickler.elsewhere = endpoint is not None
+        self._pickler.packer.elsewhere = endpoint is not None
         self._lock = threading.Lock()
         self._closed = False
         self._pid = os.getpid()
@@ -185,16 +185,17 @@ class ZmqExecutor(MappingExecutor):
             self._master = self._with_group(options, rlimits or {})
         else:
             self._decode = partial(_decode, CallPickler())
-            self._master = Master(options)
+            self._master = Master(options, cleanup=self._pickler.clear)
         self._master.start()
         self._master_reference = weakref.ref(self._master)
+        self._pickler.packer.on_share = partial(_look_after, self._master_reference)
         # A forgotten executor's workers finish what is pending, and go away.
         weakref.finalize(self, self._master.close).atexit = False
 
     def _with_group(self, options: MasterOptions, rlimits: dict[str, int]) -> Master:
         """The master of a pool that has workers of its own, in a private directory."""
         directory = PrivateDirectory()
-        segments = self._pickler.segments = Segments.create(directory.path)
+        segments = self._pickler.packer.segments = Segments.create(directory.path)
         self._decode = partial(_decode, CallPickler(segments))
         endpoint = f"ipc://{directory.path}/control"
         work = f"ipc://{directory.path}/work"
@@ -204,7 +205,7 @@ class ZmqExecutor(MappingExecutor):
         return Master(
             replace(options, entrances=[own, *options.entrances], segments=segments),
             Workers(command, 1, directory=directory.path, remove_directory=True, rlimits=rlimits),
-            cleanup=directory.close,
+            cleanup=partial(_clean_up, self._pickler, directory),
         )
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> TaskFuture[T]:
@@ -285,7 +286,7 @@ class ZmqExecutor(MappingExecutor):
         """
         self._check_open()
         share = self._pickler.dump_share(obj)
-        weakref.finalize(share, _forget, self._master_reference, share.key).atexit = False
+        _look_after(self._master_reference, share)
         return SharedObject(share, obj)
 
     def _submit(
@@ -333,7 +334,7 @@ class ZmqExecutor(MappingExecutor):
             return
         setup = Setup.of_this_process(
             self._initializer,
-            segments=self._pickler.segments is not None,
+            segments=self._pickler.packer.segments is not None,
             max_memory=self._max_worker_memory,
         )
         self._master.equip(msgspec.msgpack.encode(setup))
@@ -467,6 +468,16 @@ class ExecutorView(MappingExecutor):
         self._executor.shutdown(wait, cancel_futures=cancel_futures)
 
 
+def _clean_up(pickler: CallPickler, directory: PrivateDirectory) -> None:
+    pickler.clear()
+    directory.close()
+
+
+def _look_after(master: weakref.ref[Master], share: Share) -> None:
+    """Have the workers told when nobody needs it any more."""
+    weakref.finalize(share, _forget, master, share.key).atexit = False
+
+
 def _forget(master: weakref.ref[Master], key: bytes) -> None:
     if (found := master()) is not None:
         found.forget_share(key)
@@ -498,4 +509,5 @@ def _pack_initializer(
     with inheritable():
         call = pickler.dump_call(initializer, tuple(initargs), {})
     buffers = [bytes(buffer) for buffer in call.buffers]
-    return Initializer(call.function_id, call.function, call.data, buffers)
+    shares = [(share.key, share.contents(mapped=False)) for share in call.shares]
+    return Initializer(call.function_id, call.function, call.data, buffers, shares)

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 from cloudpickle import cloudpickle as cp
 
 from . import byvalue
+from .bulk import Outside
 from .byvalue import Reduced, arrived, lookup
 from .namespaces import (
     BASE_NAMES,
@@ -257,13 +258,17 @@ class DefinitionPickler(ArgumentPickler):
     In an entry, every object that a global is bound to is a reference. A callable
     that is not bound to a global may hold such objects, too. They are values, as
     arguments are: the worker's global may by now be bound to something else.
+
+    Attributes:
+        outside: takes large buffers out of the pickle.
     """
 
     _callable: object = None
 
     def __init__(self, root: Key | None, inline: frozenset[Key] = frozenset()) -> None:
         self._file = io.BytesIO()
-        super().__init__(self._file)
+        self.outside = Outside(closed=bool(inline))
+        super().__init__(self._file, self.outside)
         self._root = root
         self._inline = inline
         self._inside_class = False
@@ -284,6 +289,7 @@ class DefinitionPickler(ArgumentPickler):
         return (self._file.getvalue(),)
 
     def _dump_class(self, cls: type, root: Key) -> Payload:
+        self.outside.closed = True
         _, parts, contents, *_ = self._class_by_value(cls)
         self.dump(parts)
         size = self._file.tell()

@@ -44,9 +44,10 @@ import msgspec
 
 from . import shares
 from .bindings import Received
-from .buffers import Lease, Segments
+from .buffers import IN_SEGMENT, Lease, Segments
 from .definitions import DefinitionError, Definitions
 from .namespaces import Entry, Key
+from .packing import Packer
 from .picklers import ArgumentPickler, ResultPickler, ValuePickler
 from .shares import Contents, Share
 
@@ -61,12 +62,6 @@ OUT_OF_BAND = 192 * 1024
 
 What is smaller arrives sooner with the data, which a mailbox takes: see `shortcuts`.
 """
-
-IN_SEGMENT = 256 * 1024
-"""From this many bytes in all, buffers go into a segment where there are any."""
-
-LARGEST_DATA = 2**32 - 1
-"""Bytes that msgpack takes for one value."""
 
 Buffer = bytes | bytearray | memoryview
 """What buffers may be when they arrive. Read-only ones are copied where an array
@@ -309,11 +304,8 @@ class CallPickler:
         Args:
             segments: where big buffers go to and come from; None leaves them in messages.
         """
-        self.segments = segments
-        self.elsewhere = False
-        """Whether there may be workers that cannot map segments."""
-        self._pool = object()  # by which it knows its shares
-        self._definitions = Definitions()
+        self.packer = Packer(segments)
+        self._definitions = Definitions(self.packer)
         # Not one for each thread: pickling may submit, so one thread may need two.
         self._spare: list[_ReusedPickler[ArgumentPickler]] = []
 
@@ -342,9 +334,15 @@ class CallPickler:
         else:
             if used:
                 self._check_pool(used)
-            name, function = definition.function_id, definition.function
+            name, function, _, shares, _ = definition
+            if shares:
+                used = (*used, *shares)
             return Call(name, function, packed.data, packed.buffers, lease, used)
         raise failure
+
+    def clear(self) -> None:
+        """Keep nothing of what was pickled: the executor has ended."""
+        self._definitions.clear()
 
     def _dump_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
         if not kwargs and _PLAIN.issuperset(map(type, args)):
@@ -353,9 +351,10 @@ class CallPickler:
             pickler = self._spare.pop()
         except IndexError:
             pickler = _ReusedPickler(ArgumentPickler, copy=True)
-        packed = pickler.dumps((args, kwargs), self.segments)
+        segments = self.packer.segments
+        packed = pickler.dumps((args, kwargs), segments)
         # From here on it ends with this lease, whatever happens.
-        lease = None if packed.segment is None else self._lease(packed.segment)
+        lease = segments.lease(packed.segment) if segments and packed.segment else None
         keys = pickler.take_keys()
         used = pickler.pickler.take_shares() if pickler.pickler.shares else ()
         self._spare.append(pickler)
@@ -374,7 +373,7 @@ class CallPickler:
             pickler.dump(obj)
             keys = frozenset(pickler.refs | pickler.names)
             needs = pickler.take_shares()
-            data, lease = self._pack_share(file.pieces, views)
+            share = self.packer.share(file.pieces, views, keys, needs)
         except KeyboardInterrupt:
             raise
         except BaseException as error:
@@ -382,45 +381,17 @@ class CallPickler:
             failure = _serialization_error(f"{what}: {_describe(error)}. {_HINT}", error)
         else:
             self._check_pool(needs)
-            return Share(data, lease, self._pool, keys, needs)
+            return share
         raise failure
 
-    def _pack_share(
-        self, pieces: list[bytes], views: list[memoryview]
-    ) -> tuple[bytes, Lease | None]:
-        total = sum(map(len, pieces)) + sum(view.nbytes for view in views)
-        if self.elsewhere and total > LARGEST_DATA - 2**20:
-            raise ValueError(
-                f"its {total / 2**30:.1f} GiB would have to travel in messages of at most 4 GiB "
-                "to workers that join from elsewhere"
-            )
-        if self.segments is not None and total >= IN_SEGMENT:
-            segment = self.segments.store(views, first=pieces, reused=False)
-            if segment is not None:
-                lease = self.segments.lease(segment)
-                return msgspec.msgpack.encode(Contents([], segment)), lease
-        parts = [b"".join(pieces), *map(bytes, views)]
-        data = msgspec.msgpack.encode(Contents(parts))
-        if len(data) > LARGEST_DATA:
-            raise ValueError(
-                f"its {len(data) / 2**30:.1f} GiB would have to travel in messages of at most "
-                "4 GiB, for there is no room in shared memory (/dev/shm)"
-            )
-        return data, None
-
     def _check_pool(self, used: Iterable[Share]) -> None:
-        if any(share.pool is not self._pool for share in used):
+        if any(share.pool is not self.packer.pool for share in used):
             from .worker_errors import SerializationError
 
             raise SerializationError(
                 "A shared object belongs to the executor that made it, and is used with "
                 "another one. Share the object with this executor too: executor.share(handle.value)"
             )
-
-    def _lease(self, segment: Segment | None) -> Lease | None:
-        if self.segments is None or segment is None:
-            return None
-        return self.segments.lease(segment)
 
     def load_outcome(
         self,
@@ -443,8 +414,8 @@ class CallPickler:
             SerializationError: it cannot be unpickled here; the cause says why.
         """
         try:
-            if segment is not None and self.segments is not None:
-                buffers = self.segments.open(segment, owned=True)
+            if segment is not None and self.packer.segments is not None:
+                buffers = self.packer.segments.open(segment, owned=True)
             return _loads(data, buffers) if buffers else pickle.loads(data)
         except BaseException as error:
             message = f"The result cannot be unpickled: {_describe(error)}."
@@ -588,19 +559,18 @@ class CallRunner:
 
     def load_share(self, key: bytes, data: bytes) -> None:
         """Take an object that calls will use; it is unpickled by the first of them."""
-        shares.define(key, functools.partial(self._unpack_share, data))
+        shares.define(key, functools.partial(self._open_share, data))
 
     def forget_share(self, key: bytes) -> None:
         """Let go of a shared object."""
         shares.forget(key)
 
-    def _unpack_share(self, data: bytes) -> Any:
+    def _open_share(self, data: bytes, readonly: bool) -> Sequence[bytes | memoryview]:
         contents = msgspec.msgpack.decode(data, type=Contents)
-        parts: Sequence[Buffer] = contents.parts
-        if contents.segment is not None and self.segments is not None:
-            opened = self.segments.open(contents.segment, readonly=True)
-            parts = [view.toreadonly() for view in opened]
-        return pickle.loads(parts[0], buffers=parts[1:])
+        if contents.segment is None or self.segments is None:
+            return contents.parts
+        views = self.segments.open(contents.segment, readonly=readonly)
+        return [view.toreadonly() for view in views] if readonly else views
 
     def run(
         self,

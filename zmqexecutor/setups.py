@@ -42,6 +42,8 @@ class Initializer(msgspec.Struct, frozen=True):
     function: bytes
     data: bytes
     buffers: list[bytes]
+    shares: list[tuple[bytes, bytes]] = []
+    """Keys and contents of what it uses."""
 
 
 class Setup(msgspec.Struct, frozen=True):

@@ -13,8 +13,9 @@ refers to the `Share` any more, its segment is removed, and the workers are told
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, Generic, NoReturn, TypeVar
+import pickle
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final, Generic, NoReturn, TypeAlias, TypeVar
 
 import msgspec
 
@@ -24,9 +25,21 @@ if TYPE_CHECKING:
     from .buffers import Lease
     from .namespaces import Key
 
-__all__ = ["Contents", "Share", "SharedObject", "define", "forget", "is_share", "new_key", "take"]
+__all__ = [
+    "Contents",
+    "Share",
+    "SharedObject",
+    "define",
+    "forget",
+    "is_share",
+    "new_key",
+    "open_share",
+    "take",
+]
 
 T = TypeVar("T")
+_Open: TypeAlias = "Callable[[bool], Sequence[bytes | memoryview]]"
+"""Gives a share's pickle and buffers, all of them read-only if that is asked for."""
 
 _PREFIX: Final = b"share:"
 
@@ -117,10 +130,11 @@ class SharedObject(Generic[T]):
 class _Held:
     """A share in a worker, loaded when first used."""
 
-    __slots__ = ("load", "value")
+    __slots__ = ("loaded", "open", "value")
 
-    def __init__(self, load: Callable[[], Any]) -> None:
-        self.load: Callable[[], Any] | None = load
+    def __init__(self, open_: _Open) -> None:
+        self.open = open_
+        self.loaded = False
         self.value: Any = None
 
 
@@ -128,9 +142,9 @@ class _Held:
 _held: dict[bytes, _Held] = {}
 
 
-def define(key: bytes, load: Callable[[], Any]) -> None:
-    """Note how a share is loaded when a task first uses it."""
-    _held[key] = _Held(load)
+def define(key: bytes, open_: _Open) -> None:
+    """Note how the pickle of a share and its buffers are come by."""
+    _held[key] = _Held(open_)
 
 
 def forget(key: bytes) -> None:
@@ -141,7 +155,13 @@ def forget(key: bytes) -> None:
 def take(key: bytes) -> Any:
     """Return the shared object, in a worker that has been told of it."""
     held = _held[key]
-    if held.load is not None:
-        held.value = held.load()
-        held.load = None  # not before: if it fails, the next task tries again
+    if not held.loaded:
+        data, *buffers = held.open(True)
+        held.value = pickle.loads(data, buffers=buffers)
+        held.loaded = True  # not before: if it fails, the next task tries again
     return held.value
+
+
+def open_share(key: bytes) -> Sequence[bytes | memoryview]:
+    """The pickle and the buffers of a share; buffers that can be written to are ours alone."""
+    return _held[key].open(False)
