@@ -11,6 +11,7 @@ import json
 import socket
 import sys
 import warnings
+from typing import Any
 
 from benchmarks.base import SCALES, Bench, Workload
 from benchmarks.peers import NotOfferedError
@@ -19,6 +20,15 @@ from benchmarks.workloads import WORKLOADS
 
 def nothing(*_: object) -> None:
     """A task that is a function of the script."""
+
+
+table: Any = None
+"""A global of the script that a task uses; a workload binds it."""
+
+
+def look_up(index: int) -> int:
+    """A task that uses it."""
+    return int(table[index])
 
 
 def answer(bench: Bench, workload: Workload) -> dict[str, object]:
