@@ -144,12 +144,8 @@ class Supervisor:
         self._remove_directory = False
         self._writer: asyncio.StreamWriter | None = None
 
-    async def serve(self, *, over: bool = False) -> None:
-        """Run until it is over; then nothing of the group is left.
-
-        Args:
-            over: it is already, but processes have been started.
-        """
+    async def serve(self, terminated: Sequence[int] = ()) -> None:
+        """Run until it is over; then nothing of the group is left."""
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGCHLD, self._on_child)
         loop.add_signal_handler(signal.SIGTERM, self._quit.set)
@@ -158,7 +154,7 @@ class Supervisor:
             # processes too: what is caught here is back to default after an exec.
             loop.add_signal_handler(ignored, lambda: None)
         self._watch_parent(loop)
-        if over:
+        if terminated:
             self._quit.set()
         reader, self._writer = await asyncio.open_unix_connection(
             sock=self._link, limit=LONGEST_MESSAGE
@@ -262,13 +258,16 @@ def supervise(
     parent: int,
     config: Configure,
     first: Sequence[subprocess.Popen[bytes]],
-    *,
-    over: bool,
+    terminated: Sequence[int] = (),
 ) -> None:
-    """Be the supervisor, until it is over. The arguments are those of `Supervisor`."""
+    """Be the supervisor, until it is over. The arguments are those of `Supervisor`.
+
+    If `terminated` has something in it when the handlers of signals have been set, it is
+    over at once.
+    """
 
     async def serve() -> None:
-        await Supervisor(link, parent, config, first).serve(over=over)
+        await Supervisor(link, parent, config, first).serve(terminated)
 
     asyncio.run(serve(), debug=False)
 

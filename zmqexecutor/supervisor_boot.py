@@ -47,7 +47,7 @@ def main(fd: int, parent: int) -> None:
 
             from .supervisor import supervise
 
-            supervise(link, parent, config, first, over=bool(terminated))
+            supervise(link, parent, config, first, terminated)
         code = 0
     except BaseException:
         traceback.print_exc()
