@@ -61,7 +61,7 @@ def _global(mebibytes: int) -> Callable[[Bench], Figures]:
     return run
 
 
-_ALL = tuple(name for name in PEERS if name != "serial loop")
+_ALL = tuple(name for name in PEERS if name not in ("serial loop", "zmq futures"))
 
 WORKLOADS = [
     Workload(
