@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import signal
@@ -15,6 +16,7 @@ import pytest
 from tests.conftest import eventually
 from zmqexecutor import WorkerLostError, ZmqExecutor
 from zmqexecutor.buffers import Segments
+from zmqexecutor.journal import _END_AT, _running
 
 BIG = 1024 * 1024
 
@@ -246,3 +248,21 @@ def test_a_forked_child_keeps_what_it_had(executor: ZmqExecutor) -> None:
     os.waitpid(pid, 0)
     for descriptor in (*go, *done):
         os.close(descriptor)
+
+
+def test_a_result_whose_worker_dies_before_it_is_read() -> None:
+    """It is in the journal, and its array in a segment, which is removed only after that."""
+    with ZmqExecutor(1) as executor:
+        pid = executor.submit(os.getpid).result(60)
+        master = executor._master
+        bell = master._bell
+        assert bell is not None
+        [peer] = master._roster
+        assert peer.journal is not None
+        before = peer.journal.position
+        master._handlers[bell.fileno()] = lambda: list(bell.rung_by())  # unheard
+        future = executor.submit(np.ones, 1_000_000)
+        end = functools.partial(_running.unpack_from, peer.journal._map, _END_AT)
+        assert eventually(lambda: end()[0] > before)
+        os.kill(pid, signal.SIGKILL)
+        assert future.result(60).sum() == 1_000_000

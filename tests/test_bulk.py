@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import os
 import signal
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import cloudpickle
 import numpy as np
@@ -17,7 +19,8 @@ import pytest
 
 from tests.conftest import eventually
 from tests.test_share import either, files
-from zmqexecutor import WorkerLostError, ZmqExecutor
+from zmqexecutor import WorkerLostError, ZmqExecutor, shares
+from zmqexecutor.buffers import Lease
 from zmqexecutor.bulk import BULK, Bulk, flags
 from zmqexecutor.serialization import CallPickler
 from zmqexecutor.shares import Share
@@ -55,6 +58,14 @@ def last():
 
 def fill(value):
     table[:] = value
+
+def grow():
+    numbers.append(0)
+    return len(numbers)
+
+def grow_too():
+    numbers.append(0)
+    return len(numbers)
 """
 
 
@@ -179,7 +190,7 @@ def test_the_comparison() -> None:
     kept = [b"pickle", b"\0" * 100_000, b""]
     share = Share(b"", None, None, frozenset(), ())
     views = [memoryview(bytearray(part)) for part in kept[1:]]
-    bulk = Bulk(share, [(part, 0, len(part)) for part in kept], flags(views))
+    bulk = Bulk(share, [(bytearray(part), 0, len(part)) for part in kept], flags(views))
     assert bulk.says(b"pickle", views)
     assert not bulk.says(b"pickl_", views)
     assert not bulk.says(b"pickle!", views)
@@ -188,3 +199,50 @@ def test_the_comparison() -> None:
     assert not bulk.says(b"pickle", [view.toreadonly() for view in views])
     views[0][99_999] = 1
     assert not bulk.says(b"pickle", views)
+
+
+def test_equal_contents_are_no_change(script: Any) -> None:
+    """Whatever is packed for them: what tasks write stays."""
+    with ZmqExecutor(1) as executor:
+        one, other = [str(i) * 20 for i in range(1500)], [str(i) * 21 for i in range(1500)]
+        script.numbers = one
+        assert executor.submit(script.grow).result(60) == 1501
+        script.numbers = other
+        assert executor.submit(script.grow_too).result(60) == 1501
+        script.numbers = one
+        found = [executor.submit(f).result(60) for f in (script.grow, script.grow_too) * 3]
+        assert found == list(range(1501, 1507))
+
+
+def test_threads_that_submit_at_once(script: Any) -> None:
+    with ZmqExecutor(1) as executor, ThreadPoolExecutor(4) as threads:
+        for start in range(0, 500, 100):
+            script.table = np.full(1_000_000, float(start))
+            futures = list(threads.map(executor.submit, [script.count] * 8))
+            counts = sorted(future.result(60)[0] - start for future in futures)
+            assert counts == list(range(1, 9))
+
+
+def test_functions_that_are_made_anew() -> None:
+    pickler = CallPickler()
+    numbers = tuple(range(20_000))
+    calls = [pickler.dump_call(functools.partial(call, numbers), (), {}) for _ in range(5)]
+    assert len({call.function_id for call in calls}) == 1
+
+
+def test_what_initializers_use_reaches_shared_memory(script: Any) -> None:
+    with ZmqExecutor(1, initializer=script.fill, initargs=(6,)) as executor:
+        assert executor.submit(script.first).result(60) == 6
+        assert files(executor) != []
+        held = executor.submit(lambda: len(shares._held)).result(60)
+        assert held == 1  # that of the task
+
+
+def test_no_room_for_a_mapping(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Lease) -> NoReturn:
+        raise OSError("too many open files")
+
+    monkeypatch.setattr(Lease, "places", fail)
+    with ZmqExecutor(1) as executor:
+        assert executor.submit(script.first).result(60) == 0
+        assert eventually(lambda: files(executor) == [])

@@ -341,7 +341,11 @@ class Lease:
         return self._segments.open(self.segment, readonly=True)
 
     def places(self) -> list[tuple[Any, int, int]]:
-        """The mapping in which each buffer can be read, where it begins, and its size."""
+        """The mapping in which each buffer can be read, where it begins, and its size.
+
+        Raises:
+            OSError: it cannot be mapped.
+        """
         offsets, _ = _layout(self.segment.sizes)
         return [
             (view.obj, offset if isinstance(view.obj, mmap.mmap) else 0, view.nbytes)

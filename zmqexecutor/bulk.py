@@ -13,6 +13,7 @@ copy-on-write: what a task writes to it stays in its worker, as after a fork.
 
 from __future__ import annotations
 
+import mmap
 import pickle
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeAlias
@@ -24,8 +25,8 @@ __all__ = ["BULK", "Bulk", "Outside", "Place", "flags", "load_bulk"]
 BULK: Final = 16 * 1024
 """From this many bytes a pickle with its buffers is bulk."""
 
-Place: TypeAlias = tuple[Any, int, int]
-"""Bytes or a mapping, and where in it a part of a bulk begins, and its size."""
+Place: TypeAlias = tuple[bytearray | mmap.mmap, int, int]
+"""Where a part of a bulk can be read, at which offset, and its size. Only mappings have others."""
 
 
 class Outside:
@@ -55,9 +56,10 @@ class Bulk:
     Attributes:
         share: what workers get, for as long as somebody may need it.
         payload: a small pickle that gives what is in it.
+        digest: of what is in it: equal for equal contents.
     """
 
-    __slots__ = ("_places", "_readonly", "payload", "share")
+    __slots__ = ("__weakref__", "_places", "_readonly", "digest", "payload", "share")
 
     def __init__(self, share: Share, places: Sequence[Place], readonly: bytes) -> None:
         """Note what was packed.
@@ -67,10 +69,18 @@ class Bulk:
             places: where they can be read, in the same order.
             readonly: for each buffer whether it was.
         """
+        # Not at the top: it loads OpenSSL, 4 MB of memory that a worker does not need.
+        from hashlib import blake2b
+
         self.share = share
         self.payload = pickle.dumps(_Call(share.key, readonly), 5)
         self._places = places
         self._readonly = readonly
+        hashed = blake2b(readonly, digest_size=16)
+        for where, start, size in places:
+            hashed.update(b"%d:" % size)
+            hashed.update(memoryview(where)[start : start + size])
+        self.digest = hashed.digest()
 
     def says(self, data: bytes, views: Sequence[memoryview]) -> bool:
         """Whether this pickle with these buffers is the same."""
@@ -79,11 +89,14 @@ class Bulk:
             return False
         if flags(views) != self._readonly:
             return False
-        return all(
-            # One possible place to find it: a comparison of memory, with no copy of either.
-            not size or where.find(part, start, start + size) == start
-            for part, (where, start, size) in zip(parts, self._places, strict=True)
-        )
+        return all(_is_at(part, *place) for part, place in zip(parts, self._places, strict=True))
+
+
+def _is_at(part: memoryview, where: bytearray | mmap.mmap, start: int, size: int) -> bool:
+    # Both compare memory, and copy none.
+    if isinstance(where, bytearray):
+        return where == part
+    return not size or where.find(part, start, start + size) == start
 
 
 def flags(views: Sequence[memoryview]) -> bytes:

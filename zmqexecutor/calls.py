@@ -74,6 +74,8 @@ class CallHandler:
         self._runner.load_function(call.function_id, call.function)
         outcome = self._runner.run(call.function_id, call.data, call.buffers)
         self._runner.forget(call.function_id)
+        for key, _ in call.shares:
+            self._runner.forget_share(key)
         try:
             CallPickler().load_outcome(outcome.ok, outcome.data, outcome.buffers)
         except BaseException as error:

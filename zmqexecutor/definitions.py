@@ -124,7 +124,8 @@ class Definitions:
         """
         self._known: dict[int, _Known] = {}
         self._pieces: dict[Key, _Piece] = {}
-        self._bulks: dict[Key, Bulk] = {}  # of globals that may be in no kept piece
+        # Of globals that may be in no kept piece: the id of their value, and its bulk.
+        self._bulks: dict[Key, tuple[int, Bulk]] = {}
         self._packer = packer
 
     def define(self, func: Any, keys: frozenset[Key]) -> Definition:
@@ -190,10 +191,11 @@ class Definitions:
             for module, name, digest, _ in entries
             for part in (module.encode(), name.encode(), digest)
         ]
-        function_id = _digest(root.digest, *parts)
-        function = pickle.dumps((entries, *root.payload), 5)
         bulks = [piece.bulk for piece in (root, *pieces.values())]
         shares = tuple(bulk.share for bulk in bulks if bulk is not None)
+        # With their keys: what a worker keeps by this id must not name a share that is gone.
+        function_id = _digest(root.digest, *parts, *(share.key for share in shares))
+        function = pickle.dumps((entries, *root.payload), 5)
         if not again and key is None:
             return Definition(function_id, function, None, shares, root.bulk)
         proofs = [piece.proof for piece in (root, *pieces.values())]
@@ -241,17 +243,19 @@ class Definitions:
             proof = Proof()
             proof.bind([key])
             return _Piece((), b"", frozenset(), frozenset(), False, proof)
-        piece = self._make_piece(value, key, before=self._bulks.get(key))
+        _, before = self._bulks.get(key, (0, None))
+        piece = self._make_piece(value, key, before=before)
         if piece.bulk is not None:
-            self._bulks[key] = piece.bulk
+            self._bulks[key] = id(value), piece.bulk
         else:
             self._bulks.pop(key, None)
         return piece
 
     def _drop_bulks(self) -> None:
-        """Keep nothing of globals that have been deleted."""
-        for module, name in list(self._bulks):
-            if module and name not in namespace(module):
+        """Keep nothing of globals that have been deleted, or bound to something else."""
+        for (module, name), (ident, _) in list(self._bulks.items()):
+            value = namespace(module).get(name, MISSING) if module else class_by_id(name)
+            if id(value) != ident:
                 self._bulks.pop((module, name), None)
 
     def _make_piece(
@@ -264,7 +268,7 @@ class Definitions:
         bulk = same or self._packer.bulk(data, views)
         if bulk is not same:
             self._drop_bulks()
-        return piece._replace(payload=(bulk.payload,), digest=_digest(bulk.payload), bulk=bulk)
+        return piece._replace(payload=(bulk.payload,), digest=bulk.digest, bulk=bulk)
 
 
 def _describe_key(key: Key) -> str:
@@ -276,7 +280,8 @@ def _describe_key(key: Key) -> str:
 
 def _make_unavailable(key: Key, error: BaseException) -> _Piece:
     value = namespace(key[0]).get(key[1], MISSING) if key[0] else MISSING
-    reason = f"{_describe_key(key)} cannot be used in a worker, as it cannot be pickled: {error}"
+    why = str(error)[:2000]
+    reason = f"{_describe_key(key)} cannot be used in a worker, as it cannot be pickled: {why}"
     piece = _make_piece(Unavailable(reason), None)[0]._replace(available=False)
     # A lock or a pool stays what it is. Something in a container may be replaced.
     kind = type(value)

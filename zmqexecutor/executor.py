@@ -163,6 +163,7 @@ class ZmqExecutor(MappingExecutor):
         # Workers that start later look in this process for what these are made of.
         self._initargs = initargs
         self._initializer = _pack_initializer(self._pickler, initializer, initargs)
+        self._pickler.clear()  # from now on there may be segments
         self._equipped = False
         if joining is not None:
             setup = Setup.for_others(self._initializer, max_memory=self._max_worker_memory)

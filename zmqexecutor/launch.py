@@ -5,6 +5,7 @@ Imports little: a supervisor's first processes are under way before it has Circu
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -15,7 +16,7 @@ from typing import Final
 
 from .protocol import Configure
 
-__all__ = ["launch"]
+__all__ = ["end_now", "launch"]
 
 _PR_SET_PDEATHSIG: Final = 1
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -47,6 +48,14 @@ def launch(config: Configure, wid: int) -> subprocess.Popen[bytes]:
         start_new_session=True,
         preexec_fn=prepare,
     )
+
+
+def end_now(popen: subprocess.Popen[bytes]) -> int:
+    """Kill a process that `launch` has started, with what it started; its exit status."""
+    if popen.poll() is None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(popen.pid, signal.SIGKILL)
+    return popen.wait()
 
 
 def _replace(text: str, words: dict[str, str]) -> str:

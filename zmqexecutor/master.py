@@ -136,6 +136,7 @@ class Master:
         self._handlers: dict[int, Callable[[], object]] = {}  # by the descriptors it polls
         self._dying: list[Peer] = []  # workers elsewhere that were told to
         self._answered: list[tuple[Task, protocol.Result, list[Frame]]] = []
+        self._swept: list[int] = []  # dead processes whose segments nobody needs after that
         self._attendance = Attendance()
         self._cleanup = cleanup
         self._pid = os.getpid()
@@ -294,7 +295,7 @@ class Master:
             self._check_deadlines(now)
         self._decide(now)
         self._dispatcher.confirm()
-        if self._answered:
+        if self._answered or self._swept:
             self._finish_answered()
 
     def _answer_bell(self) -> None:
@@ -534,6 +535,8 @@ class Master:
         for task, result, frames in answered:
             if (error := task.finish(result, frames)) is not None:
                 self._fail(task, error)
+        while self._swept and self._segments:
+            self._segments.sweep(self._swept.pop())  # not before: results may be in segments
 
     def _read_journal(self, peer: Peer) -> None:
         """Take results that the worker has written down but that have not come."""
@@ -582,7 +585,7 @@ class Master:
             _kill_queued(task for task in doomed if task is not lost)
             self._attendance.leave(peer)
         if self._segments and peer.grouped:
-            self._segments.sweep(peer.hello.pid)
+            self._swept.append(peer.hello.pid)
         peer.close()
 
     def _bury(self, peer: Peer, task: Task) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Packer"]
 
+RECENT: Final = 8
+"""How many bulks are looked at before another is packed."""
 LARGEST_DATA: Final = 2**32 - 1
 """Bytes that msgpack takes for one value."""
 
@@ -36,6 +40,8 @@ class Packer:
         self.elsewhere = False
         self.on_share: Callable[[Share], object] = id
         self.pool = object()
+        # A function made anew for each call may hold what the last one did.
+        self._recent: deque[Callable[[], Bulk | None]] = deque(maxlen=RECENT)
 
     def share(
         self,
@@ -53,21 +59,39 @@ class Packer:
         return Share(data, lease, self.pool, keys, needs)
 
     def bulk(self, pickled: bytes, views: list[memoryview]) -> Bulk:
-        """Pack what is large in a definition.
+        """Pack what is large in a definition, unless it has just been.
 
         Raises:
             ValueError: it is too large to be sent.
         """
+        for find in tuple(self._recent):
+            known = find()
+            if known is not None and known.says(pickled, views):
+                return known
         data, lease, parts = self._pack([pickled], views)
-        places: Sequence[Place] = [(part, 0, len(part)) for part in parts]
+        places: list[Place] = []
         if lease is not None:
-            places = lease.places()
+            try:
+                places = lease.places()
+            except OSError:  # no descriptor left, or no room for a mapping
+                lease.end()
+                data, lease, parts = self._pack([pickled], views, mapped=False)
+        if lease is None:
+            places = [(bytearray(part), 0, len(part)) for part in parts]
         share = Share(data, lease, self.pool, frozenset(), ())
         self.on_share(share)
-        return Bulk(share, places, flags(views))
+        bulk = Bulk(share, places, flags(views))
+        # What is not small lives only as long as it is used.
+        small = sum(size for _, _, size in places) < IN_SEGMENT
+        self._recent.append((lambda: bulk) if small else weakref.ref(bulk))
+        return bulk
+
+    def clear(self) -> None:
+        """Know nothing any more of what was packed."""
+        self._recent.clear()
 
     def _pack(
-        self, pieces: list[bytes], views: list[memoryview]
+        self, pieces: list[bytes], views: list[memoryview], mapped: bool = True
     ) -> tuple[bytes, Lease | None, list[bytes]]:
         """Encoded `Contents`; the lease on their segment, or else their parts."""
         total = sum(map(len, pieces)) + sum(view.nbytes for view in views)
@@ -76,7 +100,7 @@ class Packer:
                 f"its {total / 2**30:.1f} GiB would have to travel in messages of at most 4 GiB "
                 "to workers that join from elsewhere"
             )
-        if self.segments is not None and total >= IN_SEGMENT:
+        if mapped and self.segments is not None and total >= IN_SEGMENT:
             segment = self.segments.store(views, first=pieces, reused=False)
             if segment is not None:
                 lease = self.segments.lease(segment)

@@ -341,8 +341,9 @@ class CallPickler:
         raise failure
 
     def clear(self) -> None:
-        """Keep nothing of what was pickled: the executor has ended."""
+        """Keep nothing of what was pickled."""
         self._definitions.clear()
+        self.packer.clear()
 
     def _dump_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
         if not kwargs and _PLAIN.issuperset(map(type, args)):

@@ -42,6 +42,7 @@ from circus.controller import Controller
 from tornado.ioloop import IOLoop
 
 from .group import KILL_WAIT, SupervisedGroup
+from .launch import end_now
 from .protocol import (
     Configure,
     FromSupervisor,
@@ -123,6 +124,7 @@ class Supervisor:
         parent: int,
         config: Configure,
         first: Sequence[subprocess.Popen[bytes]] = (),
+        unsent: bytes = b"",
     ) -> None:
         """Prepare.
 
@@ -130,12 +132,14 @@ class Supervisor:
             link: our end of the socket pair.
             parent: the process id of the user's process.
             config: what to run.
-            first: processes of the group that have been started and reported already.
+            first: processes of the group that have been started already.
+            unsent: the end of the reports of that, which has not been sent.
         """
         self._link = link
         self._parent = parent
         self._config = config
         self._first = first
+        self._unsent = unsent
         self._quit = asyncio.Event()
         self._orphaned = asyncio.Event()
         self._arbiter: _Arbiter | None = None
@@ -159,6 +163,7 @@ class Supervisor:
         reader, self._writer = await asyncio.open_unix_connection(
             sock=self._link, limit=LONGEST_MESSAGE
         )
+        self._writer.write(self._unsent)
         await self._configure()
         obeying = asyncio.ensure_future(self._obey(reader))
         try:
@@ -220,7 +225,7 @@ class Supervisor:
         except (OSError, ValueError, zmq.ZMQError) as error:
             self._arbiter = self._group = None
             for popen in self._first:
-                popen.kill()
+                self._report(Reaped(popen.pid, end_now(popen), ""))
             self._report(GroupFailed(f"cannot run Circus's arbiter in {directory!r}: {error}"))
 
     def _report(self, message: FromSupervisor) -> None:
@@ -258,7 +263,8 @@ def supervise(
     parent: int,
     config: Configure,
     first: Sequence[subprocess.Popen[bytes]],
-    terminated: Sequence[int] = (),
+    unsent: bytes,
+    terminated: Sequence[int],
 ) -> None:
     """Be the supervisor, until it is over. The arguments are those of `Supervisor`.
 
@@ -267,7 +273,7 @@ def supervise(
     """
 
     async def serve() -> None:
-        await Supervisor(link, parent, config, first).serve(terminated)
+        await Supervisor(link, parent, config, first, unsent).serve(terminated)
 
     asyncio.run(serve(), debug=False)
 

@@ -6,16 +6,19 @@ processes of the group start beside it, and are handed over when it is there.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import select
 import signal
 import socket
 import subprocess
 import traceback
+from collections.abc import Sequence
 
 import msgspec
 
-from .launch import launch
+from .launch import end_now, launch
 from .protocol import Configure, Spawned
 
 __all__ = ["main"]
@@ -31,6 +34,7 @@ def main(fd: int, parent: int) -> None:
         parent: the process id of the user's process.
     """
     code = 1
+    first: list[subprocess.Popen[bytes]] = []
     try:
         # A thread that blocks signals, and a program that ignores them, pass that on
         # to the processes they start. What is caught is back to default after an exec.
@@ -41,45 +45,69 @@ def main(fd: int, parent: int) -> None:
         for ignored in (signal.SIGINT, signal.SIGHUP):
             signal.signal(ignored, lambda *_: None)
         link = _claim_link(fd)
-        if line := _read_line(link):
+        if line := _read_line(link, parent):
             config = msgspec.json.decode(line, type=Configure)
-            first = _start_first(link, config)
+            unsent = _start_first(link, config, first, terminated)
 
             from .supervisor import supervise
 
-            supervise(link, parent, config, first, terminated)
+            supervise(link, parent, config, first, unsent, terminated)
         code = 0
     except BaseException:
         traceback.print_exc()
+        for popen in first:
+            end_now(popen)
     finally:
         # Nothing of the interpreter's own end is needed, and some of it could wait.
         os._exit(code)
 
 
-def _start_first(link: socket.socket, config: Configure) -> list[subprocess.Popen[bytes]]:
-    """Start and report the processes of the group, but for those that cannot be started.
+def _start_first(
+    link: socket.socket,
+    config: Configure,
+    started: list[subprocess.Popen[bytes]],
+    terminated: Sequence[int],
+) -> bytes:
+    """Start the processes of the group, but for those that cannot be started.
 
     That is for the group to find out again, and to tell.
+
+    Returns:
+        The end of the reports, which the parent has not read so far.
     """
-    started = []
+    unsent = b""
     try:
         for wid in range(1, config.numprocesses + 1):
+            if terminated:
+                break
             started.append(launch(config, wid))
-            link.sendall(msgspec.json.encode(Spawned(started[-1].pid)) + b"\n")
+            unsent += msgspec.json.encode(Spawned(started[-1].pid)) + b"\n"
+            with contextlib.suppress(BlockingIOError):
+                unsent = unsent[link.send(unsent, socket.MSG_DONTWAIT) :]
     except (OSError, ValueError, subprocess.SubprocessError):
         pass
-    return started
+    return unsent
 
 
-def _read_line(link: socket.socket) -> bytes:
+def _read_line(link: socket.socket, parent: int) -> bytes:
     """The first line, and nothing of what follows it; empty if the parent is gone."""
-    line = bytearray()
-    while not line.endswith(b"\n"):
-        seen = link.recv(_PEEK, socket.MSG_PEEK)
-        if not seen:
-            return b""
-        line += link.recv(seen.find(b"\n") + 1 or len(seen))
-    return bytes(line)
+    poll = select.poll()
+    poll.register(link, select.POLLIN)
+    with contextlib.ExitStack() as stack:
+        if hasattr(os, "pidfd_open"):
+            with contextlib.suppress(OSError):
+                parents = os.pidfd_open(parent)
+                stack.callback(os.close, parents)
+                poll.register(parents, select.POLLIN)
+        line = bytearray()
+        while not line.endswith(b"\n"):
+            if link.fileno() not in dict(poll.poll()):
+                return b""
+            seen = link.recv(_PEEK, socket.MSG_PEEK)
+            if not seen:
+                return b""
+            line += link.recv(seen.find(b"\n") + 1 or len(seen))
+        return bytes(line)
 
 
 def _claim_link(fd: int) -> socket.socket:
