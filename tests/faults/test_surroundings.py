@@ -195,6 +195,7 @@ def test_the_clock_on_the_wall_is_for_people_and_files() -> None:
         "master.py": 1,  # since when a worker is there, for people
         "peers.py": 2,  # the same, and for how long
         "buffers.py": 1,  # how long a free segment has been one
+        "process.py": 1,  # since when a process is there, which Circus shows
     }
 
 
