@@ -24,6 +24,7 @@ from typing import TypeVar
 import psutil
 import pytest
 
+from zmqexecutor import supervisor_link
 from zmqexecutor.errors import ForkedExecutorError
 from zmqexecutor.protocol import GroupFailed, Reaped, Spawned
 from zmqexecutor.workers import Workers
@@ -832,3 +833,34 @@ def test_warnings_as_errors_and_foreign_modules_do_not_stop_it(tmp_path: Path) -
     )
     assert done.stderr == b""
     assert done.stdout == b"1\n"
+
+
+def test_many_processes_that_nobody_hears_of_for_a_while() -> None:
+    """The reports of their starts fill the link; Circus is there all the same."""
+    with Workers(["sleep", "1000"], 300) as group:
+        assert group.directory is not None
+        circus = Path(group.directory, "circus")
+        until(circus.exists)
+        Watch(group).alive(300)
+
+
+def test_a_supervisor_that_fails_early_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the processes that it has started, nor what these have."""
+    pids = tmp_path / "pids"
+    (tmp_path / "circus").mkdir()
+    (tmp_path / "circus" / "__init__.py").write_text(
+        "import os, time\n"
+        f"while not os.path.exists({str(pids)!r}):\n"
+        "    time.sleep(0.005)\n"
+        "raise ImportError('broken')\n"
+    )
+    head, separator, tail = supervisor_link._BOOT.partition("from zmqexecutor import")
+    boot = f"{head}sys.path.insert(0, {str(tmp_path)!r}); {separator}{tail}"
+    monkeypatch.setattr(supervisor_link, "_BOOT", boot)
+    command = f"sleep 1000 & echo $! > {pids}.new; mv {pids}.new {pids}; wait"
+    with Workers(["sh", "-c", command], 1) as group:
+        until(lambda: group.receive() is not None and group.closed)
+        until(pids.exists)
+        until(lambda: gone(int(pids.read_text())))
