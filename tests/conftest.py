@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from zmqexecutor import ZmqExecutor, directories
+from zmqexecutor import ZmqExecutor, directories, supervisor_link
 
 DEADLINE = 15.0
 
@@ -39,6 +39,13 @@ def eventually(condition: Callable[[], object], timeout: float = DEADLINE) -> bo
             return False
         time.sleep(0.005)
     return True
+
+
+def run_in_supervisors(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """Have every supervisor run this before anything of ours but the module search path."""
+    head, ours, tail = supervisor_link._BOOT.partition("from zmqexecutor import")
+    escaped = repr(code).replace("{", "{{").replace("}", "}}")
+    monkeypatch.setattr(supervisor_link, "_BOOT", f"{head}exec({escaped}); {ours}{tail}")
 
 
 def alive(pid: int) -> bool:

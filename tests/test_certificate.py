@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from zmqexecutor import WorkerLostError, ZmqExecutor, supervisor_link
+from tests.conftest import run_in_supervisors
+from zmqexecutor import WorkerLostError, ZmqExecutor
 from zmqexecutor.certificate import ending, lost_error
 from zmqexecutor.last_words import FAULT_BYTES, TAIL_BYTES, TAIL_LINES, LastWords
 from zmqexecutor.machine import oom_kills
@@ -208,14 +209,11 @@ class TestRealDeaths:
         """With a file for the kernel's count; to run out of memory is not for a test."""
         count = tmp_path / "count"
         count.write_text("5")
-        boot = supervisor_link._BOOT.replace(
-            "from zmqexecutor.supervisor_boot",
+        run_in_supervisors(
+            monkeypatch,
             "from zmqexecutor import group; "
-            f"group.oom_kills = lambda: int(open({str(count)!r}).read()); "
-            "from zmqexecutor.supervisor_boot",
+            f"group.oom_kills = lambda: int(open({str(count)!r}).read())",
         )
-        assert boot != supervisor_link._BOOT
-        monkeypatch.setattr(supervisor_link, "_BOOT", boot)
         with ZmqExecutor(1) as executor:
             for kills, cause in ((5, "kill -9"), (6, "the kernel killed it")):
                 executor.submit(count.write_text, str(kills)).result(30)

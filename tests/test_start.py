@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from zmqexecutor import BrokenPoolError, WorkerLostError, ZmqExecutor, supervisor_link
+from tests.conftest import run_in_supervisors
+from zmqexecutor import BrokenPoolError, WorkerLostError, ZmqExecutor
 from zmqexecutor.fleet import STARTS_BEFORE_BROKEN
 
 
@@ -105,18 +106,21 @@ def test_the_first_worker_does_not_wait_for_circus(
 ) -> None:
     """It works, and may die, before its supervisor is ready; then nothing is missed."""
     gate = tmp_path / "gate"
-    slow_import = (
-        "import os, time\n"
-        "from importlib.abc import MetaPathFinder\n"
-        "class Gate(MetaPathFinder):\n"
-        "    def find_spec(self, name, path, target=None):\n"
-        f"        while name == 'circus' and not os.path.exists({str(gate)!r}):\n"
-        "            time.sleep(0.005)\n"
-        "sys.meta_path.insert(0, Gate())\n"
+    run_in_supervisors(
+        monkeypatch,
+        f"""
+import os, sys, time
+from importlib.abc import MetaPathFinder
+
+class Gate(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        end = time.monotonic() + 60
+        while name == "circus" and not os.path.exists({str(gate)!r}) and time.monotonic() < end:
+            time.sleep(0.005)
+
+sys.meta_path.insert(0, Gate())
+""",
     )
-    head, separator, tail = supervisor_link._BOOT.partition("from zmqexecutor.supervisor_boot")
-    boot = f"{head}exec({slow_import!r}); {separator}{tail}"
-    monkeypatch.setattr(supervisor_link, "_BOOT", boot)
     with ZmqExecutor(1) as executor:
         first = executor.submit(os.getpid).result(30)
         lost = executor.submit(os.kill, first, signal.SIGKILL)

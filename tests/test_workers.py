@@ -24,7 +24,7 @@ from typing import TypeVar
 import psutil
 import pytest
 
-from zmqexecutor import supervisor_link
+from tests.conftest import run_in_supervisors
 from zmqexecutor.errors import ForkedExecutorError
 from zmqexecutor.protocol import GroupFailed, Reaped, Spawned
 from zmqexecutor.workers import Workers
@@ -852,13 +852,12 @@ def test_a_supervisor_that_fails_early_leaves_nothing(
     (tmp_path / "circus").mkdir()
     (tmp_path / "circus" / "__init__.py").write_text(
         "import os, time\n"
-        f"while not os.path.exists({str(pids)!r}):\n"
+        "end = time.monotonic() + 60\n"
+        f"while not os.path.exists({str(pids)!r}) and time.monotonic() < end:\n"
         "    time.sleep(0.005)\n"
         "raise ImportError('broken')\n"
     )
-    head, separator, tail = supervisor_link._BOOT.partition("from zmqexecutor import")
-    boot = f"{head}sys.path.insert(0, {str(tmp_path)!r}); {separator}{tail}"
-    monkeypatch.setattr(supervisor_link, "_BOOT", boot)
+    run_in_supervisors(monkeypatch, f"import sys; sys.path.insert(0, {str(tmp_path)!r})")
     command = f"sleep 1000 & echo $! > {pids}.new; mv {pids}.new {pids}; wait"
     with Workers(["sh", "-c", command], 1) as group:
         until(lambda: group.receive() is not None and group.closed)

@@ -19,13 +19,14 @@ from typing import Any, Final
 from circus.stream import Redirector
 from circus.watcher import Watcher
 
+from .launch import KILL_WAIT
 from .limits import refusal
 from .machine import oom_kills
 from .process import PIPE_BYTES, SupervisedProcess
 from .protocol import Configure, FromSupervisor, GroupFailed, Spawned
 from .terminal import Terminal
 
-__all__ = ["KILL_WAIT", "SupervisedGroup"]
+__all__ = ["SupervisedGroup"]
 
 EARLY: Final = 1.0
 """Seconds. A process that ends sooner after its start died early."""
@@ -37,8 +38,6 @@ LONGEST_DELAY: Final = 5.0
 """Seconds; no respawn waits longer."""
 SPAWN_TRIES: Final = 3
 """Failures in a row to start a process, after which the group has failed."""
-KILL_WAIT: Final = 0.5
-"""Seconds in which the kernel should have ended a killed process."""
 OOM_PERIOD: Final = 1.0
 """Seconds after the kernel killed for want of memory in which a SIGKILL counts as its own."""
 

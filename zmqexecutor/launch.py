@@ -16,7 +16,10 @@ from typing import Final
 
 from .protocol import Configure
 
-__all__ = ["end_now", "launch"]
+__all__ = ["KILL_WAIT", "end_now", "launch"]
+
+KILL_WAIT: Final = 0.5
+"""Seconds in which the kernel should have ended a killed process."""
 
 _PR_SET_PDEATHSIG: Final = 1
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -50,12 +53,19 @@ def launch(config: Configure, wid: int) -> subprocess.Popen[bytes]:
     )
 
 
-def end_now(popen: subprocess.Popen[bytes]) -> int:
-    """Kill a process that `launch` has started, with what it started; its exit status."""
+def end_now(popen: subprocess.Popen[bytes]) -> int | None:
+    """Kill a process that `launch` has started, with what it started.
+
+    Returns:
+        Its exit status, or None if it does not end (it may have become another user's).
+    """
     if popen.poll() is None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(popen.pid, signal.SIGKILL)
-    return popen.wait()
+    try:
+        return popen.wait(KILL_WAIT)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def _replace(text: str, words: dict[str, str]) -> str:

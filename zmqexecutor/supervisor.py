@@ -41,8 +41,8 @@ from circus.arbiter import Arbiter
 from circus.controller import Controller
 from tornado.ioloop import IOLoop
 
-from .group import KILL_WAIT, SupervisedGroup
-from .launch import end_now
+from .group import SupervisedGroup
+from .launch import KILL_WAIT, end_now
 from .protocol import (
     Configure,
     FromSupervisor,
