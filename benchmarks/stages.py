@@ -46,10 +46,10 @@ def alone(count: int) -> dict[str, float]:
     """Seconds of processor time for each piece."""
     pickler, runner = CallPickler(), CallRunner()
     call = pickler.dump_call(tasks.nothing, (), {})
-    runner.load_function(call.function_id, call.function)
-    job = protocol.Job(1, "", call.data, "", call.function_id, 0)
+    runner.load_function(call.shared.key, call.shared.data)
+    job = protocol.Job(1, "", call.data, "", call.shared.key, 0)
     jobs = protocol.encode(protocol.Jobs(0, [job]))
-    outcome = runner.run(call.function_id, call.data)
+    outcome = runner.run(call.shared.key, call.data)
     result = protocol.Result(1, True, outcome.data, "", 1e-6, 0)
     results = protocol.encode(protocol.Results(1, [result]))
     encoded = protocol.encode(result)
@@ -77,7 +77,7 @@ def alone(count: int) -> dict[str, float]:
             "queue in the inbox, and take it out": queue,
             "encode a message of one job": lambda: protocol.encode(protocol.Jobs(0, [job])),
             "decode it": lambda: protocol.decode_jobs(jobs),
-            "unpickle, run, pickle the result": lambda: runner.run(call.function_id, call.data),
+            "unpickle, run, pickle the result": lambda: runner.run(call.shared.key, call.data),
             "write it into the journal": write_down,
             "encode a message of one result": lambda: protocol.encode(
                 protocol.Results(1, [result])

@@ -178,11 +178,11 @@ def test_it_is_compared_and_packed_only_when_it_differs(script: Any) -> None:
     pickler.packer.on_share = made.append
     calls = [pickler.dump_call(script.first, (), {}) for _ in range(3)]
     assert [len(call.shares) for call in calls] == [1, 1, 1]
-    assert len({call.function_id for call in calls}) == 1
-    assert len(calls[0].function) < BULK
+    assert len({call.shared.key for call in calls}) == 1
+    assert len(calls[0].shared.data) < BULK
     assert len(made) == 1
     script.table[-1] = 1
-    assert pickler.dump_call(script.first, (), {}).function_id != calls[0].function_id
+    assert pickler.dump_call(script.first, (), {}).shared.key != calls[0].shared.key
     assert len(made) == 2
 
 
@@ -227,7 +227,7 @@ def test_functions_that_are_made_anew() -> None:
     pickler = CallPickler()
     numbers = tuple(range(20_000))
     calls = [pickler.dump_call(functools.partial(call, numbers), (), {}) for _ in range(5)]
-    assert len({call.function_id for call in calls}) == 1
+    assert len({call.shared.key for call in calls}) == 1
 
 
 def test_what_initializers_use_reaches_shared_memory(script: Any) -> None:

@@ -48,19 +48,13 @@ TINY = 1e-6
 """A duration of which many fit into what is sent ahead."""
 
 
-class NamedJob(Job):
+class NamedJob(Job, eq=False, kw_only=True):
     """A job that behaves as the master's: once sent, it cannot be cancelled."""
 
-    __slots__ = ("cancelled", "dropped", "name", "sent")
-
-    def __init__(
-        self, name: int, kind: str, priority: int = 0, service: str = DEFAULT_SERVICE
-    ) -> None:
-        super().__init__(kind, priority, service)
-        self.name = name
-        self.cancelled = False
-        self.sent = False
-        self.dropped = False
+    name: int
+    cancelled: bool = False
+    sent: bool = False
+    dropped: bool = False
 
     def wanted(self) -> bool:
         return not self.cancelled
@@ -109,7 +103,7 @@ class Desk:
         )
 
     def submit(self, kind: str, count: int = 1, service: str = DEFAULT_SERVICE) -> list[NamedJob]:
-        jobs = [NamedJob(self._names + i, kind, service=service) for i in range(count)]
+        jobs = [NamedJob(name=self._names + i, kind=kind, service=service) for i in range(count)]
         self._names += count
         for job in jobs:
             self.scheduler.submit(job, self.now)
@@ -785,7 +779,7 @@ def cost_of_a_step(waiting: int, workers: int) -> dict[str, int]:
     desk.decide()
     assert len(desk.scheduler) == waiting
     scheduler, worker, now = desk.scheduler, staff[-1], desk.now
-    (job,) = [NamedJob(0, "new")]
+    (job,) = [NamedJob(name=0, kind="new")]
 
     costs = {
         "submit": lines_run(lambda: scheduler.submit(job, now)),
@@ -988,7 +982,7 @@ class World(RuleBasedStateMachine):
     )
     def submit(self, kind: str, count: int, priority: int, service: str, decide: bool) -> None:
         for _ in range(count):
-            job = NamedJob(len(self.jobs), kind, priority, service)
+            job = NamedJob(name=len(self.jobs), kind=kind, priority=priority, service=service)
             self.jobs.append(job)
             self.scheduler.submit(job, self.now)
         self.step(decide)
@@ -1486,7 +1480,7 @@ def test_a_worker_from_elsewhere_has_no_successor() -> None:
 
 def test_a_lenient_scheduler_says_that_nobody_offers_a_service() -> None:
     scheduler: Scheduler[NamedJob] = Scheduler(patience=5.0, lenient=True)
-    (job, other) = (NamedJob(number, "x", service="gpu") for number in range(2))
+    (job, other) = (NamedJob(name=number, kind="x", service="gpu") for number in range(2))
     scheduler.submit(job, 100.0)
     assert scheduler.decide(104.0) == []
     assert scheduler.decide(105.0) == [Deserted("gpu", 1)]

@@ -36,14 +36,14 @@ class Pair:
     def run(self, call: Call) -> Outcome:
         for share in call.shares:
             self.runner.load_share(share.key, share.contents(mapped=False))
-        self.runner.load_function(call.function_id, call.function)
-        return self.runner.run(call.function_id, call.data, call.buffers)
+        self.runner.load_function(call.shared.key, call.shared.data)
+        return self.runner.run(call.shared.key, call.data, call.buffers)
 
     def outcome(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Outcome:
         return self.run(self.pickler.dump_call(fn, args, kwargs))
 
     def call(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self.pickler.load_outcome(*self.outcome(fn, *args, **kwargs))
+        return self.pickler.load_outcome(self.outcome(fn, *args, **kwargs))
 
 
 @pytest.fixture
@@ -118,9 +118,9 @@ def test_callables_of_all_kinds_travel(
 
 def test_the_same_function_has_the_same_id(pair: Pair) -> None:
     calls = [pair.pickler.dump_call(fn, (), {}) for fn in (echo, echo, adder(1), adder(1))]
-    assert calls[0].function_id == calls[1].function_id != calls[2].function_id
-    assert calls[2].function_id == calls[3].function_id
-    assert {len(call.function_id) for call in calls} == {16}
+    assert calls[0].shared.key == calls[1].shared.key != calls[2].shared.key
+    assert calls[2].shared.key == calls[3].shared.key
+    assert {len(call.shared.key) for call in calls} == {16}
 
 
 def test_a_callable_instance_is_not_cached(pair: Pair) -> None:
@@ -142,11 +142,11 @@ def test_a_callable_instance_is_not_cached(pair: Pair) -> None:
 def test_a_forgotten_function_is_let_go(pair: Pair) -> None:
     call = pair.pickler.dump_call(adder(1), (1,), {})
     assert pair.run(call).ok
-    pair.runner.forget(call.function_id)
+    pair.runner.forget(call.shared.key)
     pair.runner.forget(b"never there")
-    outcome = pair.runner.run(call.function_id, call.data, call.buffers)
+    outcome = pair.runner.run(call.shared.key, call.data, call.buffers)
     with pytest.raises(SerializationError, match="cannot be unpickled in the worker"):
-        pair.pickler.load_outcome(*outcome)
+        pair.pickler.load_outcome(outcome)
 
 
 # ----------------------------------------------------------------------- failures
@@ -316,11 +316,11 @@ def test_ctrl_c_while_pickling_is_not_swallowed(pair: Pair) -> None:
 
 def test_garbage_is_an_outcome(pair: Pair) -> None:
     call = pair.pickler.dump_call(echo, (1,), {})
-    for function, data in ((b"nonsense", call.data), (call.function, b""), (b"", b"")):
+    for function, data in ((b"nonsense", call.data), (call.shared.data, b""), (b"", b"")):
         pair.runner.load_function(b"id", function)
         outcome = pair.runner.run(b"id", data, [])
         with pytest.raises(SerializationError):
-            pair.pickler.load_outcome(*outcome)
+            pair.pickler.load_outcome(outcome)
 
 
 # ------------------------------------------------------------------------ buffers
@@ -351,7 +351,7 @@ def test_big_buffers_travel_beside_the_data(pair: Pair, array: Any, count: int) 
     assert len(call.buffers) == count + (not call.data)  # a big pickle is a buffer too
     assert all(view.nbytes >= OUT_OF_BAND for view in call.buffers)
     outcome = pair.run(call)
-    result = pair.pickler.load_outcome(*outcome)
+    result = pair.pickler.load_outcome(outcome)
     np.testing.assert_array_equal(result, array)
     assert result.dtype == array.dtype
     assert result.flags.f_contiguous == array.flags.f_contiguous or not array.flags.contiguous
@@ -361,7 +361,7 @@ def test_buffers_nest_and_keep_their_order(pair: Pair) -> None:
     arrays = {"a": [np.full(BIG, 1)], "b": (np.full(BIG, 2), np.full(3, 3))}
     call = pair.pickler.dump_call(first, (arrays,), {})
     assert len(call.buffers) == 2
-    result = pair.pickler.load_outcome(*pair.run(call))
+    result = pair.pickler.load_outcome(pair.run(call))
     assert [result["a"][0][0], result["b"][0][0], result["b"][1][0]] == [1, 2, 3]
 
 
@@ -369,7 +369,7 @@ def test_arguments_are_what_they_were_at_submit(pair: Pair) -> None:
     array = np.ones(BIG)
     call = pair.pickler.dump_call(total, (array,), {})
     array[:] = 2
-    assert pair.pickler.load_outcome(*pair.run(call)) == BIG
+    assert pair.pickler.load_outcome(pair.run(call)) == BIG
 
 
 def add_one(array: Any) -> Any:
@@ -388,15 +388,15 @@ def test_a_read_only_array_stays_so_and_is_not_copied(pair: Pair) -> None:
     array = np.frombuffer(bytes(BIG * 8))
     call = pair.pickler.dump_call(first, (array,), {})
     assert np.shares_memory(np.frombuffer(call.buffers[0]), array)
-    result = pair.pickler.load_outcome(*pair.run(call))
+    result = pair.pickler.load_outcome(pair.run(call))
     assert not result.flags.writeable
 
 
 def test_writable_memory_is_used_in_place(pair: Pair) -> None:
     call = pair.pickler.dump_call(first, (np.zeros(BIG),), {})
     memory = bytearray(call.buffers[0])
-    pair.runner.load_function(call.function_id, call.function)
-    outcome = pair.runner.run(call.function_id, call.data, [memory])
+    pair.runner.load_function(call.shared.key, call.shared.data)
+    outcome = pair.runner.run(call.shared.key, call.data, [memory])
     memory[0] = 255
     assert outcome.buffers[0][0] == 255
 
@@ -412,7 +412,7 @@ def test_nothing_is_kept_alive(pair: Pair, fn: Callable[[Any], Any]) -> None:
     del node
     assert ref() is None
     outcome = pair.run(call)
-    result = pair.pickler.load_outcome(*outcome)
+    result = pair.pickler.load_outcome(outcome)
     ref = weakref.ref(result)
     del result
     assert ref() is None
@@ -517,7 +517,7 @@ class Submits:
 
     def __reduce__(self) -> Any:
         call = self.pickler.dump_call(first, ([3],), {})
-        return first, (call.function_id,)
+        return first, (call.shared.key,)
 
 
 def test_pickling_may_pickle(pair: Pair) -> None:
@@ -541,7 +541,7 @@ def test_many_threads_dump_at_once(pair: Pair) -> None:
     for thread in threads:
         thread.join()
     for expected, call in (pairs for into in calls for pairs in into):
-        assert pair.pickler.load_outcome(*pair.run(call)) == expected
+        assert pair.pickler.load_outcome(pair.run(call)) == expected
 
 
 # ------------------------------------------------------- functions of other modules
@@ -573,8 +573,8 @@ def helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def test_an_importable_function_is_its_name(pair: Pair, helper: Any) -> None:
     call = pair.pickler.dump_call(helper.f, (), {})
-    assert len(call.function) < 100
-    assert pair.pickler.dump_call(helper.f, (), {}).function_id == call.function_id
+    assert len(call.shared.data) < 100
+    assert pair.pickler.dump_call(helper.f, (), {}).shared.key == call.shared.key
 
 
 def test_an_importable_function_whose_name_leads_elsewhere(pair: Pair, helper: Any) -> None:
@@ -617,7 +617,7 @@ def test_results_do_not_change_a_class_that_is_known(pair: Pair) -> None:
 
     outcome = pair.outcome(change, Local)
     Local.n = 5
-    result = pair.pickler.load_outcome(*outcome)
+    result = pair.pickler.load_outcome(outcome)
     assert type(result) is Local
     assert Local.n == 5
 
@@ -627,7 +627,7 @@ def test_results_do_not_change_a_class_that_is_known(pair: Pair) -> None:
 HARNESS = '''
 """A worker in a process of its own, over pipes, as the real one would do it."""
 import os, pickle, struct, subprocess, sys
-from zmqexecutor.serialization import CallPickler, CallRunner
+from zmqexecutor.serialization import CallPickler, CallRunner, Outcome
 
 class Worker:
     def __init__(self):
@@ -640,11 +640,11 @@ class Worker:
     def call(self, fn, *args, **kwargs):
         return self.send(self.pickler.dump_call(fn, args, kwargs))
     def send(self, call):
-        function = None if call.function_id in self.sent else call.function
-        self.sent.add(call.function_id)
+        function = None if call.shared.key in self.sent else call.shared.data
+        self.sent.add(call.shared.key)
         buffers = [bytes(view) for view in call.buffers]
-        put(self.process.stdin, (call.function_id, function, call.data, buffers))
-        return self.pickler.load_outcome(*get(self.process.stdout))
+        put(self.process.stdin, (call.shared.key, function, call.data, buffers))
+        return self.pickler.load_outcome(Outcome(*get(self.process.stdout)))
     def __enter__(self):
         return self
     def __exit__(self, *_):

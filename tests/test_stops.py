@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
 from zmqexecutor.channels import Channels
 from zmqexecutor.journal import JournalReader, JournalWriter
+from zmqexecutor.lean import LeanFuture
 from zmqexecutor.peers import Peer
 from zmqexecutor.protocol import Hello
 from zmqexecutor.scheduler import Scheduler, Send
@@ -64,8 +64,14 @@ def world(tmp_path: Path) -> Iterator[World]:
 
 
 def make_task(timeout: float | None = None) -> Task:
-    future: Future[Any] = Future()
-    return Task(future, b"", lambda _, __: None, name="f", options=TaskOptions(timeout))
+    return Task(
+        kind="f",
+        future=LeanFuture(),
+        data=b"",
+        decode=lambda _, __: None,
+        name="f",
+        options=TaskOptions(timeout),
+    )
 
 
 def test_a_task_over_its_time_is_killed_and_what_waits_behind_it_is_not_lost(

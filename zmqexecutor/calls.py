@@ -77,7 +77,7 @@ class CallHandler:
         for key, _ in call.shares:
             self._runner.forget_share(key)
         try:
-            CallPickler().load_outcome(outcome.ok, outcome.data, outcome.buffers)
+            CallPickler().load_outcome(outcome)
         except BaseException as error:
             # Where and how the standard library says it.
             logging.getLogger("concurrent.futures").critical(
@@ -109,12 +109,12 @@ class CallHandler:
     def run(self, job: Job, frames: Sequence[Frame]) -> Outcome:
         """Call a function that was defined before."""
         forks = buffers.forks()
-        ok, data, out_of_band, segment = self._runner.run(job.shared, job.data, frames, job.segment)
+        outcome = self._runner.run(job.shared, job.data, frames, job.segment)
         kept = job.segment is not None and (
             self._runner.holds(job.segment) or forks != buffers.forks()
         )
         worn = self._worn() if self._max_memory else ""
-        return Outcome(ok, data, "", out_of_band, segment, kept, worn)
+        return Outcome(outcome.ok, outcome.data, "", outcome.buffers, outcome.segment, kept, worn)
 
     def _worn(self) -> str:
         """Why this process should be replaced, told once."""

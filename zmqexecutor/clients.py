@@ -17,6 +17,7 @@ import msgspec
 from . import protocol
 from .channels import Channels
 from .lanes import Lane
+from .lean import LeanFuture
 from .peers import Peer
 from .protocol import Frame, Result
 from .tasks import Task
@@ -114,11 +115,12 @@ class Clients:
             self._call(channels, identity, message)
 
     def _call(self, channels: Channels, identity: bytes, call: protocol.Call) -> None:
-        future: Future[Result] = Future()
+        future: LeanFuture[Result] = LeanFuture()
         task = Task(
-            future,
-            call.data,
-            _as_it_came,
+            kind=call.service,
+            future=future,
+            data=call.data,
+            decode=_as_it_came,
             name=f"job {call.id!r}",
             id=call.id,
             codec=call.codec,

@@ -46,6 +46,7 @@ from .namespaces import MISSING, Entry, Key, Payload, class_by_id, importable, i
 from .packing import Packer
 from .picklers import DefinitionPickler, find_key
 from .proofs import READERS, Proof, holds, prove
+from .protocol import Shared
 from .shares import Share
 
 __all__ = ["Definition", "DefinitionError", "Definitions"]
@@ -80,8 +81,8 @@ class _Piece(NamedTuple):
 class Definition(NamedTuple):
     """A callable with all the globals it can reach, as it travels to workers."""
 
-    function_id: bytes
-    function: bytes
+    shared: Shared
+    """For the wire: its id and the pickle."""
     proof: Proof | None
     shares: tuple[Share, ...] = ()
     """Large parts of it."""
@@ -139,8 +140,8 @@ class Definitions:
         # A function that is met for the first time may well be met only once (a lambda
         # in a loop): a proof is made when it comes again.
         new = self._make_definition(func, keys, old)
-        if old is not None and old.function_id == new.function_id:
-            new = new._replace(function=old.function)  # one copy of it is enough
+        if old is not None and old.shared.key == new.shared.key:
+            new = new._replace(shared=old.shared)  # one copy of it is enough
         # Without a proof it is made anew next time, and what was large may be gone by then.
         self._keep(func, keys, new if new.proof else new._replace(shares=()))
         return new
@@ -196,12 +197,13 @@ class Definitions:
         # With their keys: what a worker keeps by this id must not name a share that is gone.
         function_id = _digest(root.digest, *parts, *(share.key for share in shares))
         function = pickle.dumps((entries, *root.payload), 5)
+        shared = Shared(function_id, function)
         if not again and key is None:
-            return Definition(function_id, function, None, shares, root.bulk)
+            return Definition(shared, None, shares, root.bulk)
         proofs = [piece.proof for piece in (root, *pieces.values())]
         proven = [proof for proof in proofs if proof is not None]
         proof = Proof.union(proven) if len(proven) == len(proofs) else None
-        return Definition(function_id, function, proof, shares, root.bulk)
+        return Definition(shared, proof, shares, root.bulk)
 
     def _closure(self, root: _Piece, keys: frozenset[Key]) -> dict[Key, _Piece]:
         """Return all entries that can be reached."""

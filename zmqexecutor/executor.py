@@ -29,7 +29,7 @@ from .machine import usable_cpus
 from .mapping import MappingExecutor
 from .master import Master, MasterOptions
 from .peers import WorkerInfo
-from .protocol import CALLS, Frame, Result, Shared
+from .protocol import CALLS
 from .serialization import CallPickler
 from .setups import Initializer, Setup, boot_code, call_service
 from .shares import Share, SharedObject
@@ -185,7 +185,7 @@ class ZmqExecutor(MappingExecutor):
         if self._max_workers:
             self._master = self._with_group(options, rlimits or {})
         else:
-            self._decode = partial(_decode, CallPickler())
+            self._decode = CallPickler().load
             self._master = Master(options, cleanup=self._pickler.clear)
         self._master.start()
         self._master_reference = weakref.ref(self._master)
@@ -197,7 +197,7 @@ class ZmqExecutor(MappingExecutor):
         """The master of a pool that has workers of its own, in a private directory."""
         directory = PrivateDirectory()
         segments = self._pickler.packer.segments = Segments.create(directory.path)
-        self._decode = partial(_decode, CallPickler(segments))
+        self._decode = CallPickler(segments).load
         endpoint = f"ipc://{directory.path}/control"
         work = f"ipc://{directory.path}/work"
         bell = f"{directory.path}/bell"
@@ -305,16 +305,18 @@ class ZmqExecutor(MappingExecutor):
             future.set_exception(error)
             return future
         task = Task(
-            future,
-            call.data,
-            self._decode,
+            kind=call.shared.key,
+            priority=options.priority,
+            service=call_service(options.service) if options.service else CALLS,
+            future=future,
+            data=call.data,
+            decode=self._decode,
             name=options.name or getattr(fn, "__qualname__", None) or type(fn).__name__,
-            shared=Shared(call.function_id, call.function),
+            shared=call.shared,
             buffers=call.buffers,
             lease=call.lease,
             shares=call.shares,
             options=options,
-            service=call_service(options.service) if options.service else CALLS,
         )
         future.belongs_to(self._master_reference, task)
         with self._lock:
@@ -484,12 +486,6 @@ def _forget(master: weakref.ref[Master], key: bytes) -> None:
         found.forget_share(key)
 
 
-def _decode(pickler: CallPickler, result: Result, buffers: Sequence[Frame]) -> Any:
-    if result.ok:
-        return pickler.load_result(result.data, buffers, result.segment)
-    raise pickler.load_exception(result.data)
-
-
 def _check_max_workers(max_workers: int | None, endpoint: str | None) -> int:
     if max_workers is None:
         return usable_cpus()
@@ -511,4 +507,4 @@ def _pack_initializer(
         call = pickler.dump_call(initializer, tuple(initargs), {})
     buffers = [bytes(buffer) for buffer in call.buffers]
     shares = [(share.key, share.contents(mapped=False)) for share in call.shares]
-    return Initializer(call.function_id, call.function, call.data, buffers, shares)
+    return Initializer(call.shared.key, call.shared.data, call.data, buffers, shares)

@@ -18,13 +18,12 @@ class TaskFuture(LeanFuture[T]):
     """A `concurrent.futures.Future` with a `kill`."""
 
     _master: weakref.ref[Master] | None = None
-    _task: weakref.ref[Task] | None = None
     _kill_on_cancel = False
 
     def belongs_to(self, master: weakref.ref[Master], task: Task) -> None:
         """Called once, before anybody else knows the future."""
-        # Weakly: a future that is kept must not keep the arguments, or the pool.
-        self._master, self._task = master, weakref.ref(task)
+        # Weakly: a future that is kept must not keep the pool. The task lets go of it.
+        self._master, self._task = master, task
         if task.options.kill_on_cancel:
             self._kill_on_cancel = True
 
@@ -42,9 +41,10 @@ class TaskFuture(LeanFuture[T]):
         if super().cancel():
             return True
         master = None if self._master is None else self._master()
-        if self.done() or master is None or self._task is None:
+        task = self._task
+        if self.done() or master is None or task is None:
             return False
-        master.kill(self._task)
+        master.kill(task)
         return True
 
     def cancel(self) -> bool:

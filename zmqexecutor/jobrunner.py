@@ -172,11 +172,12 @@ class JobRunner:
             raise TypeError(f"service must be str, not {type(service).__name__}")
         (job_id + service).encode()  # text that is no text must fail here, and only its caller
         encoded, encoding = codecs.encode(data, codec)
-        future: Future[Data] = LeanFuture()
+        future: LeanFuture[Data] = LeanFuture()
         task = Task(
-            future,
-            encoded,
-            _Decoder(job_id, codec),
+            kind=service,
+            future=future,
+            data=encoded,
+            decode=_Decoder(job_id, codec),
             name=f"job {job_id!r}",
             id=job_id,
             codec=encoding,

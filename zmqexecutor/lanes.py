@@ -10,26 +10,28 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Any, Generic, TypeVar
 
+import msgspec
+
 from .protocol import DEFAULT_SERVICE
 from .queues import JobQueue
 
 __all__ = ["Job", "Lane", "WorkerState"]
 
 
-class Job:
+class Job(msgspec.Struct, eq=False, kw_only=True):
     """What the scheduler knows of a job; the master's jobs add the payload."""
 
-    __slots__ = ("kind", "priority", "queued_at", "seq", "service", "worker")
+    # A Struct, not a class with slots: it takes a fifth of the time to make.
 
-    def __init__(self, kind: Hashable, priority: int = 0, service: str = DEFAULT_SERVICE) -> None:
-        self.kind = kind
-        self.priority = priority
-        self.service = service
-        self.queued_at = 0.0
-        self.worker: WorkerState[Any] | None = None
-        """Who holds it."""
-        self.seq = 0
-        """Its number there."""
+    kind: Hashable
+    """Jobs of one kind are expected to take about the same time."""
+    priority: int = 0
+    service: str = DEFAULT_SERVICE
+    queued_at: float = 0.0
+    worker: Any = None
+    """The `WorkerState` of who holds it."""
+    seq: int = 0
+    """Its number there."""
 
     def wanted(self) -> bool:
         """Whether it is worth waiting for a worker."""

@@ -209,7 +209,7 @@ class Master:
         """
         self._call(lambda: self._end(reason, kill))
 
-    def kill(self, task: weakref.ref[Task]) -> None:
+    def kill(self, task: Task) -> None:
         """End a task, whether or not it is running."""
         self._call(lambda: self._kill(task))
 
@@ -615,9 +615,8 @@ class Master:
         else:
             self._retries.add(task, time.monotonic() + delay)
 
-    def _kill(self, reference: weakref.ref[Task]) -> None:
-        task = reference()
-        if task is None or task.future.done():
+    def _kill(self, task: Task) -> None:
+        if task.future.done():
             return
         peer = self._roster.get(task.worker.key) if task.worker else None
         if peer is None:

@@ -38,7 +38,7 @@ import pickle
 import traceback
 import types
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
 
 import msgspec
 
@@ -52,7 +52,7 @@ from .picklers import ArgumentPickler, ResultPickler, ValuePickler
 from .shares import Contents, Share
 
 if TYPE_CHECKING:
-    from .protocol import Segment
+    from .protocol import Result, Segment, Shared
     from .worker_errors import SerializationError
 
 __all__ = ["OUT_OF_BAND", "Buffer", "Call", "CallPickler", "CallRunner", "Outcome"]
@@ -70,39 +70,46 @@ has to be writable; writable ones are used in place, so their giver gives them u
 _NO_KEYS: frozenset[Key] = frozenset()
 
 
-class Call(NamedTuple):
+class Call(msgspec.Struct, frozen=True):
     """A call, ready to be sent: what `CallRunner` needs."""
 
-    function_id: bytes
-    function: bytes
+    shared: Shared
+    """The definition of the function, by its id."""
     data: bytes
-    buffers: list[memoryview]
+    buffers: Sequence[memoryview] = ()
     lease: Lease | None = None
     shares: tuple[Share, ...] = ()
     """Shared objects that it uses, which `CallRunner.load_share` has to know."""
 
 
-class Outcome(NamedTuple):
+class Outcome(msgspec.Struct, frozen=True):
     """What became of a call: a result if ok, else an exception."""
 
     ok: bool
     data: bytes
-    buffers: list[memoryview]
+    buffers: Sequence[memoryview] = ()
     segment: Segment | None = None
 
 
-class _Packed(NamedTuple):
+class _Packed(msgspec.Struct, frozen=True):
     """A pickle and its buffers: in `segment`, if there is one."""
 
     data: bytes
-    buffers: list[memoryview]
+    buffers: Sequence[memoryview] = ()
     segment: Segment | None = None
 
 
-_Arguments: TypeAlias = tuple[_Packed, Lease | None, frozenset[Key], tuple[Share, ...]]
-"""A call's arguments: their pickle, the lease on its segment, what it refers to, its shares."""
+class _Arguments(msgspec.Struct, frozen=True):
+    """A call's arguments: their pickle, the lease on its segment, what they refer to."""
 
-_NO_ARGUMENTS: _Arguments = (_Packed(pickle.dumps(((), {}), 5), []), None, _NO_KEYS, ())
+    data: bytes
+    buffers: Sequence[memoryview] = ()
+    lease: Lease | None = None
+    keys: frozenset[Key] = _NO_KEYS
+    shares: tuple[Share, ...] = ()
+
+
+_NO_ARGUMENTS: Final = _Arguments(pickle.dumps(((), {}), 5))
 
 
 _PLAIN: Final = frozenset((int, float, complex, bool, type(None)))
@@ -211,7 +218,7 @@ class _ReusedPickler(Generic[_P]):
         if self._buffers or len(pieces) > 1 or len(pieces[0]) >= OUT_OF_BAND:
             packed = self._pack(segments)
         else:
-            packed = _Packed(pieces[0], [])
+            packed = _Packed(pieces[0])
         self._clear_memo()
         pieces.clear()
         return packed
@@ -226,7 +233,7 @@ class _ReusedPickler(Generic[_P]):
         if segments is not None and total >= IN_SEGMENT:
             segment = segments.store(views, first=pieces if beside else ())
             if segment is not None:
-                return _Packed(b"" if beside else b"".join(pieces), [], segment)
+                return _Packed(b"" if beside else b"".join(pieces), (), segment)
         if self._copy:
             views = [_snapshot(view) for view in views]
         pickled = b"".join(pieces)
@@ -324,20 +331,24 @@ class CallPickler:
             args = (fn.__self__, *args)
             fn = fn.__func__
         try:
-            arguments = self._dump_arguments(args, kwargs) if args or kwargs else _NO_ARGUMENTS
-            packed, lease, keys, used = arguments
-            definition = self._definitions.define(fn, keys)
+            if kwargs or not _PLAIN.issuperset(map(type, args)):
+                arguments = self._dump_arguments(args, kwargs)
+            elif args:
+                arguments = _Arguments(pickle.dumps((args, kwargs), 5))
+            else:
+                arguments = _NO_ARGUMENTS
+            definition = self._definitions.define(fn, arguments.keys)
         except KeyboardInterrupt:
             raise
         except BaseException as error:
             failure = _explain(*call, error)
         else:
+            used = arguments.shares
             if used:
                 self._check_pool(used)
-            name, function, _, shares, _ = definition
-            if shares:
-                used = (*used, *shares)
-            return Call(name, function, packed.data, packed.buffers, lease, used)
+            if definition.shares:
+                used = (*used, *definition.shares)
+            return Call(definition.shared, arguments.data, arguments.buffers, arguments.lease, used)
         raise failure
 
     def clear(self) -> None:
@@ -346,8 +357,6 @@ class CallPickler:
         self.packer.clear()
 
     def _dump_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
-        if not kwargs and _PLAIN.issuperset(map(type, args)):
-            return _Packed(pickle.dumps((args, kwargs), 5), []), None, _NO_KEYS, ()
         try:
             pickler = self._spare.pop()
         except IndexError:
@@ -359,7 +368,7 @@ class CallPickler:
         keys = pickler.take_keys()
         used = pickler.pickler.take_shares() if pickler.pickler.shares else ()
         self._spare.append(pickler)
-        return packed, lease, keys, used
+        return _Arguments(packed.data, packed.buffers, lease, keys, used)
 
     def dump_share(self, obj: object) -> Share:
         """Pickle an object for many calls. Later changes of it do not count.
@@ -394,17 +403,15 @@ class CallPickler:
                 "another one. Share the object with this executor too: executor.share(handle.value)"
             )
 
-    def load_outcome(
-        self,
-        ok: bool,
-        data: Buffer,
-        buffers: Sequence[Buffer] = (),
-        segment: Segment | None = None,
-    ) -> Any:
+    def load_outcome(self, outcome: Outcome) -> Any:
         """Return a call's result, or raise its exception."""
-        if ok:
-            return self.load_result(data, buffers, segment)
-        raise self.load_exception(data)
+        return self.load(outcome, outcome.buffers)
+
+    def load(self, outcome: Outcome | Result, buffers: Sequence[Buffer]) -> Any:
+        """Return the result that a worker has sent with these buffers, or raise the exception."""
+        if outcome.ok:
+            return self.load_result(outcome.data, buffers, outcome.segment)
+        raise self.load_exception(outcome.data)
 
     def load_result(
         self, data: Buffer, buffers: Sequence[Buffer] = (), segment: Segment | None = None
@@ -593,9 +600,10 @@ class CallRunner:
             stage = _RUN
             result = function.call(*args, **kwargs)  # type: ignore[misc]  # refreshed above
             stage = _PICKLE
-            return Outcome(True, *self._dump_result(result))
+            dumped = self._dump_result(result)
+            return Outcome(True, dumped.data, dumped.buffers, dumped.segment)
         except BaseException as error:
-            return Outcome(False, _dump_failure(stage, error, self._note), [])
+            return Outcome(False, _dump_failure(stage, error, self._note))
 
     def _dump_result(self, result: object) -> _Packed:
         try:

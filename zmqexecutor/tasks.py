@@ -6,14 +6,15 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future, InvalidStateError
+from concurrent.futures import CancelledError, InvalidStateError
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 from .buffers import Lease
 from .errors import BrokenPoolError, SerializationError, TaskKilledError
 from .lanes import Job
-from .protocol import DEFAULT_SERVICE, Frame, Result, Segment, Shared
+from .lean import LeanFuture
+from .protocol import Frame, Result, Segment, Shared
 from .shares import Share
 
 __all__ = [
@@ -108,64 +109,29 @@ def _number(seconds: float) -> float:
         return math.inf if seconds > 0 else -math.inf
 
 
-class Task(Job):
+class Task(Job, eq=False, kw_only=True):
     """A job with its payload and its future."""
 
-    __slots__ = (
-        "__weakref__",
-        "buffers",
-        "codec",
-        "data",
-        "decode",
-        "doomed",
-        "future",
-        "id",
-        "lease",
-        "name",
-        "options",
-        "sent",
-        "shared",
-        "shares",
-        "tries",
-    )
-
-    def __init__(
-        self,
-        future: Future[Any],
-        data: bytes,
-        decode: Decode,
-        *,
-        name: str,
-        id: str = "",  # noqa: A002  (the seed's word for it)
-        codec: str = "",
-        shared: Shared | None = None,
-        buffers: Sequence[Frame] = (),
-        lease: Lease | None = None,
-        shares: Sequence[Share] = (),
-        options: TaskOptions = PLAIN,
-        service: str = DEFAULT_SERVICE,
-    ) -> None:
-        super().__init__(shared.key if shared else service, options.priority, service)
-        self.future = future
-        self.data = data
-        self.decode = decode
-        self.name = name
-        """For messages to people: a function's name, or the id."""
-        self.id = id
-        self.codec = codec
-        self.shared = shared
-        self.buffers = buffers
-        self.lease = lease
-        """On the segment that has the buffers in the place of `buffers`."""
-        self.shares = shares
-        """Shared objects that it uses, until it is done."""
-        self.options = options
-        self.sent = False
-        """Whether the future has been told that it runs."""
-        self.tries = 0
-        """How often it has failed and been tried again."""
-        self.doomed = False
-        """Whether its caller wants it ended, whatever it does."""
+    future: LeanFuture[Any]
+    data: bytes
+    decode: Decode
+    name: str
+    """For messages to people: a function's name, or the id."""
+    id: str = ""
+    codec: str = ""
+    shared: Shared | None = None
+    buffers: Sequence[Frame] = ()
+    lease: Lease | None = None
+    """On the segment that has the buffers in the place of `buffers`."""
+    shares: Sequence[Share] = ()
+    """Shared objects that it uses, until it is done."""
+    options: TaskOptions = PLAIN
+    sent: bool = False
+    """Whether the future has been told that it runs."""
+    tries: int = 0
+    """How often it has failed and been tried again."""
+    doomed: bool = False
+    """Whether its caller wants it ended, whatever it does."""
 
     def start(self) -> bool:
         """Mark the future as running; False if the task is not wanted any more."""
@@ -242,6 +208,7 @@ class Task(Job):
         self.fail(TaskKilledError(f"{self.name} was ended by the kill() of its future"))
 
     def _let_go(self) -> None:
+        self.future._task = None
         self.shares = ()
         if self.lease is not None:
             self.lease.end()

@@ -488,9 +488,17 @@ class Worker:
 
     def _answer(self, seq: int, outcome: Outcome, started: float, ended: float) -> None:
         """Make a result safe: in the journal, or on its way as a message."""
-        ok, data, codec, buffers, segment, kept, _ = outcome
-        seconds = ended - started
-        result = protocol.Result(seq, ok, data, codec, seconds, len(buffers), segment, kept)
+        buffers, seconds = outcome.buffers, ended - started
+        result = protocol.Result(
+            seq,
+            outcome.ok,
+            outcome.data,
+            outcome.codec,
+            seconds,
+            len(buffers),
+            outcome.segment,
+            outcome.kept,
+        )
         journal = self._journal
         if self._bell and journal and not buffers and journal.append(protocol.encode(result)):
             if self._untold_since is None:
@@ -501,7 +509,7 @@ class Worker:
         position = 0
         if journal:
             # It exists only in its message. The next job waits until that has come.
-            journal.mark(protocol.encode(protocol.Result(seq, ok, b"", "", seconds, 1)))
+            journal.mark(protocol.encode(protocol.Result(seq, outcome.ok, b"", "", seconds, 1)))
             self._needed = position = journal.position
         message = protocol.Results(position, [result], confirm=journal is not None)
         self._unsent.append([protocol.encode(message), *buffers])

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from zmqexecutor.channels import Channels, Entrance
 from zmqexecutor.errors import ProtocolError
+from zmqexecutor.lean import LeanFuture
 from zmqexecutor.master import Master, MasterOptions
 from zmqexecutor.protocol import Frame, Jobs, decode_jobs
 from zmqexecutor.roster import Roster
@@ -60,9 +61,17 @@ class BareMaster:
         self.futures: list[Future[Any]] = []
 
     def submit(self) -> None:
-        future: Future[Any] = Future()
+        future: LeanFuture[Any] = LeanFuture()
         self.futures.append(future)
-        self.master._inbox.append(Task(future, b"", lambda result, _: result.data, name="task"))
+        self.master._inbox.append(
+            Task(
+                kind="",
+                future=future,
+                data=b"",
+                decode=lambda result, _: result.data,
+                name="task",
+            )
+        )
 
     def receive(self, channel: str, identity: bytes, frame: bytes, buffers: list[Frame]) -> None:
         """A message comes. What is raised is a defect."""
