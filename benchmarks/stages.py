@@ -83,7 +83,7 @@ def alone(count: int) -> dict[str, float]:
                 protocol.Results(1, [result])
             ),
             "decode it ": lambda: protocol.decode_work_from_worker(results),
-            "unpickle the result": lambda: pickler.load_outcome(True, outcome.data),
+            "unpickle the result": lambda: pickler.load_outcome(outcome),
             "make and complete a future": complete,
         }
         found = {name: _processor_time(piece, count) for name, piece in pieces.items()}

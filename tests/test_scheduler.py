@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 
 from zmqexecutor import scheduler as scheduler_module
 from zmqexecutor.lanes import Job, WorkerState
-from zmqexecutor.protocol import DEFAULT_SERVICE
+from zmqexecutor.protocol import DEFAULT_SERVICE, Result
 from zmqexecutor.scheduler import (
     AHEAD,
     KINDS_REMEMBERED,
@@ -116,13 +116,11 @@ class Desk:
     def answer(self, worker: Worker, seq: int | None = None, seconds: float = TINY) -> None:
         """The worker answers this job, or the first that it holds."""
         first = next(iter(worker.held)) if seq is None else seq
-        assert self.scheduler.result(worker, first, seconds, self.now) is not None
-        self.scheduler.settle(worker)
+        assert take_result(self.scheduler, worker, first, seconds, self.now) is not None
 
     def answer_all(self, worker: Worker, seconds: float = TINY) -> None:
-        for seq in list(worker.held):
-            assert self.scheduler.result(worker, seq, seconds, self.now) is not None
-        self.scheduler.settle(worker)
+        results = [Result(seq, True, b"", seconds=seconds) for seq in worker.held]
+        assert None not in self.scheduler.results(worker, results, self.now)
 
     def teach(self, worker: Worker, kind: str, seconds: float) -> None:
         """Have an idle worker do one job of this kind, so that its duration is known.
@@ -133,6 +131,13 @@ class Desk:
         [sent] = only(self.decide(), Send)
         self.answer(sent.worker, seconds=seconds)
         assert worker.key in self.scheduler._workers
+
+
+def take_result(
+    scheduler: Scheduler[NamedJob], worker: Worker, seq: int, seconds: float, now: float
+) -> NamedJob | None:
+    (job,) = scheduler.results(worker, [Result(seq, True, b"", seconds=seconds)], now)
+    return job
 
 
 def only(decisions: Iterable[Decision[NamedJob]], kind: type[Any]) -> list[Any]:
@@ -569,7 +574,7 @@ def test_late_messages_of_a_lost_worker_change_nothing() -> None:
     desk, worker, jobs = stalled_desk()
     seqs = list(worker.held)
     desk.scheduler.worker_lost(worker, None, desk.now)
-    assert desk.scheduler.result(worker, seqs[1], TINY, desk.now) is None
+    assert take_result(desk.scheduler, worker, seqs[1], TINY, desk.now) is None
     desk.scheduler.recalled(worker, seqs)
     assert queued(desk.scheduler) == jobs[1:]
     assert desk.decide() == []
@@ -969,7 +974,7 @@ class World(RuleBasedStateMachine):
         self.names = 0
         self.retired: list[Worker] = []
         for kind in sorted(short):  # known from work that was done before
-            self.scheduler._learn(kind, TINY)
+            self.scheduler._durations[kind] = TINY
 
     # ------------------------------------------------------------ the users
 
@@ -1115,7 +1120,6 @@ class World(RuleBasedStateMachine):
             return
         for seq, seconds in message:
             self.receive_result(worker, seq, seconds)
-        self.scheduler.settle(worker.state)
         self.step(decide)
 
     @precondition(lambda self: any(worker.from_control for worker in self.workers))
@@ -1135,8 +1139,7 @@ class World(RuleBasedStateMachine):
         seqs = [seq for seq in seqs if seq not in state.held]
         before = queued(self.scheduler), dict(state.held)
         for seq in seqs:
-            assert self.scheduler.result(state, seq, 1.0, self.now) is None
-        self.scheduler.settle(state)
+            assert take_result(self.scheduler, state, seq, 1.0, self.now) is None
         self.scheduler.recalled(state, seqs)
         assert (queued(self.scheduler), state.held) == before
 
@@ -1248,7 +1251,7 @@ class World(RuleBasedStateMachine):
 
     def receive_result(self, worker: SimulatedWorker, seq: int, seconds: float) -> None:
         entry = worker.state.held.get(seq)
-        job = self.scheduler.result(worker.state, seq, seconds, self.now)
+        job = take_result(self.scheduler, worker.state, seq, seconds, self.now)
         assert job is (entry[0] if entry else None)
         if job is not None:
             assert job in self.ran
@@ -1258,7 +1261,6 @@ class World(RuleBasedStateMachine):
         """Take all results, although most are known."""
         for seq, seconds in worker.journal:
             self.receive_result(worker, seq, seconds)
-        self.scheduler.settle(worker.state)
 
     def job_runs(self, job: NamedJob) -> None:
         assert job not in self.ran, f"{job} runs twice"

@@ -13,7 +13,7 @@ from zmqexecutor.channels import Channels
 from zmqexecutor.journal import JournalReader, JournalWriter
 from zmqexecutor.lean import LeanFuture
 from zmqexecutor.peers import Peer
-from zmqexecutor.protocol import Hello
+from zmqexecutor.protocol import Hello, Result
 from zmqexecutor.scheduler import Scheduler, Send
 from zmqexecutor.stops import STACK_WAIT, Stops
 from zmqexecutor.tasks import Task, TaskOptions
@@ -51,7 +51,7 @@ class World:
     def finish(self, task: Task) -> None:
         assert self.peer.state is not None
         self.peer.finished = task.seq
-        self.scheduler.result(self.peer.state, task.seq, 0.1, 0.0)
+        self.scheduler.results(self.peer.state, [Result(task.seq, True, b"", seconds=0.1)], 0.0)
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ from .byvalue import Unavailable
 from .namespaces import MISSING, Entry, Key, Payload, class_by_id, importable, is_class, namespace
 from .packing import Packer
 from .picklers import DefinitionPickler, find_key
-from .proofs import READERS, Proof, holds, prove
+from .proofs import CONTAINERS, Proof, holds, prove
 from .protocol import Shared
 from .shares import Share
 
@@ -135,7 +135,7 @@ class Definitions:
         old = None
         if known is not None and known.ref() is func:
             old = known.by_keys.get(keys)
-            if old is not None and holds(old.proof):
+            if old is not None and old.proof is not None and old.proof.holds():
                 return old
         # A function that is met for the first time may well be met only once (a lambda
         # in a loop): a proof is made when it comes again.
@@ -287,7 +287,7 @@ def _make_unavailable(key: Key, error: BaseException) -> _Piece:
     piece = _make_piece(Unavailable(reason), None)[0]._replace(available=False)
     # A lock or a pool stays what it is. Something in a container may be replaced.
     kind = type(value)
-    replaceable = kind in READERS or (kind.__module__ != "builtins" and not importable(kind))
+    replaceable = kind in CONTAINERS or (kind.__module__ != "builtins" and not importable(kind))
     if piece.proof is None or replaceable:
         return piece._replace(proof=None)
     piece.proof.bind([key])

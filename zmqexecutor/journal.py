@@ -214,15 +214,16 @@ class JournalReader:
         if not 0 < size <= CAPACITY:
             return
         data = self._bytes(start, size)
-        at = 0
-        while at + _entry.size <= size:
-            length, checksum = _entry.unpack_from(data, at)
-            result = data[at + _entry.size : at + _entry.size + length]
+        at, head, unpack = 0, _entry.size, _entry.unpack_from
+        while at + head <= size:
+            length, checksum = unpack(data, at)
+            end = at + head + length
+            result = data[at + head : end]
             if len(result) != length or _checksum(result, start + at) != checksum:
                 return
             yield result
-            at += _entry.size + length
-            self.position = start + at
+            self.position = start + end
+            at = end
 
     def _bytes(self, position: int, size: int) -> bytes:
         start = position % CAPACITY

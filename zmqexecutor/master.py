@@ -507,22 +507,24 @@ class Master:
         self, peer: Peer, results: Sequence[protocol.Result], buffers: list[Frame]
     ) -> None:
         assert peer.state is not None
-        worker, now = peer.state, time.monotonic()
-        taken = 0
-        for result in results:
-            frames = buffers[taken : taken + result.buffers] if buffers else buffers
-            taken += result.buffers
-            task = self._scheduler.result(worker, result.seq, result.seconds, now)
+        tasks = self._scheduler.results(peer.state, results, time.monotonic())
+        done = taken = 0
+        for task, result in zip(tasks, results, strict=True):
+            frames = buffers
+            if buffers:
+                frames = buffers[taken : taken + result.buffers]
+                taken += result.buffers
             if task is not None:
-                peer.done += 1
-                self._counts.done += 1
-                self._counts.failed += not result.ok
+                done += 1
+                if not result.ok:
+                    self._counts.failed += 1
                 if task.lease is not None:
                     task.lease.returned(result.kept)
                 self._answered.append((task, result, frames))
+        self._counts.done += done
+        peer.done += done
         if results:
             peer.finished = max(peer.finished, results[-1].seq)
-        self._scheduler.settle(worker)
         self._dispatcher.settle(peer)
 
     def _finish_answered(self) -> None:

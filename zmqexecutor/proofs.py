@@ -23,7 +23,7 @@ import sys
 import types
 import typing
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from enum import Enum
 from typing import Any, Final, TypeAlias
 
@@ -41,10 +41,12 @@ from .namespaces import (
     travels_by_value,
 )
 
-__all__ = ["READERS", "Proof", "holds", "prove"]
+__all__ = ["CONTAINERS", "Proof", "holds", "prove"]
 
 Read: TypeAlias = Callable[[Any], Iterable[object]]
 """Returns the children of a node, given the node or a weak reference to it."""
+Check: TypeAlias = Callable[[], bool]
+"""Says whether a node is what it was, or raises if it is gone."""
 
 
 class Unprovable(Exception):  # noqa: N818 - an answer, not an error
@@ -76,6 +78,7 @@ _function_parts = operator.attrgetter(
     *("__name__", "__qualname__", "__module__", "__doc__"),
     *("__closure__", "__dict__", "__annotations__"),
 )
+_DEFAULTS: Final = 1
 _TABLES: Final = 7  # where the tables begin, whose contents count
 _class_parts = operator.attrgetter("__class__", "__bases__", "__name__", "__qualname__")
 
@@ -85,20 +88,11 @@ def _read_names(source: tuple[Callable[..., object], tuple[str, ...]]) -> Iterab
     return map(get, names, itertools.repeat(MISSING))
 
 
-def _read_import(source: tuple[str, str]) -> Iterable[object]:
-    module, path = source
-    found = sys.modules[module]
-    if "." in path:
-        return (functools.reduce(getattr, path.split("."), found),)
-    return (getattr(found, path),)
-
-
 def _read_dict(source: Mapping[Any, Any]) -> Iterable[object]:
     return (*source, *source.values())
 
 
 def _read_function(ref: Callable[[], Any]) -> Sequence[object]:
-    # Much of the time that a call takes to pickle is spent here.
     parts: tuple[Any, ...] = _function_parts(ref())
     if parts[-1] or parts[-2] or parts[-3]:
         closure, attributes, annotations = parts[-3:]
@@ -129,9 +123,7 @@ def _read_instance(obj: Any) -> Iterable[object]:
 
 
 # What the pickles of these depend on.
-READERS: Final[dict[type, Read]] = {
-    tuple: tuple,
-    frozenset: tuple,
+_READERS: Final[dict[type, Read]] = {
     list: tuple,
     set: tuple,
     dict: _read_dict,
@@ -154,6 +146,44 @@ READERS: Final[dict[type, Read]] = {
     types.MethodWrapperType: operator.attrgetter("__self__", "__name__"),
     types.UnionType: operator.attrgetter("__args__"),
 }
+CONTAINERS: Final = frozenset((tuple, frozenset, *_READERS))
+"""Types whose pickles depend on what they hold, and on nothing else."""
+
+
+# Checks. Much of the time that a call takes to pickle is spent in them.
+
+
+def _has_children(read: Read, source: Any, ids: list[int]) -> bool:
+    return [*map(id, read(source))] == ids
+
+
+def _is_imported(module: str, name: str, ident: int) -> bool:
+    return id(getattr(sys.modules[module], name)) == ident
+
+
+def _is_nested(module: str, path: list[str], ident: int) -> bool:
+    return id(functools.reduce(getattr, path, sys.modules[module])) == ident
+
+
+def _is_plain_function(ref: Callable[[], Any], defaults: object, parts: tuple[Any, ...]) -> bool:
+    now: tuple[Any, ...] = _function_parts(ref())
+    # All others are equal only if the same is pickled; but (1,) == (True,).
+    return now == parts and now[_DEFAULTS] is defaults
+
+
+def _plain_function(ref: Callable[[], Any], func: Any) -> Check | None:
+    """A check that takes half of the time, for a function that has nothing unusual."""
+    parts: tuple[Any, ...] = _function_parts(func)
+    *_, kwdefaults, _, _, _, _, closure, attributes, annotations = parts
+    if kwdefaults is not None or closure is not None or attributes:
+        return None
+    for value in annotations.values():
+        if value is not None and type(value) is not str:
+            if type(value) is not type or not importable(value):
+                return None
+    # A copy: the tables of the function may change, or keep it alive.
+    copy = (*parts[:_TABLES], closure, {}, dict(annotations))
+    return functools.partial(_is_plain_function, ref, parts[_DEFAULTS], copy)
 
 
 class Proof:
@@ -161,19 +191,19 @@ class Proof:
 
     Attributes:
         bindings: what globals were bound to.
-        checks: nodes of the graph: how to read one, what to read, the children it had.
+        checks: of the nodes of the graph that may change.
     """
 
     __slots__ = ("_compiled", "_keep", "_modules", "_registered", "bindings", "checks")
 
     def __init__(self) -> None:
         self.bindings: dict[Key, int] = {}
-        self.checks: dict[Any, tuple[Read, Any, list[int]]] = {}
+        self.checks: dict[Any, Check] = {}
         self._keep: list[Any] = []
         # A new import may be a submodule that pickled code would have to import.
         self._modules = len(sys.modules)
         self._registered = frozenset(cp._PICKLE_BY_VALUE_MODULES)
-        self._compiled: list[tuple[Read, Any, list[int]]] | None = None
+        self._compiled: list[Check] | None = None
 
     def bind(self, keys: Iterable[Key]) -> None:
         """Note what these globals are bound to now."""
@@ -195,12 +225,19 @@ class Proof:
             union._modules = min(union._modules, proof._modules)
         return union
 
-    def _compile(self) -> list[tuple[Read, Any, list[int]]]:
-        compiled = []
+    def _compile(self) -> list[Check]:
+        compiled: list[Check] = []
         for home in dict.fromkeys(module for module, _ in self.bindings):
             names = tuple(name for module, name in self.bindings if module == home)
             ids = [self.bindings[home, name] for name in names]
-            compiled.append((_read_names, (namespace(home).get, names), ids))
+            globals_ = namespace(home)
+            read: Read = operator.itemgetter(*names, names[0])  # one more: a tuple of at least two
+            source: Any = globals_
+            if all(name in globals_ for name in names):
+                ids.append(ids[0])
+            else:
+                read, source = _read_names, (globals_.get, names)
+            compiled.append(functools.partial(_has_children, read, source, ids))
         return [*compiled, *self.checks.values()]
 
     def holds(self) -> bool:
@@ -212,8 +249,8 @@ class Proof:
         if self._compiled is None:
             self._compiled = self._compile()
         try:
-            for read, source, ids in self._compiled:
-                if [*map(id, read(source))] != ids:
+            for check in self._compiled:
+                if not check():
                     return False
         except Exception:  # a name, a cell or a function is gone
             return False
@@ -267,12 +304,15 @@ class _Prover:
         elif isinstance(value, types.ModuleType):
             if travels_by_value(value.__name__) or sys.modules.get(value.__name__) is not value:
                 raise Unprovable
-        elif kind in READERS:
-            self._check(READERS[kind], value)
+        elif kind in (tuple, frozenset):
+            self._count(value)
+            self._todo += value
+        elif kind in _READERS:
+            self._check(_READERS[kind], value)
         elif kind.__module__.partition(".")[0] in _IMMUTABLE_MODULES:
             self._todo += [typing.get_origin(value), *typing.get_args(value)]
         elif kind.__module__ == "attr._make" and issubclass(kind, tuple):
-            self._check(tuple, value)  # the fields of a class of attrs
+            self._todo += value  # the fields of a class of attrs
         elif isinstance(value, Enum) or _has_plain_state(kind):
             self._check(_read_instance, value)
         else:
@@ -280,16 +320,24 @@ class _Prover:
 
     def _check(self, read: Read, source: Any, children: Iterable[object] | None = None) -> None:
         found = list(read(source))
-        self._children += len(found)
-        if self._children > _MAX_CHILDREN:
-            raise Unprovable
-        self.proof.checks[read, id(source)] = read, source, [*map(id, found)]
+        self._count(found)
+        ids = [*map(id, found)]
+        self.proof.checks[read, id(source)] = functools.partial(_has_children, read, source, ids)
         self._todo += found if children is None else children
 
+    def _count(self, children: Sized) -> None:
+        self._children += len(children)
+        if self._children > _MAX_CHILDREN:
+            raise Unprovable
+
     def _check_import(self, value: Any) -> None:
-        if value.__module__ != "builtins":
-            source = value.__module__, value.__qualname__
-            self.proof.checks[source] = _read_import, source, [id(value)]
+        module, name = value.__module__, value.__qualname__
+        if module != "builtins":
+            self.proof.checks[module, name] = (
+                functools.partial(_is_nested, module, name.split("."), id(value))
+                if "." in name
+                else functools.partial(_is_imported, module, name, id(value))
+            )
 
     def _visit_function(self, func: types.FunctionType) -> None:
         if importable(func):
@@ -298,7 +346,13 @@ class _Prover:
         ref = weakref.ref(func)
         parts = _read_function(ref)
         # Not the tables themselves: kept alive, they might keep the function alive.
-        self._check(_read_function, ref, [*parts[:_TABLES], *parts[_TABLES + 3 :]])
+        children = [*parts[:_TABLES], *parts[_TABLES + 3 :]]
+        if plain := _plain_function(ref, func):
+            self._count(parts)
+            self.proof.checks[_read_function, id(ref)] = plain
+            self._todo += children
+        else:
+            self._check(_read_function, ref, children)
         if home_of(func.__globals__) is None:  # these globals are copied into the pickle
             names = tuple(code_globals(func.__code__))
             self._check(_read_names, (func.__globals__.get, names))

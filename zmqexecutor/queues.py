@@ -29,11 +29,12 @@ class JobQueue(Generic[J]):
     def __init__(self) -> None:
         self._levels: dict[int, deque[J]] = {}
         self._priorities: list[int] = []  # of the levels, lowest first
-        self._first: deque[J] = deque()  # the highest level, empty only if all is
+        self.front: deque[J] = deque()
+        """Those of the highest priority, the first of all first. Empty only if none wait."""
         self._length = 0
 
     def __bool__(self) -> bool:
-        return bool(self._first)
+        return bool(self.front)
 
     def __len__(self) -> int:
         return self._length
@@ -58,17 +59,13 @@ class JobQueue(Generic[J]):
             level.appendleft(job)
         self._length += len(jobs)
 
-    def first(self) -> J:
-        """The job to be taken next, which stays."""
-        return self._first[0]
-
     def take_first(self) -> J:
         """Take the job that comes first."""
-        job = self._first.popleft()
+        job = self.front.popleft()
         self._length -= 1
-        if not self._first and self._length:
+        if not self.front and self._length:
             del self._levels[self._priorities.pop()]
-            self._first = self._levels[self._priorities[-1]]
+            self.front = self._levels[self._priorities[-1]]
         return job
 
     def take_last(self) -> J:
@@ -85,10 +82,10 @@ class JobQueue(Generic[J]):
         return (level[0] for level in self._levels.values() if level)
 
     def _new_level(self, priority: int) -> deque[J]:
-        if not self._first:
+        if not self.front:
             self._levels.clear()  # the last level is kept when it has become empty
             self._priorities.clear()
         level = self._levels[priority] = deque()
         insort(self._priorities, priority)
-        self._first = self._levels[self._priorities[-1]]
+        self.front = self._levels[self._priorities[-1]]
         return level

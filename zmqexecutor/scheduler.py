@@ -43,7 +43,7 @@ from dataclasses import dataclass
 from typing import Final, Generic, TypeAlias, TypeVar
 
 from .lanes import Job, Lane, WorkerState
-from .protocol import DEFAULT_SERVICE
+from .protocol import DEFAULT_SERVICE, Result
 
 __all__ = [
     "Decision",
@@ -63,7 +63,7 @@ STALL: Final = 0.002
 LARGEST_BATCH: Final = 256
 """Jobs in one message, however short they are."""
 KINDS_REMEMBERED: Final = 4096
-"""Kinds of job whose usual duration is kept, the latest used."""
+"""Kinds of job whose usual duration is kept, the latest that were new."""
 LEAD: Final = 1.0
 """Seconds that a successor may need to get ready."""
 PURGE: Final = 6.0
@@ -269,17 +269,35 @@ class Scheduler(Generic[J]):
             self.settle(worker)
         return worker
 
-    def result(self, worker: WorkerState[J], seq: int, seconds: float, now: float) -> J | None:
-        """A worker has answered a job, which is returned; None if it held no such job.
-
-        Call `settle` after the last of several results.
-        """
-        job = worker.release(seq)
-        if job is None:
-            return None
-        self._progress(worker, now)
-        self._learn(job.kind, seconds)
-        return job
+    def results(
+        self, worker: WorkerState[J], results: Iterable[Result], now: float
+    ) -> list[J | None]:
+        """A worker has answered jobs. Return each of them; None for one that it did not hold."""
+        jobs: list[J | None] = []
+        held, durations, load, progress = worker.held, self._durations, worker.load, False
+        for result in results:
+            entry = held.pop(result.seq, None)
+            if entry is None:
+                jobs.append(None)
+                continue
+            job, expected = entry
+            job.worker = None
+            jobs.append(job)
+            load -= expected
+            progress = True
+            # Whatever a worker claims, NaN too: what counts lies between these two.
+            seconds = result.seconds if result.seconds > _SHORTEST else _SHORTEST
+            if seconds > _UNKNOWN:
+                seconds = _UNKNOWN
+            usual = durations.get(job.kind, seconds)
+            durations[job.kind] = usual + WEIGHT_OF_LATEST * (seconds - usual)
+        worker.load = load if held else 0.0
+        while len(durations) > KINDS_REMEMBERED:
+            durations.popitem(last=False)
+        if progress:
+            self._progress(worker, now)
+        self.settle(worker)
+        return jobs
 
     def recalled(self, worker: WorkerState[J], seqs: Iterable[int]) -> None:
         """A worker gives back jobs that it will not run; they go to the front."""
@@ -403,7 +421,7 @@ class Scheduler(Generic[J]):
                 worker = next(reversed(idle.values()))  # its caches are the warmest
                 if len(worker.lanes) > 1:
                     source = self._turn(worker)
-            elif hungry and self._expected(queue.first()) <= AHEAD / 2:
+            elif hungry and self._expected(queue.front[0]) <= AHEAD / 2:
                 worker = next(iter(hungry.values()))
                 hungry.move_to_end(worker.key)
             else:
@@ -428,25 +446,25 @@ class Scheduler(Generic[J]):
     def _take_batch(self, worker: WorkerState[J], lane: Lane[J], limit: int) -> list[tuple[int, J]]:
         batch: list[tuple[int, J]] = []
         queue, held, before = lane.queue, worker.held, len(lane.queue)
-        durations = self._durations
+        durations, load, seq, expected = self._durations, worker.load, worker.next_seq, 0.0
         if worker.allowance is not None:
             limit = min(limit, worker.allowance)
-        while queue and len(batch) < limit:
-            job = queue.first()
+        while (front := queue.front) and len(batch) < limit:
+            job = front[0]
             expected = durations.get(job.kind, _UNKNOWN)
-            if held and (expected > AHEAD / 2 or worker.load + expected > AHEAD):
+            if held and (expected > AHEAD / 2 or load + expected > AHEAD):
                 break
             queue.take_first()
             if not job.start():
                 continue
-            seq = worker.next_seq
-            worker.next_seq = seq + 1
             job.worker, job.seq = worker, seq
             held[seq] = (job, expected)
-            worker.load += expected
             batch.append((seq, job))
+            seq += 1
+            load += expected
             if expected > AHEAD / 2 or not worker.ahead:
                 break
+        worker.load, worker.next_seq = load, seq
         self._shrunk(lane, before - len(queue))
         if worker.allowance is not None:
             worker.allowance -= len(batch)
@@ -604,11 +622,3 @@ class Scheduler(Generic[J]):
 
     def _expected(self, job: J) -> float:
         return self._durations.get(job.kind, _UNKNOWN)
-
-    def _learn(self, kind: Hashable, seconds: float) -> None:
-        # Whatever a worker claims, NaN too: what counts lies between these two.
-        seconds = min(max(_SHORTEST, seconds), _UNKNOWN)
-        usual = self._durations.pop(kind, seconds)
-        self._durations[kind] = usual + WEIGHT_OF_LATEST * (seconds - usual)
-        if len(self._durations) > KINDS_REMEMBERED:
-            self._durations.popitem(last=False)

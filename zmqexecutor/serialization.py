@@ -408,29 +408,23 @@ class CallPickler:
         return self.load(outcome, outcome.buffers)
 
     def load(self, outcome: Outcome | Result, buffers: Sequence[Buffer]) -> Any:
-        """Return the result that a worker has sent with these buffers, or raise the exception."""
-        if outcome.ok:
-            return self.load_result(outcome.data, buffers, outcome.segment)
-        raise self.load_exception(outcome.data)
-
-    def load_result(
-        self, data: Buffer, buffers: Sequence[Buffer] = (), segment: Segment | None = None
-    ) -> Any:
-        """Return the result in the data of an outcome that is ok.
+        """Return the result that a worker has sent with these buffers, or raise the exception.
 
         Raises:
             SerializationError: it cannot be unpickled here; the cause says why.
         """
+        if not outcome.ok:
+            raise self._load_exception(outcome.data)
         try:
-            if segment is not None and self.packer.segments is not None:
-                buffers = self.packer.segments.open(segment, owned=True)
-            return _loads(data, buffers) if buffers else pickle.loads(data)
+            if outcome.segment is not None and self.packer.segments is not None:
+                buffers = self.packer.segments.open(outcome.segment, owned=True)
+            return _loads(outcome.data, buffers) if buffers else pickle.loads(outcome.data)
         except BaseException as error:
             message = f"The result cannot be unpickled: {_describe(error)}."
             failure = _serialization_error(message, error)
         raise failure
 
-    def load_exception(self, data: Buffer) -> BaseException:
+    def _load_exception(self, data: Buffer) -> BaseException:
         """Return the exception in the data of an outcome that is not ok. Never raises."""
         text, message, pickled, raised = _Failure(*pickle.loads(data))
         cause: BaseException = _remote_traceback(text)

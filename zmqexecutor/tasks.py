@@ -164,7 +164,10 @@ class Task(Job, eq=False, kw_only=True):
             # Its traceback would keep this task and its arguments alive.
             return error.with_traceback(None)
         self._let_go()
-        _complete(self.future.set_result, value)
+        try:
+            self.future.set_result(value)
+        except BaseException as error:
+            _log_unless_done(error)
         return None
 
     def retry_after(self, error: BaseException) -> float | None:
@@ -186,7 +189,10 @@ class Task(Job, eq=False, kw_only=True):
         if not self.sent:
             self.sent = self.future.set_running_or_notify_cancel()
         if self.sent:
-            _complete(self.future.set_exception, error)
+            try:
+                self.future.set_exception(error)
+            except BaseException as problem:
+                _log_unless_done(problem)
 
     def cancel(self) -> None:
         """Cancel it while it is queued; one given back by a worker counts as running."""
@@ -194,13 +200,13 @@ class Task(Job, eq=False, kw_only=True):
             self.fail(CancelledError())
         else:
             self._let_go()
-            _complete(self._cancel_future)
-
-    def _cancel_future(self) -> None:
-        try:
-            self.future.cancel()
-        finally:
-            self.future.set_running_or_notify_cancel()
+            try:
+                try:
+                    self.future.cancel()
+                finally:
+                    self.future.set_running_or_notify_cancel()
+            except BaseException as problem:
+                _log_unless_done(problem)
 
     def kill(self) -> None:
         """End it with `TaskKilledError`; the caller sees to it that it does not run."""
@@ -214,11 +220,11 @@ class Task(Job, eq=False, kw_only=True):
             self.lease.end()
 
 
-def _complete(setter: Callable[..., None], *value: Any) -> None:
-    try:
-        setter(*value)
-    except InvalidStateError:
-        pass  # it was completed before: by `kill`, say, while the result was on its way
-    except BaseException:
+def _log_unless_done(error: BaseException) -> None:
+    """What came of completing a future that may have been completed before.
+
+    By `kill`, say, while the result was on its way.
+    """
+    if not isinstance(error, InvalidStateError):
         # A done-callback raised something, like SystemExit, that Future lets through.
-        logging.getLogger("concurrent.futures").exception("a future's callback raised")
+        logging.getLogger("concurrent.futures").error("a future's callback raised", exc_info=error)
