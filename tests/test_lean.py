@@ -136,4 +136,4 @@ def test_they_take_less_memory() -> None:
         assert len(kept) == 1000
         return size
 
-    assert size(LeanFuture) < size(Future) / 4
+    assert size(LeanFuture) < size(Future) / 3

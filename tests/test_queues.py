@@ -39,7 +39,7 @@ def test_the_order_is_that_of_a_stable_sort(steps: list[tuple[str, Any]]) -> Non
             queue.put_back(jobs)
             model[:0] = jobs
         elif model:
-            taken = queue.first() if what == "first" else None
+            taken = queue.front[0] if what == "first" else None
             job = queue.take_first() if what == "first" else queue.take_last()
             assert taken in (job, None)
             assert job is model.pop(0 if what == "first" else -1)

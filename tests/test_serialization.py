@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import gc
 import importlib
 import io
@@ -1265,13 +1266,34 @@ STALE = {
         "g.__code__ = (lambda: 2).__code__",
     ),
     "default": ("def f(x=1): return x", "f.__defaults__ = (2,)"),
+    "default that is equal": ("def f(x=1): return repr(x)", "f.__defaults__ = (True,)"),
+    "default in a default": ("l = [1]\ndef f(x=((l,),)): return x", "l.append(2)"),
+    "new keyword default": (
+        "def f(**kw): return f.__kwdefaults__",
+        "f.__kwdefaults__ = {'x': 2}",
+    ),
     "default's list": ("l = [1]\ndef f(x=l): return x", "l.append(2)"),
     "keyword default": ("def f(*, x=1): return x", "f.__kwdefaults__['x'] = 2"),
     "attribute": ("def f(): return f.x\nf.x = 1", "f.x = 2"),
     "attribute of helper": ("def g(): pass\ng.x = 1\ndef f(): return g.x", "g.x = 2"),
     "new attribute": ("def f(): return getattr(f, 'x', 0)", "f.x = 2"),
     "annotation": ("def f(): return dict(f.__annotations__)", "f.__annotations__['x'] = int"),
+    "annotation's class": (
+        "def f(x: int = 0): return f.__annotations__['x']",
+        "f.__annotations__['x'] = str",
+    ),
+    "annotations": (
+        "def f(x: int = 0) -> None: return f.__annotations__",
+        "f.__annotations__ = {}",
+    ),
     "name": ("def f(): return f.__name__", "f.__name__ = 'g'"),
+    "qualified name": ("def f(): return f.__qualname__", "f.__qualname__ = 'g'"),
+    "text": ("def f():\n 'a'\n return f.__doc__", "f.__doc__ = 'b'"),
+    "list in a tuple": ("x = ((1, [2]),)\ndef f(): return x", "x[0][1].append(3)"),
+    "constant that is equal": (
+        "def f(): return repr(1)",
+        "f.__code__ = (lambda: repr(True)).__code__",
+    ),
     "class attribute": ("class C: x = 1\ndef f(): return C.x", "C.x = 2"),
     "deleted class attribute": (
         "class C: x = 1\ndef f(): return getattr(C, 'x', 0)",
@@ -1758,3 +1780,59 @@ def test_a_worker_starts_without_the_parents_modules() -> None:
 def test_data_is_a_plain_pickle(pair: Pair) -> None:
     call = pair.pickler.dump_call(echo, (1, "a"), {"b": 2})
     assert pickle.load(io.BytesIO(call.data)) == ((1, "a"), {"b": 2})
+
+
+PLAIN = [
+    *(0, -1, 2**31, -(2**63), 10**5000, True, False, None),
+    *(0.0, -0.0, 1.5, float("inf"), float("nan"), 5e-324, complex(0.0, -0.0)),
+    *("", "a", "ä€\U0001f40d", "\udc80", "x" * 9999, "x" * 10_001),
+    *(b"", b"\x80", bytes(range(256)), b"x" * 9999, b"x" * 10_001),
+]
+
+
+@pytest.mark.parametrize("value", PLAIN, ids=lambda value: f"{type(value).__name__}-{hash(value)}")
+def test_numbers_and_text_arrive_as_they_are(pair: Pair, value: object) -> None:
+    there = pair.outcome(type_and_repr, value)
+    assert pair.pickler.load_outcome(there) == type_and_repr(value)
+    back = pair.call(first, value)
+    assert type_and_repr(back) == type_and_repr(value)
+    assert pair.call(echo, value, "b", 3)[0] == (back, "b", 3) or back != back
+
+
+def type_and_repr(value: object) -> str:
+    if type(value) is int:
+        return f"int {value:x}"
+    return f"{type(value).__name__} {value!r}"
+
+
+class Fruit(enum.IntEnum):
+    APPLE = 1
+
+
+class Word(str):
+    __slots__ = ()
+
+
+@pytest.mark.parametrize("value", [Fruit.APPLE, Word("a"), np.float64(1.5)], ids=str)
+def test_what_is_like_a_number_or_text_keeps_its_class(pair: Pair, value: object) -> None:
+    assert type(pair.call(first, value)) is type(value)
+    assert pair.call(echo, value, 1) == ((value, 1), {})
+
+
+def test_numbers_and_text_are_told_from_pickles(pair: Pair) -> None:
+    arguments: list[tuple[object, ...]] = [(), (b"\x80",), (1, "a"), ([1],), (b"\x80" * 10_001,)]
+    for args in arguments:
+        assert pair.call(echo, *args) == (args, {})
+        assert pair.call(echo, *args, key=1) == (args, {"key": 1})
+
+
+def test_data_that_is_damaged_fails_its_task_only(pair: Pair) -> None:
+    call = pair.pickler.dump_call(echo, (1, "a"), {})
+    pair.runner.load_function(call.shared.key, call.shared.data)
+    for data in (call.data[:-1], b"?", b"", b"\x80\x05"):
+        outcome = pair.runner.run(call.shared.key, data)
+        with pytest.raises(SerializationError, match="unpickled"):
+            pair.pickler.load_outcome(outcome)
+        with pytest.raises(SerializationError, match="The result cannot be unpickled"):
+            pair.pickler.load_outcome(Outcome(True, data))
+    assert pair.pickler.load_outcome(pair.runner.run(call.shared.key, call.data))[0] == (1, "a")

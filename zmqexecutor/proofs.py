@@ -178,9 +178,9 @@ def _plain_function(ref: Callable[[], Any], func: Any) -> Check | None:
     if kwdefaults is not None or closure is not None or attributes:
         return None
     for value in annotations.values():
-        if value is not None and type(value) is not str:
-            if type(value) is not type or not importable(value):
-                return None
+        plain = value is None or type(value) is str
+        if not plain and (type(value) is not type or not importable(value)):
+            return None
     # A copy: the tables of the function may change, or keep it alive.
     copy = (*parts[:_TABLES], closure, {}, dict(annotations))
     return functools.partial(_is_plain_function, ref, parts[_DEFAULTS], copy)
