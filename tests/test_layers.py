@@ -63,6 +63,7 @@ LAYERS = [
     "supervisor_link",
     "workers",
     # the master's side
+    "lean",
     "queues",
     "lanes",
     "scheduler",
@@ -79,7 +80,6 @@ LAYERS = [
     "attendance",
     "clients",
     "master",
-    "lean",
     "jobrunner",
     "futures",
     "mapping",
