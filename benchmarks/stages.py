@@ -15,13 +15,13 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Any
 
 from benchmarks import tasks
 from benchmarks.report import Table, value
 from zmqexecutor import ZmqExecutor, protocol
 from zmqexecutor.journal import JournalWriter
+from zmqexecutor.lean import LeanFuture
 from zmqexecutor.peers import Peer
 from zmqexecutor.serialization import CallPickler, CallRunner
 
@@ -60,7 +60,7 @@ def alone(count: int) -> dict[str, float]:
         inbox.popleft()
 
     def complete() -> None:
-        future: Future[Any] = Future()
+        future: LeanFuture[Any] = LeanFuture()
         future.set_running_or_notify_cancel()
         future.set_result(None)
 

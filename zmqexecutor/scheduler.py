@@ -39,8 +39,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
 from typing import Final, Generic, TypeAlias, TypeVar
+
+import msgspec
 
 from .lanes import Job, Lane, WorkerState
 from .protocol import DEFAULT_SERVICE, Result
@@ -75,45 +76,39 @@ WEIGHT_OF_LATEST: Final = 0.3
 J = TypeVar("J", bound=Job)
 
 
-@dataclass(slots=True)
-class Send(Generic[J]):
+class Send(msgspec.Struct, Generic[J]):
     """Send these jobs, numbered as given, to this worker."""
 
     worker: WorkerState[J]
     jobs: list[tuple[int, J]]
 
 
-@dataclass(slots=True)
-class Recall(Generic[J]):
+class Recall(msgspec.Struct, Generic[J]):
     """Ask this worker for those of these jobs that it has not started."""
 
     worker: WorkerState[J]
     seqs: list[int]
 
 
-@dataclass(slots=True)
-class Retire(Generic[J]):
+class Retire(msgspec.Struct, Generic[J]):
     """This worker has done all the jobs it was allowed, or is worn out; let it leave."""
 
     worker: WorkerState[J]
 
 
-@dataclass(slots=True)
-class Scale:
+class Scale(msgspec.Struct):
     """Keep this many workers from now on, successors included."""
 
     workers: int
 
 
-@dataclass(slots=True)
-class Expire(Generic[J]):
+class Expire(msgspec.Struct, Generic[J]):
     """These jobs waited too long without any worker."""
 
     jobs: list[J]
 
 
-@dataclass(frozen=True, slots=True)
-class Deserted:
+class Deserted(msgspec.Struct, frozen=True):
     """So many jobs wait on for a service that no worker offers."""
 
     service: str
