@@ -6,9 +6,9 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
+import msgspec
 import zmq
 
 from . import directories, protocol, security
@@ -33,8 +33,7 @@ _POLLIN: Final = int(zmq.POLLIN)  # `&` of pyzmq's enum takes longer than the ca
 Handle: TypeAlias = Callable[[bytes, Frame, list[Frame]], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Entrance:
+class Entrance(msgspec.Struct, frozen=True):
     """Where workers come in, and which.
 
     Attributes:
@@ -58,7 +57,7 @@ class Entrance:
     python: str = ""
     calls: bool = False
     lost_after: float = LOST_AFTER
-    access: security.Access = field(default_factory=security.Access)
+    access: security.Access = msgspec.field(default_factory=security.Access)
     bell: str | None = None
 
 

@@ -7,7 +7,6 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
 from functools import partial
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
@@ -167,7 +166,7 @@ class ZmqExecutor(MappingExecutor):
         self._equipped = False
         if joining is not None:
             setup = Setup.for_others(self._initializer, max_memory=self._max_worker_memory)
-            joining = replace(
+            joining = msgspec.structs.replace(
                 joining,
                 setup=msgspec.msgpack.encode(setup),
                 python=".".join(map(str, sys.version_info[:2])),
@@ -204,7 +203,9 @@ class ZmqExecutor(MappingExecutor):
         own = Entrance(endpoint, work, setup=None, group_only=True, bell=bell)
         command = python_command("-c", boot_code(start_path(), endpoint, directory.path, rlimits))
         return Master(
-            replace(options, entrances=[own, *options.entrances], segments=segments),
+            msgspec.structs.replace(
+                options, entrances=[own, *options.entrances], segments=segments
+            ),
             Workers(command, 1, directory=directory.path, remove_directory=True, rlimits=rlimits),
             cleanup=partial(_clean_up, self._pickler, directory),
         )
@@ -460,7 +461,7 @@ class ExecutorView(MappingExecutor):
 
     def options(self, **changes: Any) -> ExecutorView:
         """Return a view that has these options (see `ZmqExecutor.options`) and its own others."""
-        return self._executor.options(**{**asdict(self._options), **changes})
+        return self._executor.options(**{**msgspec.structs.asdict(self._options), **changes})
 
     def share(self, obj: T) -> SharedObject[T]:
         """As `ZmqExecutor.share`; the handle is good for the pool and all its views."""

@@ -25,9 +25,10 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass
 from functools import partial
 from typing import Final
+
+import msgspec
 
 from . import protocol
 from .attendance import Attendance
@@ -60,8 +61,7 @@ LONGEST_WAIT: Final = 3600.0
 """Seconds after which the loop looks again at a deadline that is still further away."""
 
 
-@dataclass(frozen=True, slots=True)
-class MasterOptions:
+class MasterOptions(msgspec.Struct, frozen=True):
     """What a master needs to know before it starts.
 
     Attributes:

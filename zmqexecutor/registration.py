@@ -13,9 +13,9 @@ import uuid
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
+import msgspec
 import zmq
 
 from . import handshakes, protocol, security
@@ -71,8 +71,7 @@ class Claims:
             self._recalled.clear()
 
 
-@dataclass(frozen=True, slots=True)
-class Session:
+class Session(msgspec.Struct, frozen=True):
     """A master has welcomed the worker."""
 
     worker: str

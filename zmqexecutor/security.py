@@ -14,9 +14,9 @@ import os
 import re
 import socket as stdlib_socket
 import stat
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
+import msgspec
 import zmq
 
 from .directories import IPC_PATH_LIMIT
@@ -48,8 +48,7 @@ _HOST: Final = re.compile(r"[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+(%[A-Za-z0-9_.-]+)?\
 _ANY: Final = ("0.0.0.0", "[::]")  # noqa: S104  (no address to bind: what is compared with)
 
 
-@dataclass(frozen=True, slots=True)
-class Access:
+class Access(msgspec.Struct, frozen=True):
     """Who may connect to the sockets of a master or worker, as its user has decided.
 
     Attributes:

@@ -7,8 +7,9 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, InvalidStateError
-from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
+
+import msgspec
 
 from .buffers import Lease
 from .errors import BrokenPoolError, SerializationError, TaskKilledError
@@ -32,8 +33,7 @@ LONGEST_RETRY_DELAY: Final = 60.0
 """Seconds; no wait before another try is longer."""
 
 
-@dataclass(frozen=True, slots=True)
-class TaskOptions:
+class TaskOptions(msgspec.Struct, frozen=True):
     """What `ZmqExecutor.options` sets, whose docstring tells more.
 
     Attributes:
