@@ -6,10 +6,11 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from dataclasses import replace
 from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, TypeAlias
+
+import msgspec
 
 from . import codecs, security
 from .attendance import check_wait
@@ -80,7 +81,7 @@ class JobRunner:
             allow_plaintext_tcp_from_anyone=allow_plaintext_tcp_from_anyone,
         )
         joining = joining_entrance(endpoint, work_address, lost_after, access)
-        self._entrance = replace(joining, calls=True)
+        self._entrance = msgspec.structs.replace(joining, calls=True)
         self._patience = patience
         self._pid = os.getpid()
         self._lock = threading.Lock()
