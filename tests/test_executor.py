@@ -27,6 +27,7 @@ from zmqexecutor import (
     WorkerLostError,
     ZmqExecutor,
 )
+from zmqexecutor.tasks import Task
 
 from .conftest import eventually
 
@@ -636,3 +637,21 @@ def test_a_pool_that_has_ended_leaves_nothing_to_the_garbage_collector() -> None
         assert master() is None
     finally:
         gc.enable()
+
+
+def test_a_task_that_is_refused_while_it_is_pickled_leaves_nothing() -> None:
+    class ShutsDown:
+        def __reduce__(self) -> tuple[type[int], tuple[()]]:
+            executor.shutdown(wait=False)
+            return int, ()
+
+    with ZmqExecutor(1) as executor:
+        gc.collect()
+        gc.disable()
+        before = sum(isinstance(found, Task) for found in gc.get_objects())
+        try:
+            with pytest.raises(RuntimeError, match="after shutdown"):
+                executor.submit(repr, ShutsDown())
+            assert sum(isinstance(found, Task) for found in gc.get_objects()) == before
+        finally:
+            gc.enable()

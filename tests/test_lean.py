@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import gc
 import threading
 import tracemalloc
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from typing import Any
 
 import pytest
 
@@ -137,3 +140,26 @@ def test_they_take_less_memory() -> None:
         return size
 
     assert size(LeanFuture) < size(Future) / 3
+
+
+def test_who_asks_for_an_exception_leaves_no_cycle() -> None:
+    class Local:
+        pass
+
+    def ask() -> tuple[weakref.ref[Any], weakref.ref[Any]]:
+        future: LeanFuture[int] = LeanFuture()
+        local = Local()
+        future.set_running_or_notify_cancel()
+        future.set_exception(ValueError("why"))
+        refs = weakref.ref(future), weakref.ref(local)
+        futures = [future]  # emptied at the call: this frame is in the traceback too
+        del future
+        with contextlib.suppress(ValueError):
+            futures.pop().result()
+        return refs
+
+    gc.disable()
+    try:
+        assert [ref() for ref in ask()] == [None, None]
+    finally:
+        gc.enable()

@@ -1290,6 +1290,18 @@ STALE = {
     "qualified name": ("def f(): return f.__qualname__", "f.__qualname__ = 'g'"),
     "text": ("def f():\n 'a'\n return f.__doc__", "f.__doc__ = 'b'"),
     "list in a tuple": ("x = ((1, [2]),)\ndef f(): return x", "x[0][1].append(3)"),
+    "file of the code": (
+        "def f(): return f.__code__.co_filename",
+        "f.__code__ = f.__code__.replace(co_filename='/elsewhere.py')",
+    ),
+    "order of annotations": (
+        "def f(x: int = 0, y: int = 0): return list(f.__annotations__)",
+        "f.__annotations__ = dict(reversed(f.__annotations__.items()))",
+    ),
+    "annotation that is equal to all": (
+        "import unittest.mock\ndef f(x: int = 0): return repr(f.__annotations__['x'])",
+        "f.__annotations__['x'] = unittest.mock.ANY",
+    ),
     "constant that is equal": (
         "def f(): return repr(1)",
         "f.__code__ = (lambda: repr(True)).__code__",

@@ -319,12 +319,13 @@ class ZmqExecutor(MappingExecutor):
             shares=call.shares,
             options=options,
         )
-        future.belongs_to(self._master_reference, task)
         with self._lock:
             if self._closed:
                 self._check_open()
             if not self._equipped:
                 self._equip()
+            # Not before: of a task that is refused the future must keep nothing.
+            future.belongs_to(self._master_reference, task)
             self._master.submit(task)
         return future
 

@@ -18,6 +18,7 @@ class TaskFuture(LeanFuture[T]):
     """A `concurrent.futures.Future` with a `kill`."""
 
     _master: weakref.ref[Master] | None = None
+    _task: Task | None = None
     _kill_on_cancel = False
 
     def belongs_to(self, master: weakref.ref[Master], task: Task) -> None:

@@ -114,7 +114,10 @@ class LeanFuture(Future[T]):
         """As the standard library's."""
         if self._state == "FINISHED" and self._exception is None:
             return self._result  # type: ignore[return-value]  # it is there before the state
-        return super().result(timeout)
+        try:
+            return super().result(timeout)
+        finally:
+            self = None  # type: ignore[assignment]  # a cycle with the exception's traceback
 
 
 _KNOWN: Final = set(vars(Future())) == {

@@ -78,7 +78,7 @@ _function_parts = operator.attrgetter(
     *("__name__", "__qualname__", "__module__", "__doc__"),
     *("__closure__", "__dict__", "__annotations__"),
 )
-_DEFAULTS: Final = 1
+_ATTRIBUTES: Final = 8
 _TABLES: Final = 7  # where the tables begin, whose contents count
 _class_parts = operator.attrgetter("__class__", "__bases__", "__name__", "__qualname__")
 
@@ -165,14 +165,44 @@ def _is_nested(module: str, path: list[str], ident: int) -> bool:
     return id(functools.reduce(getattr, path, sys.modules[module])) == ident
 
 
-def _is_plain_function(ref: Callable[[], Any], defaults: object, parts: tuple[Any, ...]) -> bool:
-    now: tuple[Any, ...] = _function_parts(ref())
-    # All others are equal only if the same is pickled; but (1,) == (True,).
-    return now == parts and now[_DEFAULTS] is defaults
+def _is_plain_function(
+    ref: Callable[[], Any], parts: Sequence[object], notes: Sequence[object]
+) -> bool:
+    # `is`: what is equal may be pickled differently. Written out, it takes half of the time.
+    code, defaults, _, name, qualname, module, doc, _ = parts
+    (
+        new_code,
+        new_defaults,
+        kwdefaults,
+        new_name,
+        new_qualname,
+        new_module,
+        new_doc,
+        closure,
+        attributes,
+        new_notes,
+    ) = _function_parts(ref())
+    return (
+        new_code is code
+        and new_defaults is defaults
+        and kwdefaults is None
+        and new_name is name
+        and new_qualname is qualname
+        and new_module is module
+        and new_doc is doc
+        and closure is None
+        and not attributes
+        and (
+            len(new_notes) * 2 == len(notes)
+            and all(map(operator.is_, (*new_notes, *new_notes.values()), notes))
+            if new_notes
+            else not notes
+        )
+    )
 
 
 def _plain_function(ref: Callable[[], Any], func: Any) -> Check | None:
-    """A check that takes half of the time, for a function that has nothing unusual."""
+    """A check that takes less time, for a function that has nothing unusual."""
     parts: tuple[Any, ...] = _function_parts(func)
     *_, kwdefaults, _, _, _, _, closure, attributes, annotations = parts
     if kwdefaults is not None or closure is not None or attributes:
@@ -181,9 +211,9 @@ def _plain_function(ref: Callable[[], Any], func: Any) -> Check | None:
         plain = value is None or type(value) is str
         if not plain and (type(value) is not type or not importable(value)):
             return None
-    # A copy: the tables of the function may change, or keep it alive.
-    copy = (*parts[:_TABLES], closure, {}, dict(annotations))
-    return functools.partial(_is_plain_function, ref, parts[_DEFAULTS], copy)
+    # Not the tables themselves: kept alive, they might keep the function alive.
+    notes = (*annotations, *annotations.values())
+    return functools.partial(_is_plain_function, ref, parts[:_ATTRIBUTES], notes)
 
 
 class Proof:
