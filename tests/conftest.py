@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from zmqexecutor import ZmqExecutor, directories, supervisor_link
+from zmqexecutor import Workers, ZmqExecutor, directories, supervisor_link
 
 DEADLINE = 15.0
 
@@ -46,6 +46,11 @@ def run_in_supervisors(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     head, ours, tail = supervisor_link._BOOT.partition("from zmqexecutor import")
     escaped = repr(code).replace("{", "{{").replace("}", "}}")
     monkeypatch.setattr(supervisor_link, "_BOOT", f"{head}exec({escaped}); {ours}{tail}")
+
+
+def start_without_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every worker started by its command, as where it cannot be forked."""
+    monkeypatch.setattr(Workers, "preloaded", property(lambda _: None, lambda *_: None))
 
 
 def alive(pid: int) -> bool:

@@ -55,6 +55,8 @@ LAYERS = [
     # the group
     "terminal",
     "last_words",
+    "prctl",
+    "template",
     "launch",
     "process",
     "group",
@@ -143,6 +145,8 @@ NOT_FOR_WORKERS = {
     "executor",
     "terminal",
     "last_words",
+    "prctl",
+    "template",
     "launch",
     "process",
     "group",

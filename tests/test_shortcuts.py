@@ -17,7 +17,7 @@ import pytest
 from zmqexecutor import ZmqExecutor
 from zmqexecutor.shortcuts import LARGEST_LETTER, Bell, BellRope, Mailbox, Post
 
-from .conftest import eventually
+from .conftest import eventually, start_without_template
 
 
 @pytest.fixture
@@ -187,17 +187,17 @@ def test_a_pool_without_short_cuts_does_the_same(
         "mailbox": "zmqexecutor.registration.Mailbox = fail",
     }
     lines = [line for name, line in code.items() if missing in (name, "both")]
+    start_without_template(monkeypatch)
     monkeypatch.setattr(
         "zmqexecutor.executor.boot_code",
-        lambda path, endpoint, journals, rlimits: "\n".join(
+        lambda path, main: "\n".join(
             [
                 f"import sys; sys.path[:] = {list(path)!r}",
                 "import zmqexecutor.registration",
                 "def fail(path): raise OSError('none here')",
                 *lines,
-                "from zmqexecutor import interpreter; interpreter.depth = 1",
                 "from zmqexecutor.calls import main",
-                f"main({endpoint!r}, {journals!r}, {dict(rlimits)!r})",
+                f"main(*{main.arguments!r})",
             ]
         ),
     )

@@ -341,13 +341,20 @@ def test_spare_processes_end_by_themselves(start: Start) -> None:
     assert watch.count(Spawned) == 4
 
 
-def test_a_process_is_replaced_while_another_is_slow_to_stop(start: Start) -> None:
-    stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True)"
-    watch = start([*PYTHON, stubborn + "; time.sleep(1000)"], 2, graceful_timeout=30.0)
+def test_a_process_is_replaced_while_another_is_slow_to_stop(start: Start, tmp_path: Path) -> None:
+    asked = tmp_path / "asked"
+    stubborn = f"""
+import pathlib, signal, time
+signal.signal(signal.SIGTERM, lambda *_: pathlib.Path({str(asked)!r}).touch())
+while True:
+    time.sleep(1000)
+"""
+    watch = start([*PYTHON, stubborn], 2, graceful_timeout=30.0)
     pids = watch.alive(2)
-    until(lambda: all(ignores_sigterm(pid) for pid in pids))
+    until(lambda: all(catches_sigterm(pid) for pid in pids))
     watch.group.scale(1)
     watch.heard()
+    until(asked.exists)  # else the death might come first, and leave as many as are wanted
     oldest = next(event.pid for event in watch.events if isinstance(event, Spawned))
     os.kill(oldest, signal.SIGKILL)
     watch.next(Reaped, oldest)
@@ -356,8 +363,16 @@ def test_a_process_is_replaced_while_another_is_slow_to_stop(start: Start) -> No
 
 
 def ignores_sigterm(pid: int) -> bool:
+    return treats_sigterm("SigIgn:", pid)
+
+
+def catches_sigterm(pid: int) -> bool:
+    return treats_sigterm("SigCgt:", pid)
+
+
+def treats_sigterm(how: str, pid: int) -> bool:
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("SigIgn:"):
+        if line.startswith(how):
             return bool(int(line.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
     return False
 

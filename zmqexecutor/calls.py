@@ -137,8 +137,20 @@ def _tell_of_crashes() -> None:
         faulthandler.enable(2, all_threads=False)
 
 
-def main(endpoint: str, journals: str, rlimits: Mapping[str, int]) -> None:
-    """Be a worker of the executor at this endpoint, for as long as it lives."""
+def main(endpoint: str, journals: str, rlimits: Mapping[str, int], depth: int) -> None:
+    """Be a worker of the executor at this endpoint, for as long as it lives.
+
+    Args:
+        endpoint: the executor's.
+        journals: its private directory.
+        rlimits: resource limits that are set for this process, to be named in errors.
+        depth: how many executors this process is inside of.
+    """
+    interpreter.depth = depth
+    # What this process was started by is not of the user's script.
+    script = vars(sys.modules["__main__"])
+    for name in [name for name in script if not name.startswith("__")]:
+        del script[name]
     _tell_of_crashes()
     handler = CallHandler(journals, rlimits)
     worker = Worker.with_handler(endpoint, handler, journals=journals, patience=0)

@@ -30,7 +30,7 @@ from .master import Master, MasterOptions
 from .peers import WorkerInfo
 from .protocol import CALLS
 from .serialization import CallPickler
-from .setups import Initializer, Setup, boot_code, call_service
+from .setups import Initializer, Setup, boot_code, call_service, main_of_workers
 from .shares import Share, SharedObject
 from .tasks import PLAIN, Task, TaskOptions, make_options
 from .workers import Workers
@@ -201,12 +201,21 @@ class ZmqExecutor(MappingExecutor):
         work = f"ipc://{directory.path}/work"
         bell = f"{directory.path}/bell"
         own = Entrance(endpoint, work, setup=None, group_only=True, bell=bell)
-        command = python_command("-c", boot_code(start_path(), endpoint, directory.path, rlimits))
+        main = main_of_workers(endpoint, directory.path, rlimits)
+        group = Workers(
+            python_command("-c", boot_code(start_path(), main)),
+            1,
+            directory=directory.path,
+            remove_directory=True,
+            rlimits=rlimits,
+        )
+        if not rlimits:  # some of them count from a program's start
+            group.preloaded = main
         return Master(
             msgspec.structs.replace(
                 options, entrances=[own, *options.entrances], segments=segments
             ),
-            Workers(command, 1, directory=directory.path, remove_directory=True, rlimits=rlimits),
+            group,
             cleanup=partial(_clean_up, self._pickler, directory),
         )
 

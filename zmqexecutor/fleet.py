@@ -67,6 +67,13 @@ class Group(Protocol):
     def stop(self) -> None:
         """Stop workers and supervisor, in bounded steps."""
 
+    @property
+    def pids(self) -> frozenset[int]:
+        """The living processes, as far as `receive` has told."""
+
+    def terminate(self) -> None:
+        """Have the supervisor end if all of its processes have."""
+
     def kill(self) -> None:
         """The same at once, by SIGKILL."""
 
@@ -260,9 +267,18 @@ class Fleet:
             except (OSError, RuntimeError):
                 pass  # the supervisor is gone, which `supervisor_died` will tell
 
-    def leave(self) -> None:
-        """Wait until the workers that were ready, and told to leave, have ended; bounded."""
+    def leave(self, ended: set[int]) -> None:
+        """Wait until the workers that were ready, and told to leave, have ended; bounded.
+
+        Args:
+            ended: those that are known to have. If these are all that there are, the
+                supervisor may end, even if it has not come to its first look at them.
+        """
         if not self.group or self._stopped:
+            return
+        self._ready -= ended
+        if self.group.pids <= ended:
+            self.group.terminate()
             return
         deadline = time.monotonic() + WAIT_FOR_EXIT
         while self._ready and not self.group.closed and self.fileno() != -1:

@@ -13,17 +13,17 @@ import functools
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Final
 
 from circus.stream import Redirector
 from circus.watcher import Watcher
 
-from .launch import KILL_WAIT
+from .launch import KILL_WAIT, PIPE_BYTES, Launcher
 from .limits import refusal
 from .machine import oom_kills
-from .process import PIPE_BYTES, SupervisedProcess
-from .protocol import Configure, FromSupervisor, GroupFailed, Spawned
+from .process import SupervisedProcess
+from .protocol import FromSupervisor, GroupFailed, Spawned
 from .terminal import Terminal
 
 __all__ = ["SupervisedGroup"]
@@ -55,19 +55,14 @@ class ClosingRedirector(Redirector):  # type: ignore[misc]
 class SupervisedGroup(Watcher):  # type: ignore[misc]
     """The processes. Its methods are Circus's; each change is one step of the loop."""
 
-    def __init__(
-        self,
-        config: Configure,
-        report: Callable[[FromSupervisor], None],
-        first: Sequence[subprocess.Popen[bytes]] = (),
-    ) -> None:
+    def __init__(self, launcher: Launcher, report: Callable[[FromSupervisor], None]) -> None:
         """Prepare.
 
         Args:
-            config: what to run.
+            launcher: starts the processes, and has the first of them.
             report: is told what happens.
-            first: processes that have been started and reported already.
         """
+        config = launcher.config
         stderr = {"stream": self._on_stderr} if config.capture_stderr else None
         super().__init__(
             "group",
@@ -80,12 +75,11 @@ class SupervisedGroup(Watcher):  # type: ignore[misc]
             stderr_stream=stderr,
             rlimits=config.rlimits,
         )
-        self._config = config
+        self._launcher = launcher
         self.env = {**os.environ, **(config.env or {})}
         self.numprocesses = config.numprocesses
         self.spare = False
         self._report = report
-        self._first = first
         self._terminal = Terminal(self._pause, self._resume)
         self._kills: set[asyncio.Future[bool]] = set()
         self._early_deaths = self._spawn_failures = 0
@@ -186,15 +180,15 @@ class SupervisedGroup(Watcher):  # type: ignore[misc]
             self._create_redirectors()
             self._resume()
             self._status = "active"
-            for popen in self._first:
-                self._keep(SupervisedProcess(self, self._config, self._nextwid, popen))
-            self._first = ()
+            while self._launcher.first:
+                popen = self._launcher.first.pop(0)
+                self._keep(SupervisedProcess(self, self._launcher, self._nextwid, popen))
         self.manage()
 
     def spawn_process(self, recovery_wid: int | None = None) -> bool:
         """Start one process; False if that failed."""
         try:
-            process = SupervisedProcess(self, self._config, recovery_wid or self._nextwid)
+            process = SupervisedProcess(self, self._launcher, recovery_wid or self._nextwid)
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             self._spawn_failures += 1
             if self._spawn_failures == SPAWN_TRIES:

@@ -1,4 +1,4 @@
-"""Starts one process of a supervised group.
+"""Starts the processes of a supervised group.
 
 Imports little: a supervisor's first processes are under way before it has Circus.
 """
@@ -6,38 +6,76 @@ Imports little: a supervisor's first processes are under way before it has Circu
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import resource
 import signal
 import subprocess
-import sys
-from typing import Final
+from typing import Final, TypeAlias
 
+from . import prctl
 from .protocol import Configure
+from .template import Forked, Template, TemplateLostError
 
-__all__ = ["KILL_WAIT", "end_now", "launch"]
+__all__ = ["KILL_WAIT", "PIPE_BYTES", "Launched", "Launcher", "end_now"]
 
+PIPE_BYTES: Final = 64 * 1024
+"""What a pipe holds."""
 KILL_WAIT: Final = 0.5
 """Seconds in which the kernel should have ended a killed process."""
 
-_PR_SET_PDEATHSIG: Final = 1
-_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+Launched: TypeAlias = "subprocess.Popen[bytes] | Forked"
 
 
-def launch(config: Configure, wid: int) -> subprocess.Popen[bytes]:
-    """Start a process of this group with this worker id, as the leader of a session of its own.
+class Launcher:
+    """Starts processes by a template, if there is one, else by the group's command.
 
-    Raises:
-        OSError, ValueError, SubprocessError: it cannot be started.
+    Attributes:
+        config: what the group is.
+        first: processes that were started before there was a group.
     """
+
+    def __init__(self, config: Configure, template: Template | None = None) -> None:
+        self.config = config
+        self.first: list[Launched] = []
+        self._template = template
+
+    def start(self, wid: int) -> Launched:
+        """Start a process with this worker id, as the leader of a session of its own.
+
+        Raises:
+            OSError, ValueError, SubprocessError: it cannot be started.
+        """
+        if self._template is not None:
+            try:
+                return self._template.start()
+            except TemplateLostError:
+                self.close()
+        return _execute(self.config, wid)
+
+    def ended(self) -> bool:
+        """Whether all of the first processes have ended; then what they wrote is passed on."""
+        if not self.first or any(popen.poll() is None for popen in self.first):
+            return False
+        for popen in self.first:
+            if popen.stderr is not None:
+                os.set_blocking(popen.stderr.fileno(), False)
+                with contextlib.suppress(OSError):
+                    while chunk := os.read(popen.stderr.fileno(), PIPE_BYTES):
+                        os.write(2, chunk)
+        return True
+
+    def close(self) -> None:
+        """End the template; there are other ways to start a process."""
+        template, self._template = self._template, None
+        if template is not None:
+            template.close()
+
+
+def _execute(config: Configure, wid: int) -> subprocess.Popen[bytes]:
     supervisor = os.getpid()
 
     def prepare() -> None:  # in the new process, before its program is there
-        if _libc is not None:
-            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-            if os.getppid() != supervisor:  # it ended before that took effect
-                os._exit(1)
+        prctl.die_with_parent(supervisor)
         for name, limit in (config.rlimits or {}).items():
             resource.setrlimit(getattr(resource, f"RLIMIT_{name.upper()}"), (limit, limit))
 
@@ -53,8 +91,8 @@ def launch(config: Configure, wid: int) -> subprocess.Popen[bytes]:
     )
 
 
-def end_now(popen: subprocess.Popen[bytes]) -> int | None:
-    """Kill a process that `launch` has started, with what it started.
+def end_now(popen: Launched) -> int | None:
+    """Kill a process that a `Launcher` has started, with what it started.
 
     Returns:
         Its exit status, or None if it does not end (it may have become another user's).

@@ -38,7 +38,7 @@ from .channels import Channels, Entrance
 from .clients import Clients, Counts, report
 from .dispatch import Dispatcher
 from .errors import BrokenPoolError, ProtocolError
-from .fleet import Fleet, Group
+from .fleet import WAIT_FOR_EXIT, Fleet, Group
 from .peers import Peer, WorkerInfo
 from .protocol import DEFAULT_SERVICE, Frame
 from .retries import Retries
@@ -716,7 +716,7 @@ class Master:
                 for peer in self._roster:
                     if peer.grouped:
                         peer.tell(protocol.Drain())
-                self._fleet.leave()
+                self._fleet.leave(self._roster.see_out(WAIT_FOR_EXIT))
             self._fleet.stop()
             self._see_them_die()
         finally:

@@ -298,6 +298,11 @@ class DeathWatch:
             self._epoll.unregister(descriptor)
             os.close(descriptor)
 
+    def wait(self, timeout: float) -> None:
+        """Wait until a watched process has died, at most for so many seconds."""
+        if self._epoll:
+            self._epoll.poll(timeout, 1)
+
     def dead(self) -> list[int]:
         """The watched processes that have died."""
         if not self._epoll:

@@ -7,7 +7,6 @@ import contextlib
 import os
 import resource
 import signal
-import subprocess
 import sys
 import time
 from typing import Final
@@ -17,13 +16,11 @@ from circus.process import Process
 from circus.watcher import Watcher
 
 from .last_words import LastWords
-from .launch import launch
-from .protocol import Configure, Reaped
+from .launch import PIPE_BYTES, Launched, Launcher
+from .protocol import Reaped
 
-__all__ = ["PIPE_BYTES", "SupervisedProcess"]
+__all__ = ["SupervisedProcess"]
 
-PIPE_BYTES: Final = 64 * 1024
-"""What a pipe holds."""
 CPU_TOLERANCE: Final = 0.75
 """Part of the limit that a process must have used for a SIGKILL to be the limit's.
 
@@ -41,7 +38,7 @@ _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
 class _Handle(psutil.Process):  # type: ignore[misc]
     """What Circus asks of a process: psutil's answers, and the pipe of its standard error."""
 
-    def __init__(self, popen: subprocess.Popen[bytes]) -> None:
+    def __init__(self, popen: Launched) -> None:
         super().__init__(popen.pid)
         self.popen = popen
         self.stdout = None
@@ -58,16 +55,16 @@ class SupervisedProcess(Process):  # type: ignore[misc]
     def __init__(
         self,
         group: Watcher,
-        config: Configure,
+        launcher: Launcher,
         wid: int,
-        popen: subprocess.Popen[bytes] | None = None,
+        popen: Launched | None = None,
     ) -> None:
         """Start it, or take one over that is started already (`popen`)."""
         self.ended = asyncio.Event()
         self.words = LastWords()
         self._usage: resource.struct_rusage | None = None
         self.born = asyncio.get_running_loop().time()
-        self._popen = popen or launch(config, wid)
+        self._popen = popen or launcher.start(wid)
         super().__init__(
             group.name,
             wid,

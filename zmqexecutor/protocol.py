@@ -52,6 +52,7 @@ __all__ = [
     "Job",
     "Jobs",
     "Ping",
+    "Preloaded",
     "Quit",
     "Ready",
     "Reaped",
@@ -117,6 +118,17 @@ class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
 # ---------------------------------------------------------------- supervision
 
 
+class Preloaded(Message, frozen=True):
+    """What the processes of a group do, if they can be forked instead of started by `cmd`.
+
+    They call this function of this module, which has to do the same as the command.
+    """
+
+    module: str
+    function: str
+    arguments: list[str | int | dict[str, int]]
+
+
 class Configure(Message, frozen=True):
     """The first message to a supervisor: what to run, and how many of it."""
 
@@ -131,6 +143,7 @@ class Configure(Message, frozen=True):
     capture_stderr: bool = True
     rlimits: dict[str, int] | None = None
     """Resource limits of each process, by the names that Circus takes."""
+    preloaded: Preloaded | None = None
 
 
 class Scale(Message, frozen=True):

@@ -305,6 +305,24 @@ class Roster:
         """Whether the death of its process is told, and is how its connection would end."""
         return peer.grouped and self._deaths.fileno() != -1
 
+    def see_out(self, timeout: float) -> set[int]:
+        """Wait until all ready workers of the group, which were told to leave, have ended.
+
+        Returns:
+            The ids of those that have, within so many seconds. Where nothing tells of deaths
+            there is no wait.
+        """
+        ended: set[int] = set()
+        deadline = time.monotonic() + timeout
+        while self._deaths.fileno() != -1 and (left := deadline - time.monotonic()) > 0:
+            staying = {peer.hello.pid for peer in self if peer.grouped and peer.state}
+            if not staying:
+                break
+            self._deaths.wait(left)
+            self.read_deaths()
+            ended |= staying - {peer.hello.pid for peer in self}
+        return ended
+
     def close(self) -> None:
         """Let all of them go."""
         for peer in self._peers.values():

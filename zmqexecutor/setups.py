@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from multiprocessing import process
 from multiprocessing.process import current_process
 
@@ -13,9 +13,9 @@ import msgspec
 
 from . import interpreter
 from .inheritance import Descriptor, share_tracker, tracker
-from .protocol import CALLS
+from .protocol import CALLS, Preloaded
 
-__all__ = ["Initializer", "Setup", "boot_code", "call_service"]
+__all__ = ["Initializer", "Setup", "boot_code", "call_service", "main_of_workers"]
 
 
 def call_service(name: str | None) -> str:
@@ -149,13 +149,19 @@ class Setup(msgspec.Struct, frozen=True):
                 )
 
 
-def boot_code(path: Sequence[str], endpoint: str, journals: str, rlimits: Mapping[str, int]) -> str:
-    """Source for `python -c` that becomes a worker with this module search path.
+def main_of_workers(endpoint: str, journals: str, rlimits: dict[str, int]) -> Preloaded:
+    """What this process's own workers do.
 
     The resource limits are set by the supervisor; the worker names them in errors.
     """
+    return Preloaded(
+        "zmqexecutor.calls", "main", [endpoint, journals, rlimits, interpreter.depth + 1]
+    )
+
+
+def boot_code(path: Sequence[str], main: Preloaded) -> str:
+    """Source for `python -c` that does this with this module search path."""
     return (
         f"import sys; sys.path[:] = {list(path)!r}; "
-        f"from zmqexecutor import interpreter; interpreter.depth = {interpreter.depth + 1}; "
-        f"from zmqexecutor.calls import main; main({endpoint!r}, {journals!r}, {dict(rlimits)!r})"
+        f"from {main.module} import {main.function} as main; main(*{main.arguments!r})"
     )

@@ -30,7 +30,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -42,9 +41,8 @@ from circus.controller import Controller
 from tornado.ioloop import IOLoop
 
 from .group import SupervisedGroup
-from .launch import KILL_WAIT, end_now
+from .launch import KILL_WAIT, Launcher, end_now
 from .protocol import (
-    Configure,
     FromSupervisor,
     GroupFailed,
     Quit,
@@ -122,8 +120,7 @@ class Supervisor:
         self,
         link: socket.socket,
         parent: int,
-        config: Configure,
-        first: Sequence[subprocess.Popen[bytes]] = (),
+        launcher: Launcher,
         unsent: bytes = b"",
     ) -> None:
         """Prepare.
@@ -131,14 +128,12 @@ class Supervisor:
         Args:
             link: our end of the socket pair.
             parent: the process id of the user's process.
-            config: what to run.
-            first: processes of the group that have been started already.
+            launcher: starts the processes of the group, and has the first of them.
             unsent: the end of the reports of that, which has not been sent.
         """
         self._link = link
         self._parent = parent
-        self._config = config
-        self._first = first
+        self._launcher = launcher
         self._unsent = unsent
         self._quit = asyncio.Event()
         self._orphaned = asyncio.Event()
@@ -217,14 +212,14 @@ class Supervisor:
             self._quit.set()
 
     async def _configure(self) -> None:
-        directory = self._directory = self._config.directory
-        self._group = SupervisedGroup(self._config, self._report, self._first)
+        directory = self._directory = self._launcher.config.directory
+        self._group = SupervisedGroup(self._launcher, self._report)
         try:
             self._arbiter = _Arbiter(self._group, directory, self._quit.set)
             await self._arbiter.start()
         except (OSError, ValueError, zmq.ZMQError) as error:
             self._arbiter = self._group = None
-            for popen in self._first:
+            for popen in self._launcher.first:
                 self._report(Reaped(popen.pid, end_now(popen), ""))
             self._report(GroupFailed(f"cannot run Circus's arbiter in {directory!r}: {error}"))
 
@@ -261,8 +256,7 @@ class Supervisor:
 def supervise(
     link: socket.socket,
     parent: int,
-    config: Configure,
-    first: Sequence[subprocess.Popen[bytes]],
+    launcher: Launcher,
     unsent: bytes,
     terminated: Sequence[int],
 ) -> None:
@@ -273,7 +267,7 @@ def supervise(
     """
 
     async def serve() -> None:
-        await Supervisor(link, parent, config, first, unsent).serve(terminated)
+        await Supervisor(link, parent, launcher, unsent).serve(terminated)
 
     asyncio.run(serve(), debug=False)
 

@@ -1,7 +1,8 @@
 """The first steps of a supervisor process: it starts its processes, then imports Circus.
 
 To import Circus takes longer than most programs take to start. So the first
-processes of the group start beside it, and are handed over when it is there.
+processes of the group start beside it, and are handed over when it is there. If what
+they do is known, they are forked from a `template`, which is made before.
 """
 
 from __future__ import annotations
@@ -14,58 +15,74 @@ import signal
 import socket
 import subprocess
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 
 import msgspec
 
-from .launch import end_now, launch
+from .launch import Launcher, end_now
 from .protocol import Configure, Spawned
+from .template import make_template
 
 __all__ = ["main"]
 
 _PEEK = 65536
 
 
-def main(fd: int, parent: int) -> None:
-    """Be the supervisor; never returns.
+def main(fd: int, parent: int) -> Callable[[], object]:
+    """Be the supervisor, which never returns.
 
     Args:
         fd: our end of the socket pair.
         parent: the process id of the user's process.
+
+    Returns:
+        In the processes that are forked from its template: what they have to do.
     """
     code = 1
-    first: list[subprocess.Popen[bytes]] = []
+    launcher: Launcher | None = None
     try:
         # A thread that blocks signals, and a program that ignores them, pass that on
         # to the processes they start. What is caught is back to default after an exec.
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         terminated: list[int] = []
-        signal.signal(signal.SIGTERM, lambda signum, _: terminated.append(signum))
+
+        def on_sigterm(signum: int, _: object) -> None:
+            terminated.append(signum)
+            if launcher is not None and launcher.ended():
+                os._exit(0)  # nobody needs Circus any more
+
+        signal.signal(signal.SIGTERM, on_sigterm)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for ignored in (signal.SIGINT, signal.SIGHUP):
             signal.signal(ignored, lambda *_: None)
         link = _claim_link(fd)
         if line := _read_line(link, parent):
             config = msgspec.json.decode(line, type=Configure)
-            unsent = _start_first(link, config, first, terminated)
+            template = make_template(config.preloaded, link) if config.preloaded else None
+            if callable(template):
+                return template
+            warnings.simplefilter("ignore")
+            launcher = Launcher(config, template)
+            unsent = _start_first(link, launcher, terminated)
 
             from .supervisor import supervise
 
-            supervise(link, parent, config, first, unsent, terminated)
+            supervise(link, parent, launcher, unsent, terminated)
         code = 0
     except BaseException:
         traceback.print_exc()
-        for popen in first:
+    if launcher is not None:
+        for popen in launcher.first:
             end_now(popen)
-    finally:
-        # Nothing of the interpreter's own end is needed, and some of it could wait.
-        os._exit(code)
+        launcher.close()
+    # Nothing of the interpreter's own end is needed, and some of it could wait.
+    os._exit(code)
 
 
 def _start_first(
     link: socket.socket,
-    config: Configure,
-    started: list[subprocess.Popen[bytes]],
+    launcher: Launcher,
     terminated: Sequence[int],
 ) -> bytes:
     """Start the processes of the group, but for those that cannot be started.
@@ -77,11 +94,11 @@ def _start_first(
     """
     unsent = b""
     try:
-        for wid in range(1, config.numprocesses + 1):
+        for wid in range(1, launcher.config.numprocesses + 1):
             if terminated:
                 break
-            started.append(launch(config, wid))
-            unsent += msgspec.json.encode(Spawned(started[-1].pid)) + b"\n"
+            launcher.first.append(launcher.start(wid))
+            unsent += msgspec.json.encode(Spawned(launcher.first[-1].pid)) + b"\n"
             with contextlib.suppress(BlockingIOError):
                 unsent = unsent[link.send(unsent, socket.MSG_DONTWAIT) :]
     except (OSError, ValueError, subprocess.SubprocessError):

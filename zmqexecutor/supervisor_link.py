@@ -35,9 +35,9 @@ SEND_TIMEOUT: Final = 10.0
 Event: TypeAlias = Spawned | Reaped | GroupFailed
 
 _BOOT = (
-    "import sys, warnings; warnings.simplefilter('ignore'); sys.path[:] = {path}; "
+    "import sys; sys.path[:] = {path}; "
     "from zmqexecutor import interpreter; interpreter.depth = interpreter.DEEPEST; "
-    "from zmqexecutor.supervisor_boot import main; main({fd}, {parent})"
+    "from zmqexecutor.supervisor_boot import main; main({fd}, {parent})()"
 )
 
 

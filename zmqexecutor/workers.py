@@ -30,6 +30,7 @@ from .limits import check_rlimits
 from .protocol import (
     Configure,
     GroupFailed,
+    Preloaded,
     Quit,
     Scale,
 )
@@ -62,6 +63,9 @@ class Workers:
         numprocesses: how many are kept alive.
         directory: where Circus's own sockets are, or None before `start`.
     """
+
+    preloaded: Preloaded | None = None
+    """What the command does, if its processes may be forked (see `template`)."""
 
     def __init__(
         self,
@@ -238,6 +242,16 @@ class Workers:
                 self._closed = True
                 self._remove_directory()
 
+    def terminate(self) -> None:
+        """Have the supervisor end now if all its processes have, else as by `stop`.
+
+        Returns at once. It need not have come so far that it would hear of `stop`, which is
+        still needed to clean up.
+        """
+        link = self._link
+        if link is not None and self._owner == os.getpid():
+            link.signal(signal.SIGTERM)
+
     def kill(self) -> None:
         """SIGKILL for the supervisor and every known process, at once.
 
@@ -336,6 +350,7 @@ class Workers:
             self._working_dir,
             self._graceful_timeout,
             rlimits=self._rlimits,
+            preloaded=self.preloaded,
         )
         self._link = SupervisorLink(self, config)
         self._closed = False

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from zmqexecutor import WorkerLostError, ZmqExecutor
+from zmqexecutor import WorkerLostError, ZmqExecutor, template
 
 from ..conftest import eventually
 
@@ -126,7 +126,8 @@ class Pool:
         return [
             process.pid
             for process in children
-            if any("zmqexecutor.calls" in part for part in _cmdline(process))
+            if any("zmqexecutor" in part for part in _cmdline(process))
+            and not _is_template(process)
         ]
 
     def a_worker(self) -> int:
@@ -200,6 +201,13 @@ class Pool:
             first = self.executor.submit(pow, 3, 2)
             assert list(self.executor.map(abs, range(-50, 0))) == list(range(50, 0, -1))
             assert first.result(PATIENCE) == 9
+
+
+def _is_template(process: psutil.Process) -> bool:
+    try:
+        return bool(process.name() == template.NAME.decode())
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _cmdline(process: psutil.Process) -> list[str]:

@@ -1,0 +1,201 @@
+"""Workers that are forked from a template are like fresh ones, and there is another way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+import psutil
+import pytest
+
+from zmqexecutor import BrokenPoolError, ZmqExecutor, template
+
+from .conftest import alive, eventually, run_in_supervisors, start_without_template
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="there are templates on Linux only")
+
+Run = Callable[..., CompletedProcess[str]]
+
+
+def templates(worker: int) -> list[int]:
+    """The templates of the supervisor of this worker."""
+    supervisor = psutil.Process(worker).parent()
+    return [p.pid for p in supervisor.children() if p.name() == template.NAME.decode()]
+
+
+def portrait() -> dict[str, Any]:
+    """What a task can find out about the process that it is in."""
+    import gc
+    import random
+    import re
+    import threading
+    import warnings
+
+    def kind(entry: str) -> str:
+        try:
+            return re.split(r"[:/]", os.readlink(f"/proc/self/fd/{entry}").lstrip("/"))[0]
+        except FileNotFoundError:  # the descriptor of the listing
+            return ""
+
+    def field(name: str) -> str:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(line for line in lines if line.startswith(name))
+
+    return {
+        "name": Path("/proc/self/comm").read_text(),
+        "descriptors": sorted(map(kind, os.listdir("/proc/self/fd"))),
+        "signals": {
+            name: str(signal.getsignal(name)) for name in signal.Signals if name.name != "SIGKILL"
+        },
+        "mask": signal.pthread_sigmask(signal.SIG_BLOCK, []),
+        "ignored": field("SigIgn"),
+        "caught": field("SigCgt"),
+        "leads its session": os.getsid(0) == os.getpid() == os.getpgid(0),
+        "limits": Path("/proc/self/limits").read_text(),
+        "nice": os.nice(0),
+        "threads": sorted(thread.name for thread in threading.enumerate()),
+        "in the main thread": threading.current_thread() is threading.main_thread(),
+        "arguments": sys.argv,
+        "path": sys.path,
+        "flags": repr(sys.flags),
+        "warnings": [str(each) for each in warnings.filters],
+        "environment": dict(os.environ),
+        "directory": os.getcwd(),
+        "streams": [(s.fileno(), s.encoding, s.errors) for s in (sys.stdout, sys.stderr)],
+        "main": sorted(vars(sys.modules["__main__"])),
+        "gc": (gc.get_threshold(), gc.isenabled()),
+        "state of random": len({random.random() for _ in range(3)}),
+    }
+
+
+def test_a_forked_worker_is_like_a_fresh_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for forked in (True, False):
+        if not forked:
+            start_without_template(monkeypatch)
+        with ZmqExecutor(1) as executor:
+            assert bool(templates(executor.submit(os.getpid).result(60))) == forked
+            found.append(executor.submit(portrait).result(60))
+    assert found[0] == found[1]
+    assert all(name.startswith("__") for name in found[0]["main"]), "the script's alone"
+
+
+def test_random_numbers_of_workers_differ() -> None:
+    def draw() -> tuple[int, float]:
+        import random
+        import time
+
+        time.sleep(0.05)
+        return os.getpid(), random.random()
+
+    with ZmqExecutor(2) as executor:
+        executor.wait_for_workers(2, 60)
+        drawn = set(executor.map(lambda _: draw(), range(8)))
+    assert len({pid for pid, _ in drawn}) == 2
+    assert len({number for _, number in drawn}) == len(drawn)
+
+
+def test_workers_and_their_template_end_with_the_supervisor() -> None:
+    with ZmqExecutor(1) as executor:
+        pid = executor.submit(os.getpid).result(60)
+        [forked_from] = templates(pid)
+        supervisor = psutil.Process(pid).ppid()
+        os.kill(supervisor, signal.SIGKILL)
+        assert eventually(lambda: not alive(pid) and not alive(forked_from))
+        assert executor.submit(os.getpid).result(60) != pid
+
+
+def test_without_its_template_a_pool_goes_on() -> None:
+    with ZmqExecutor(1) as executor:
+        pid = executor.submit(os.getpid).result(60)
+        [forked_from] = templates(pid)
+        os.kill(forked_from, signal.SIGKILL)
+        executor.submit(os.kill, pid, signal.SIGKILL).exception(60)
+        after = executor.submit(os.getpid).result(60)
+        assert after != pid
+        assert not templates(after)
+
+
+def test_a_template_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_in_supervisors(monkeypatch, "import zmqexecutor.template as t; t.PATIENCE = 0.5")
+    with ZmqExecutor(1) as executor:
+        pid = executor.submit(os.getpid).result(60)
+        [forked_from] = templates(pid)
+        os.kill(forked_from, signal.SIGSTOP)
+        executor.submit(os.kill, pid, signal.SIGKILL).exception(60)
+        after = executor.submit(os.getpid).result(60)
+        assert after != pid
+        assert not templates(after)
+        assert not alive(forked_from)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import threading; threading.Thread(target=threading.Event().wait, daemon=True).start()",
+        "import sys; sys.stderr = None",
+        "import sys; sys.modules['zmqexecutor.calls'] = None",
+    ],
+    ids=["a second thread", "no standard error", "an import that fails"],
+)
+def test_what_cannot_be_forked_is_not(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    run_in_supervisors(monkeypatch, code)
+    with ZmqExecutor(1) as executor:
+        assert not templates(executor.submit(os.getpid).result(60))
+
+
+def test_limits_are_those_of_a_programs_start() -> None:
+    with ZmqExecutor(1, worker_rlimits={"nofile": 512}) as executor:
+        assert not templates(executor.submit(os.getpid).result(60))
+
+
+@pytest.mark.parametrize("number", [2, 3], ids=["the first fork", "the second fork"])
+def test_a_system_that_has_no_room_for_a_process(
+    monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    run_in_supervisors(
+        monkeypatch,
+        f"""
+import errno, os
+fork, made = os.fork, 0
+def limited():
+    global made
+    made += 1
+    if made >= {number}:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+    return fork()
+os.fork = limited
+""",
+    )
+    with ZmqExecutor(1) as executor:
+        try:
+            error = executor.submit(pow, 2, 3).exception(60)
+        except BrokenPoolError as broken:
+            error = broken
+    assert isinstance(error, BrokenPoolError)
+    assert "no room for another process" in str(error)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.0])
+def test_what_a_worker_writes_at_its_end_is_seen(run_script: Run, seconds: float) -> None:
+    """Also if its supervisor ends before it has come to read it."""
+    done = run_script(
+        f"""
+        import atexit, sys, time
+        from zmqexecutor import ZmqExecutor
+
+        def task():
+            atexit.register(print, "last words", file=sys.stderr)
+            print("words", file=sys.stderr)
+
+        with ZmqExecutor(1) as executor:
+            executor.submit(task).result()
+            time.sleep({seconds})
+        """
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "words\nlast words\n")
