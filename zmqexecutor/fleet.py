@@ -267,18 +267,18 @@ class Fleet:
             except (OSError, RuntimeError):
                 pass  # the supervisor is gone, which `supervisor_died` will tell
 
-    def leave(self, ended: set[int]) -> None:
+    def leave(self, ended: set[int] | None) -> None:
         """Wait until the workers that were ready, and told to leave, have ended; bounded.
 
         Args:
-            ended: those that are known to have. If these are all that there are, the
-                supervisor may end, even if it has not come to its first look at them.
+            ended: those that have, if that was waited for. If these are all that there are,
+                the supervisor may end, even if it has not come to its first look at them.
         """
         if not self.group or self._stopped:
             return
-        self._ready -= ended
-        if self.group.pids <= ended:
-            self.group.terminate()
+        if ended is not None:
+            if self.group.pids <= ended:
+                self.group.terminate()
             return
         deadline = time.monotonic() + WAIT_FOR_EXIT
         while self._ready and not self.group.closed and self.fileno() != -1:

@@ -305,16 +305,18 @@ class Roster:
         """Whether the death of its process is told, and is how its connection would end."""
         return peer.grouped and self._deaths.fileno() != -1
 
-    def see_out(self, timeout: float) -> set[int]:
+    def see_out(self, timeout: float) -> set[int] | None:
         """Wait until all ready workers of the group, which were told to leave, have ended.
 
         Returns:
-            The ids of those that have, within so many seconds. Where nothing tells of deaths
-            there is no wait.
+            The ids of those that have, within so many seconds; None, at once, where only
+            the supervisor is told of deaths.
         """
+        if self._deaths.fileno() == -1:
+            return None
         ended: set[int] = set()
         deadline = time.monotonic() + timeout
-        while self._deaths.fileno() != -1 and (left := deadline - time.monotonic()) > 0:
+        while (left := deadline - time.monotonic()) > 0:
             staying = {peer.hello.pid for peer in self if peer.grouped and peer.state}
             if not staying:
                 break
