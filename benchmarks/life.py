@@ -18,6 +18,7 @@ from benchmarks.peers import OURS, NotOfferedError, warm
 
 
 def _start(bench: Bench) -> Figures:
+    bench.peer.load()  # its import is a figure of its own
     start = clock()
     pool = bench.peer.make(bench.workers)
     constructor = clock() - start
@@ -52,6 +53,7 @@ def _recovery(bench: Bench) -> Figures:
     pool = bench.peer.make(1)
     try:
         pool.submit(tasks.nothing).result()
+        time.sleep(0.5)  # what pools still prepare in the background
         start = clock()
         pool.submit(tasks.die)
         try:

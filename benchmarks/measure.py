@@ -72,6 +72,8 @@ class Host:
         threads = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         # Where parsl and ipyparallel look for their programs.
         path = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", os.defpath)
+        # With it each interpreter would compile our modules, and no others, at its start.
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
         arguments = [peer, str(workers), scale, str(theirs.fileno())]
         with theirs:
             self._process = subprocess.Popen(
@@ -80,7 +82,7 @@ class Host:
                 stdin=subprocess.DEVNULL,
                 stdout=self._errors,
                 stderr=self._errors,
-                env={**os.environ, **threads, "PATH": path, _MARK: self._mark},
+                env={**environment, **threads, "PATH": path, _MARK: self._mark},
                 cwd=Path(__file__).parent.parent,
                 start_new_session=True,
             )

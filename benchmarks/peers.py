@@ -7,6 +7,7 @@ PEERS. An adapter adds as little as it can: where a pool has the interface of
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import multiprocessing
 import tempfile
@@ -277,6 +278,11 @@ class Peer:
     heavy: bool = False
     recycles: bool = False
     limit: bool = False
+
+    def load(self) -> None:
+        """Import it."""
+        if self.statement:
+            importlib.import_module(self.statement.split()[1])
 
     def missing(self) -> str | None:
         """Why it cannot run here, if it cannot."""
