@@ -27,6 +27,7 @@ from zmqexecutor.protocol import (
     Job,
     Jobs,
     Ping,
+    Preloaded,
     Quit,
     Ready,
     Reaped,
@@ -159,8 +160,10 @@ IDS = [type(message).__name__ for _, message, _ in WIRE]
 SUPERVISION: list[tuple[object, object, bytes]] = [
     (
         ToSupervisor,
-        Configure(["python"], 2, "/d", {"A": "b"}, "/w", 1.0, False, {"cpu": 9}),
-        b'["Configure",["python"],2,"/d",{"A":"b"},"/w",1.0,false,{"cpu":9}]',
+        Configure(
+            ["python"], 2, "/d", {"A": "b"}, "/w", 1.0, False, preloaded=Preloaded("m", "f", ["a"])
+        ),
+        b'["Configure",["python"],2,"/d",{"A":"b"},"/w",1.0,false,null,["m","f",["a"]]]',
     ),
     (ToSupervisor, Scale(3, True), b'["Scale",3,true]'),
     (ToSupervisor, Quit(None), b'["Quit",null,false]'),

@@ -113,7 +113,7 @@ import os, sys, time
 from importlib.abc import MetaPathFinder
 
 class Gate(MetaPathFinder):
-    def find_spec(self, name, path, target=None):
+    def find_spec(self, name, path, target=None, os=os, time=time):
         end = time.monotonic() + 60
         while name == "circus" and not os.path.exists({str(gate)!r}) and time.monotonic() < end:
             time.sleep(0.005)

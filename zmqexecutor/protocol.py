@@ -118,7 +118,7 @@ class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
 # ---------------------------------------------------------------- supervision
 
 
-class Preloaded(Message, frozen=True):
+class Preloaded(msgspec.Struct, frozen=True, array_like=True):
     """What the processes of a group do, if they can be forked instead of started by `cmd`.
 
     They call this function of this module, which has to do the same as the command.
