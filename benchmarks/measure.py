@@ -106,6 +106,8 @@ class Host:
 
     def end(self, patient: bool) -> None:
         """Shut the peer down, and kill what is left of it."""
+        # Some change their titles, and with them what can be seen of their environment.
+        left = _descendants(self._process.pid)
         if patient:
             self.ask("close", 20)
         self._lines.close()
@@ -117,12 +119,19 @@ class Host:
                 pass  # and killed below
         for process in psutil.process_iter():
             try:
-                if process.environ().get(_MARK) == self._mark:
+                if process in left or process.environ().get(_MARK) == self._mark:
                     process.kill()
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 pass  # not one of ours, or gone
         self._process.wait()
         self._errors.close()
+
+
+def _descendants(pid: int) -> set[psutil.Process]:
+    try:
+        return set(psutil.Process(pid).children(recursive=True))
+    except psutil.NoSuchProcess:
+        return set()
 
 
 def run(

@@ -161,9 +161,17 @@ SUPERVISION: list[tuple[object, object, bytes]] = [
     (
         ToSupervisor,
         Configure(
-            ["python"], 2, "/d", {"A": "b"}, "/w", 1.0, False, preloaded=Preloaded("m", "f", ["a"])
+            ["python"],
+            2,
+            "/d",
+            {"A": "b"},
+            "/w",
+            1.0,
+            False,
+            {"cpu": 9},
+            Preloaded("m", "f", ["a"]),
         ),
-        b'["Configure",["python"],2,"/d",{"A":"b"},"/w",1.0,false,null,["m","f",["a"]]]',
+        b'["Configure",["python"],2,"/d",{"A":"b"},"/w",1.0,false,{"cpu":9},["m","f",["a"]]]',
     ),
     (ToSupervisor, Scale(3, True), b'["Scale",3,true]'),
     (ToSupervisor, Quit(None), b'["Quit",null,false]'),
