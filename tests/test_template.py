@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
-from subprocess import CompletedProcess
 from typing import Any
 
 import psutil
 import pytest
 
 from zmqexecutor import BrokenPoolError, ZmqExecutor, template
+from zmqexecutor.fleet import WAIT_FOR_EXIT
 
 from .conftest import alive, eventually, run_in_supervisors, start_without_template
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="there are templates on Linux only")
 
-Run = Callable[..., CompletedProcess[str]]
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def templates(worker: int) -> list[int]:
     """The templates of the supervisor of this worker."""
-    supervisor = psutil.Process(worker).parent()
-    return [p.pid for p in supervisor.children() if p.name() == template.NAME.decode()]
+    return templates_of(psutil.Process(worker).ppid())
+
+
+def templates_of(supervisor: int) -> list[int]:
+    children = psutil.Process(supervisor).children()
+    return [p.pid for p in children if p.name() == template.NAME.decode()]
 
 
 def portrait() -> dict[str, Any]:
@@ -60,6 +66,7 @@ def portrait() -> dict[str, Any]:
         "nice": os.nice(0),
         "threads": sorted(thread.name for thread in threading.enumerate()),
         "in the main thread": threading.current_thread() is threading.main_thread(),
+        "its number": threading.main_thread().native_id == os.getpid(),
         "arguments": sys.argv,
         "path": sys.path,
         "flags": repr(sys.flags),
@@ -179,6 +186,46 @@ os.fork = limited
             error = broken
     assert isinstance(error, BrokenPoolError)
     assert "no room for another process" in str(error)
+
+
+def test_what_tasks_leave_running_leaves_no_zombies() -> None:
+    """A supervisor that adopts a worker may adopt what another one has left."""
+
+    def leave() -> int:
+        subprocess.Popen(["sleep", "0.2"], start_new_session=True)
+        return os.getppid()
+
+    with ZmqExecutor(2, max_tasks_per_child=1) as executor:
+        [supervisor] = {future.result(60) for future in [executor.submit(leave) for _ in range(60)]}
+
+        def zombies() -> list[int]:
+            children = psutil.Process(supervisor).children()
+            return [p.pid for p in children if p.status() == psutil.STATUS_ZOMBIE]
+
+        assert eventually(lambda: not zombies()), zombies()
+        [forked_from] = templates_of(supervisor)
+        os.kill(forked_from, signal.SIGKILL)
+        assert eventually(lambda: not psutil.pid_exists(forked_from))
+        assert executor.submit(pow, 2, 3).result(60) == 8
+
+
+def test_a_supervisor_that_may_not_adopt(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse = "import zmqexecutor.prctl as p; p.adopt_orphans = lambda yes: "
+    for code in ("False", "True"):  # asked before, and not noticed before
+        run_in_supervisors(monkeypatch, refuse + code)
+        with ZmqExecutor(1) as executor:
+            assert not templates(executor.submit(os.getpid).result(60))
+
+
+def test_a_shutdown_where_only_the_supervisor_hears_of_deaths(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("zmqexecutor.peers.DeathWatch.add", lambda *_: True)
+    executor = ZmqExecutor(1)
+    assert executor.submit(pow, 2, 3).result(60) == 8
+    began = time.monotonic()
+    executor.shutdown()
+    assert time.monotonic() - began < WAIT_FOR_EXIT
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1.0])

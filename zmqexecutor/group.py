@@ -19,10 +19,10 @@ from typing import Any, Final
 from circus.stream import Redirector
 from circus.watcher import Watcher
 
-from .launch import KILL_WAIT, PIPE_BYTES, Launcher
+from .launch import KILL_WAIT, Launcher
 from .limits import refusal
 from .machine import oom_kills
-from .process import SupervisedProcess
+from .process import PIPE_BYTES, SupervisedProcess
 from .protocol import FromSupervisor, GroupFailed, Spawned
 from .terminal import Terminal
 
@@ -236,6 +236,7 @@ class SupervisedGroup(Watcher):  # type: ignore[misc]
         """Report all that have ended."""
         for pid in list(self.processes):
             self.reap_process(pid)
+        self._launcher.reap_others(self.processes)
 
     async def kill_process(
         self,

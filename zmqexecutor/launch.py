@@ -8,18 +8,18 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import select
 import signal
 import subprocess
+from collections.abc import Container
 from typing import Final, TypeAlias
 
 from . import prctl
 from .protocol import Configure
 from .template import Forked, Template, TemplateLostError
 
-__all__ = ["KILL_WAIT", "PIPE_BYTES", "Launched", "Launcher", "end_now"]
+__all__ = ["KILL_WAIT", "Launched", "Launcher", "end_now"]
 
-PIPE_BYTES: Final = 64 * 1024
-"""What a pipe holds."""
 KILL_WAIT: Final = 0.5
 """Seconds in which the kernel should have ended a killed process."""
 
@@ -38,6 +38,7 @@ class Launcher:
         self.config = config
         self.first: list[Launched] = []
         self._template = template
+        self._adopts = template is not None
 
     def start(self, wid: int) -> Launched:
         """Start a process with this worker id, as the leader of a session of its own.
@@ -52,23 +53,51 @@ class Launcher:
                 self.close()
         return _execute(self.config, wid)
 
-    def ended(self) -> bool:
-        """Whether all of the first processes have ended; then what they wrote is passed on."""
-        if not self.first or any(popen.poll() is None for popen in self.first):
-            return False
+    def is_over(self) -> bool:
+        """Whether all of the first processes have ended, and left nothing to be passed on."""
         for popen in self.first:
+            if popen.returncode is None and not _has_ended(popen.pid):
+                return False
             if popen.stderr is not None:
-                os.set_blocking(popen.stderr.fileno(), False)
-                with contextlib.suppress(OSError):
-                    while chunk := os.read(popen.stderr.fileno(), PIPE_BYTES):
-                        os.write(2, chunk)
-        return True
+                poll = select.poll()
+                poll.register(popen.stderr, select.POLLIN)
+                if any(event & select.POLLIN for _, event in poll.poll(0)):
+                    return False
+        return bool(self.first)
+
+    def reap_others(self, known: Container[int]) -> None:
+        """Wait for children that have ended and are none of these, nor of the first.
+
+        The supervisor adopts orphans while it has the template make a process: what a
+        worker has left running may be among them.
+        """
+        if not self._adopts:
+            return
+        first = [popen.pid for popen in self.first]
+        while (pid := _who_has_ended()) and pid not in known and pid not in first:
+            os.waitpid(pid, 0)
+            if self._template is not None and self._template.pid == pid:
+                self.close()
 
     def close(self) -> None:
         """End the template; there are other ways to start a process."""
         template, self._template = self._template, None
         if template is not None:
             template.close()
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether a child has; it is not waited for."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def _who_has_ended() -> int:
+    """The id of a child that has ended and was not waited for, or 0."""
+    try:
+        ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return 0
+    return ended.si_pid if ended else 0
 
 
 def _execute(config: Configure, wid: int) -> subprocess.Popen[bytes]:

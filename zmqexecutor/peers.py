@@ -298,6 +298,10 @@ class DeathWatch:
             self._epoll.unregister(descriptor)
             os.close(descriptor)
 
+    def watches(self, pid: int) -> bool:
+        """Whether its death will be known here."""
+        return pid in self._descriptors
+
     def wait(self, timeout: float) -> None:
         """Wait until a watched process has died, at most for so many seconds."""
         if self._epoll:

@@ -8,15 +8,13 @@ import signal
 import sys
 from typing import Final
 
-__all__ = ["AVAILABLE", "adopt_orphans", "die_with_parent", "rename"]
-
-AVAILABLE: Final = sys.platform == "linux"
+__all__ = ["adopt_orphans", "die_with_parent", "rename"]
 
 _SET_PDEATHSIG: Final = 1
 _SET_NAME: Final = 15
 _GET_NAME: Final = 16
 _SET_CHILD_SUBREAPER: Final = 36
-_libc: Final = ctypes.CDLL(None) if AVAILABLE else None
+_libc: Final = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def die_with_parent(parent: int) -> None:
@@ -27,10 +25,13 @@ def die_with_parent(parent: int) -> None:
             os._exit(1)
 
 
-def adopt_orphans(yes: bool) -> None:
-    """Whether processes below this one become its children when their parent ends."""
-    if _libc is not None:
-        _libc.prctl(_SET_CHILD_SUBREAPER, int(yes), 0, 0, 0)
+def adopt_orphans(yes: bool) -> bool:
+    """Say whether processes below this one become its children when their parent ends.
+
+    Returns:
+        False if the system does not allow that.
+    """
+    return _libc is not None and _libc.prctl(_SET_CHILD_SUBREAPER, int(yes), 0, 0, 0) == 0
 
 
 def rename(name: bytes) -> bytes:

@@ -16,11 +16,13 @@ from circus.process import Process
 from circus.watcher import Watcher
 
 from .last_words import LastWords
-from .launch import PIPE_BYTES, Launched, Launcher
+from .launch import Launched, Launcher
 from .protocol import Reaped
 
-__all__ = ["SupervisedProcess"]
+__all__ = ["PIPE_BYTES", "SupervisedProcess"]
 
+PIPE_BYTES: Final = 64 * 1024
+"""What a pipe holds."""
 CPU_TOLERANCE: Final = 0.75
 """Part of the limit that a process must have used for a SIGKILL to be the limit's.
 

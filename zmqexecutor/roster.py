@@ -309,20 +309,19 @@ class Roster:
         """Wait until all ready workers of the group, which were told to leave, have ended.
 
         Returns:
-            The ids of those that have, within so many seconds; None, at once, where only
-            the supervisor is told of deaths.
+            The ids of those that have, within so many seconds; None, at once, if only the
+            supervisor will hear of some deaths.
         """
-        if self._deaths.fileno() == -1:
+        staying = {peer.hello.pid for peer in self if peer.grouped and peer.state}
+        if not all(map(self._deaths.watches, staying)):
             return None
         ended: set[int] = set()
         deadline = time.monotonic() + timeout
-        while (left := deadline - time.monotonic()) > 0:
-            staying = {peer.hello.pid for peer in self if peer.grouped and peer.state}
-            if not staying:
-                break
+        while not staying <= ended and (left := deadline - time.monotonic()) > 0:
             self._deaths.wait(left)
-            self.read_deaths()
-            ended |= staying - {peer.hello.pid for peer in self}
+            for pid in self._deaths.dead():
+                self._deaths.remove(pid)
+                ended.add(pid)
         return ended
 
     def close(self) -> None:

@@ -49,7 +49,7 @@ def main(fd: int, parent: int) -> Callable[[], object]:
 
         def on_sigterm(signum: int, _: object) -> None:
             terminated.append(signum)
-            if launcher is not None and launcher.ended():
+            if launcher is not None and launcher.is_over():
                 os._exit(0)  # nobody needs Circus any more
 
         signal.signal(signal.SIGTERM, on_sigterm)

@@ -1,7 +1,7 @@
 """A process that others are forked from: it has imported what they need, once.
 
     supervisor                       template                      a process of the group
-    Template.start ─── stderr ─────► forks a process that forks ─► waits to be the supervisor's
+    Template.start ─── two pipes ──► forks a process that forks ─► waits to be the supervisor's
                    ◄── its id ─────────────────────────────────── says so, and begins
 
 A fresh interpreter takes some 90 ms of processor time to be a worker; a fork takes three,
@@ -24,9 +24,11 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from functools import partial
-from typing import Final, NoReturn
+from typing import Final
 
 from . import prctl
 from .protocol import Preloaded
@@ -72,16 +74,11 @@ class Forked:
         Raises:
             TimeoutExpired: it has not, within so many seconds.
         """
-        if self.poll() is None:
-            descriptor = os.pidfd_open(self.pid)
-            try:
-                poll = select.poll()
-                poll.register(descriptor, select.POLLIN)
-                poll.poll(timeout * 1000)
-            finally:
-                os.close(descriptor)
-        if (code := self.poll()) is None:
-            raise subprocess.TimeoutExpired("a forked process", timeout)
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("a forked process", timeout)
+            time.sleep(0.001)  # as Popen does; it has been killed
         return code
 
 
@@ -89,7 +86,7 @@ class Template:
     """The supervisor's handle on it."""
 
     def __init__(self, pid: int, link: socket.socket) -> None:
-        self._pid = pid
+        self.pid = pid
         self._link = link
         link.settimeout(PATIENCE)
 
@@ -113,22 +110,31 @@ class Template:
             os.close(theirs)
 
     def _ask(self, stderr: int) -> tuple[int, int]:
+        answer, theirs = os.pipe()
         prctl.adopt_orphans(True)
         try:
-            socket.send_fds(self._link, [b"!"], [stderr])
-            pid, error = _ANSWER.unpack(self._link.recv(_ANSWER.size))
+            try:
+                socket.send_fds(self._link, [b"!"], [stderr, theirs])
+            finally:
+                os.close(theirs)  # the end of file tells if nobody is left to answer
+            poll = select.poll()
+            poll.register(answer, select.POLLIN)
+            if not poll.poll(PATIENCE * 1000):
+                raise TimeoutError
+            pid, error = _ANSWER.unpack(os.read(answer, _ANSWER.size))
         except (OSError, struct.error) as problem:
             raise TemplateLostError from problem
         finally:
             prctl.adopt_orphans(False)
+            os.close(answer)
         return pid, error
 
     def close(self) -> None:
         """End it."""
         self._link.close()
         try:
-            os.kill(self._pid, signal.SIGKILL)
-            os.waitpid(self._pid, 0)
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
         except (ProcessLookupError, ChildProcessError):
             pass
 
@@ -146,18 +152,21 @@ def make_template(
         Here: the template's handle, or None if there can be none. In each process that it
         is asked for: what that has to do, once all that is on the stack has returned.
     """
-    if not _may_fork():
-        return None
+    supervisor = os.getpid()
     try:
+        # Before and after: an import may start a thread, and should not run twice in vain.
+        if not _may_fork():
+            return None
         function = getattr(importlib.import_module(preloaded.module), preloaded.function)
+        if not _may_fork():
+            return None
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     except Exception:  # each process will tell, when it starts by itself
         return None
-    supervisor = os.getpid()
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     name = prctl.rename(NAME)  # so that it never has another
     try:
         pid = os.fork()
-    except OSError:
+    except Exception:  # the system's, or that of an audit hook
         pid = -1
     if pid:
         prctl.rename(name)
@@ -169,19 +178,28 @@ def make_template(
     prctl.die_with_parent(supervisor)
     ours.close()
     link.close()
+    if not _has_one_thread():  # others may have been started by the fork
+        os._exit(1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     gc.freeze()  # a collection in a fork would copy what it shares
-    _serve(theirs, supervisor)
+    try:
+        _serve(theirs, supervisor)
+    except BaseException:  # the supervisor sees that nobody answers, and goes another way
+        os._exit(1)
     prctl.rename(name)
     return partial(function, *preloaded.arguments)
 
 
 def _may_fork() -> bool:
     """Whether a fork of this process is as good as a fresh one."""
-    if not (prctl.AVAILABLE and hasattr(os, "pidfd_open")):
-        return False
     if None in (sys.stdin, sys.stdout, sys.stderr):
         return False  # a fresh one would have them
+    if not (prctl.adopt_orphans(True) and prctl.adopt_orphans(False)):
+        return False
+    return _has_one_thread()
+
+
+def _has_one_thread() -> bool:
     try:
         return len(os.listdir("/proc/self/task")) == 1
     except OSError:
@@ -189,62 +207,60 @@ def _may_fork() -> bool:
 
 
 def _serve(link: socket.socket, supervisor: int) -> None:
-    """Fork whenever the supervisor asks for it; returns in each new process."""
+    """Fork whenever the supervisor asks for it; returns in each new process.
+
+    Whoever ends in between has closed the pipe for the answer, which is an answer too.
+    """
     while True:
-        asked, descriptors, _, _ = socket.recv_fds(link, 1, 1)
+        asked, descriptors, _, _ = socket.recv_fds(link, 1, 2)
         if not asked:
             os._exit(0)  # there is no supervisor any more
+        stderr, answer = descriptors
         ready, go = os.pipe()
         try:
             middle = os.fork()
         except OSError as error:
-            _answer(link, 0, error.errno)
+            _tell(answer, 0, error.errno)
         else:
             if middle == 0:
                 os.close(go)
-                _fork_again(link)
-                _begin(link, supervisor, ready, descriptors)
+                _fork_again(answer)
+                link.close()
+                _begin(supervisor, ready, stderr, answer)
                 return
             os.waitpid(middle, 0)  # from here on its child is the supervisor's
-        for descriptor in (ready, go, *descriptors):
+        for descriptor in (ready, go, stderr, answer):
             os.close(descriptor)
 
 
-def _fork_again(link: socket.socket) -> None:
+def _fork_again(answer: int) -> None:
     """Returns in the child only."""
     try:
         if os.fork() == 0:
             return
     except OSError as error:
-        _answer(link, 0, error.errno)
+        _tell(answer, 0, error.errno)
     os._exit(0)
 
 
-def _begin(link: socket.socket, supervisor: int, ready: int, descriptors: list[int]) -> None:
+def _begin(supervisor: int, ready: int, stderr: int, answer: int) -> None:
     """Be a process like a fresh one."""
     os.read(ready, 1)  # the end of file: the template has closed its end
     os.close(ready)
     prctl.die_with_parent(supervisor)
     os.setsid()
-    for stderr in descriptors:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-    for signum, handler in (
-        (signal.SIGINT, signal.default_int_handler),
-        (signal.SIGHUP, signal.SIG_DFL),
-    ):
-        signal.signal(signum, handler)
-    _answer(link, os.getpid(), 0)
-    link.close()
+    os.dup2(stderr, 2)
+    os.close(stderr)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    # As multiprocessing does it: a fork leaves the number of the one that it was made from.
+    threading.main_thread()._set_native_id()  # type: ignore[attr-defined]
+    _tell(answer, os.getpid(), 0)
+    os.close(answer)
 
 
-def _answer(link: socket.socket, pid: int, error: int | None) -> None:
+def _tell(answer: int, pid: int, error: int | None) -> None:
     try:
-        link.send(_ANSWER.pack(pid, error or 0))
+        os.write(answer, _ANSWER.pack(pid, error or 0))
     except OSError:
-        _give_up()
-
-
-def _give_up() -> NoReturn:
-    """Nobody waits for this process."""
-    os._exit(1)
+        os._exit(1)  # nobody waits for it any more
