@@ -246,3 +246,25 @@ def test_what_a_worker_writes_at_its_end_is_seen(run_script: Run, seconds: float
         """
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "words\nlast words\n")
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.0])
+def test_what_a_worker_writes_at_its_end_reaches_a_slow_reader(seconds: float) -> None:
+    program = f"""
+import atexit, os, time
+from zmqexecutor import ZmqExecutor
+
+with ZmqExecutor(1) as executor:
+    executor.submit(lambda: atexit.register(os.write, 2, b"x" * 60000) and None).result()
+    time.sleep({seconds})
+"""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with open(reader, "rb", buffering=0) as stderr:
+        with subprocess.Popen([sys.executable, "-c", program], stderr=writer) as process:
+            os.close(writer)
+            arrived = 0
+            while chunk := stderr.read(2048):
+                arrived += len(chunk)
+                time.sleep(0.0005)
+        assert (process.returncode, arrived) == (0, 60000)

@@ -38,6 +38,8 @@ LONGEST_DELAY: Final = 5.0
 """Seconds; no respawn waits longer."""
 SPAWN_TRIES: Final = 3
 """Failures in a row to start a process, after which the group has failed."""
+LAST_WORDS: Final = 0.25
+"""Seconds that a slow reader of standard error has at the end."""
 OOM_PERIOD: Final = 1.0
 """Seconds after the kernel killed for want of memory in which a SIGKILL counts as its own."""
 
@@ -103,6 +105,10 @@ class SupervisedGroup(Watcher):  # type: ignore[misc]
         if process is not None:
             process.words.add(chunk["data"])
         self._terminal.write(chunk["data"])
+
+    async def last_words(self) -> None:
+        """Give the terminal a moment for what it has not taken yet."""
+        await self._terminal.written(LAST_WORDS)
 
     def _pause(self) -> None:
         if self.stream_redirector:

@@ -244,6 +244,7 @@ class Supervisor:
             await asyncio.wait({ending}, timeout=ORPHAN_GRACE)
             self._group.kill_all()
         await ending
+        await self._group.last_words()
 
     async def _say_goodbye(self) -> None:
         """Close the link, once the parent has been sent what it did not read so far."""

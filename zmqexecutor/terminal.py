@@ -27,6 +27,8 @@ class Terminal:
         self._pause, self._resume = pause, resume
         self._pending = bytearray()
         self._waiting = self._broken = False
+        self._written = asyncio.Event()
+        self._written.set()
         self._poll = select.poll()
         self._poll.register(2, select.POLLOUT)
 
@@ -34,7 +36,16 @@ class Terminal:
         """Write this soon, or drop it if too much is waiting."""
         if not self._broken and len(self._pending) < BACKLOG:
             self._pending += data
+            self._written.clear()
             self._flush()
+
+    async def written(self, timeout: float) -> bool:
+        """Whether all is written, at once or within so many seconds."""
+        try:
+            await asyncio.wait_for(self._written.wait(), timeout)
+        except asyncio.TimeoutError:
+            return False
+        return True
 
     def _flush(self) -> None:
         loop = asyncio.get_running_loop()
@@ -51,6 +62,7 @@ class Terminal:
         except OSError:  # closed, or its reader is gone: nothing to tell anybody
             self._broken = True
             self._pending.clear()
+        self._written.set()
         if self._waiting:
             loop.remove_writer(2)
             self._waiting = False
