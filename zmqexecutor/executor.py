@@ -76,7 +76,7 @@ class ZmqExecutor(MappingExecutor):
                 as this process may use processors. They start as work demands it. 0,
                 if there is an endpoint, for none but those that come there.
             mp_context: accepted for compatibility; it has no effect, since workers
-                are fresh interpreters under any start method.
+                are never copies of this process.
             initializer: called in each worker before its first task. If it raises,
                 the pool is broken.
             initargs: the initializer's arguments.
