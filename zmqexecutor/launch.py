@@ -75,9 +75,10 @@ class Launcher:
             return
         first = [popen.pid for popen in self.first]
         while (pid := _who_has_ended()) and pid not in known and pid not in first:
-            os.waitpid(pid, 0)
             if self._template is not None and self._template.pid == pid:
                 self.close()
+            else:
+                os.waitpid(pid, 0)
 
     def close(self) -> None:
         """End the template; there are other ways to start a process."""
