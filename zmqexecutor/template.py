@@ -6,7 +6,8 @@
 
 A fresh interpreter takes some 90 ms of processor time to be a worker; a fork takes three,
 and shares most of its memory. It is safe because the template does nothing else:
-it has one thread, no sockets of ZeroMQ, and nothing of the user's is ever run in it.
+it has one thread, no sockets of ZeroMQ, and of the user's code it has run only what
+starts with every interpreter (`sitecustomize`, `.pth` files).
 
 Circus needs the processes to be the supervisor's own children. So the template forks
 a process that forks another and ends; the supervisor, which has asked the kernel for
