@@ -53,8 +53,6 @@ class Fake:
             if kind == "Welcome":
                 self._work_socket.connect(fields[1])
                 self._work_socket.send(encode(["Ready", self.name]))
-            elif kind == "Recall":
-                self._control_socket.send(encode(["Recalled", []]))
             elif kind == "Refused":
                 raise RuntimeError(fields[0])
         self.work()  # to send may have used up the sign that something has come

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import os
 import signal
@@ -16,7 +15,7 @@ import pytest
 from tests.conftest import eventually
 from zmqexecutor import WorkerLostError, ZmqExecutor
 from zmqexecutor.buffers import Segments
-from zmqexecutor.journal import _END_AT, _running
+from zmqexecutor.journal import _END
 
 BIG = 1024 * 1024
 
@@ -262,7 +261,7 @@ def test_a_result_whose_worker_dies_before_it_is_read() -> None:
         before = peer.journal.position
         master._handlers[bell.fileno()] = lambda: list(bell.rung_by())  # unheard
         future = executor.submit(np.ones, 1_000_000)
-        end = functools.partial(_running.unpack_from, peer.journal._map, _END_AT)
-        assert eventually(lambda: end()[0] > before)
+        words = peer.journal._words
+        assert eventually(lambda: words[_END] > before)
         os.kill(pid, signal.SIGKILL)
         assert future.result(60).sum() == 1_000_000

@@ -112,11 +112,69 @@ def test_nothing_starts_after_a_condemned_job(pair: Pair) -> None:
     assert pair.writer.start(2, 0.0)
 
 
-def test_a_worker_is_hurried_up_to_a_number(pair: Pair) -> None:
-    assert pair.writer.hurried == 0
-    pair.reader.hurry(2**40)
-    assert pair.writer.hurried == 2**40
-    assert pair.writer.start(1, 0.0)
+STARTS = """
+import sys
+from zmqexecutor.journal import JournalWriter
+writer = JournalWriter(sys.argv[1])
+print(writer.path, flush=True)
+sys.stdin.readline()
+for _ in range(300_000):
+    writer.start(0x0101010101010101, 1.0)
+    writer.start(0x1010101010101010, 2.0)
+"""
+
+
+def test_a_number_is_seen_as_it_was_or_as_it_is(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", STARTS, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout
+        assert process.stdin
+        reader = JournalReader(process.stdout.readline().strip())
+        process.stdin.write("\n")
+        process.stdin.flush()
+        seen: set[float] = set()
+        while process.poll() is None:
+            for _ in range(1000):
+                seen |= {reader.running, reader.started}
+        assert process.returncode == 0
+        reader.close()
+    assert seen <= {0, 0x0101010101010101, 0x1010101010101010, 1.0, 2.0}
+    assert len(seen) > 3
+
+
+def test_what_was_recalled_starts_only_if_the_master_leaves_it(pair: Pair) -> None:
+    last = 2**40
+    assert pair.writer.start(last - 3, 0.0)
+    pair.reader.recall(last)
+    assert pair.writer.recalled == last
+    assert not pair.writer.start(last - 2, 0.0)
+    assert pair.writer.may_start(last - 2) is None  # not decided yet
+    pair.reader.settle(last - 2)
+    starts = [pair.writer.may_start(last + n) for n in (-2, -1, 0, 1)]
+    assert starts == [True, False, False, True]
+    assert pair.writer.start(last + 1, 0.0)
+
+
+def test_a_decision_counts_for_the_recall_that_it_belongs_to(pair: Pair) -> None:
+    for last in range(10, 200_010, 10):  # more often than is counted
+        pair.reader.recall(last)
+        assert pair.writer.may_start(last) is None
+        pair.reader.settle(last - 1)
+        assert pair.writer.may_start(last) is False
+        assert pair.writer.may_start(last - 1) is True
+
+
+def test_a_job_that_the_master_leaves_waits_while_another_is_condemned(pair: Pair) -> None:
+    pair.reader.recall(5)
+    pair.reader.settle(3)
+    pair.reader.condemn(2)
+    assert pair.writer.may_start(3) is None
+    pair.reader.condemn(0)
+    assert pair.writer.may_start(3) is True
 
 
 # ---------------------------------------------------------------------- the ring

@@ -76,6 +76,8 @@ LAYERS = [
     "gatekeeper",
     "channels",
     "peers",
+    "offers",
+    "recalls",
     "stops",
     "roster",
     "dispatch",

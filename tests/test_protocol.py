@@ -31,8 +31,6 @@ from zmqexecutor.protocol import (
     Quit,
     Ready,
     Reaped,
-    Recall,
-    Recalled,
     Refused,
     Report,
     Result,
@@ -87,8 +85,6 @@ WIRE: list[tuple[str, object, bytes]] = [
         b"\x9b\xa5Hello\x01\xa2w1\x2a\xa4host\xa7machine\xc0\xaa/dev/shm/j\xa63.13.1\x91\xa1a"
         b"\xa2/m",
     ),
-    (CONTROL_TO_MASTER, Recalled([1, 300]), b"\x92\xa8Recalled\x92\x01\xcd\x01\x2c"),
-    (CONTROL_TO_MASTER, Recalled([]), b"\x92\xa8Recalled\x90"),
     (CONTROL_TO_MASTER, Unready("why"), b"\x92\xa7Unready\xa3why"),
     (
         CONTROL_TO_WORKER,
@@ -96,7 +92,6 @@ WIRE: list[tuple[str, object, bytes]] = [
         b"\x96\xa7Welcome\x01\xa7ipc://w\xc4\x01s\xcb\x40\x04\x00\x00\x00\x00\x00\x00\xa2/b",
     ),
     (CONTROL_TO_WORKER, Refused("why"), b"\x92\xa7Refused\xa3why"),
-    (CONTROL_TO_WORKER, Recall([2, 3]), b"\x92\xa6Recall\x92\x02\x03"),
     (CONTROL_TO_WORKER, Drain(), b"\x91\xa5Drain"),
     (CONTROL_TO_WORKER, Ping(), b"\x91\xa4Ping"),
     (CONTROL_TO_WORKER, ShowStack(), b"\x91\xa9ShowStack"),
@@ -274,8 +269,8 @@ def test_data_stays_bytes_when_the_frame_is_gone() -> None:
 @pytest.mark.parametrize("number", [0, 127, 128, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1])
 def test_numbers_have_64_bits(number: int) -> None:
     assert protocol.decode_jobs(encode(Jobs(number, []))) == Jobs(number, [])
-    recall = Recall([number])
-    assert protocol.decode_control_from_master(encode(recall)) == recall
+    goodbye = Goodbye(number)
+    assert protocol.decode_work_from_worker(encode(goodbye)) == goodbye
 
 
 @pytest.mark.parametrize("size", [0, 255, 256, 65535, 65536, 2**20])
@@ -323,20 +318,21 @@ def test_bytes_after_a_message_are_refused(where: str, message: object, frame: b
 @pytest.mark.parametrize(
     ("where", "content"),
     [
-        (CONTROL_TO_MASTER, ["Recalled", ["1"]]),
-        (CONTROL_TO_MASTER, ["Recalled", [1.5]]),
-        (CONTROL_TO_MASTER, ["Recalled", None]),
-        (CONTROL_TO_MASTER, ["Recalled"]),
+        (CONTROL_TO_MASTER, ["Ask", "1"]),
+        (CONTROL_TO_MASTER, ["Ask", 1.5]),
+        (CONTROL_TO_MASTER, ["Ask", None]),
+        (CONTROL_TO_MASTER, ["Ask"]),
+        (CONTROL_TO_MASTER, ["Recalled", [1]]),
         (CONTROL_TO_MASTER, ["Unready", b"bytes"]),
         (CONTROL_TO_MASTER, ["Hello", "1", "w", 1, "h", "m", None, None]),
         (CONTROL_TO_MASTER, ["Hello", 1, "w", None, "h", "m", None, None]),
         (CONTROL_TO_MASTER, ["hello", 1, "w", 1, "h", "m", None, None]),
-        (CONTROL_TO_MASTER, {"Recalled": [1]}),
-        (CONTROL_TO_MASTER, "Recalled"),
+        (CONTROL_TO_MASTER, {"Worn": ["why"]}),
+        (CONTROL_TO_MASTER, "Worn"),
         (CONTROL_TO_MASTER, []),
         (CONTROL_TO_MASTER, None),
         (CONTROL_TO_WORKER, ["Welcome", 1, "w", "text"]),
-        (CONTROL_TO_WORKER, ["Recall", 7]),
+        (CONTROL_TO_WORKER, ["Refused", 7]),
         (WORK_TO_MASTER, ["Ready", 7]),
         (WORK_TO_MASTER, ["Results", 0, [["1", True, b""]]]),
         (WORK_TO_MASTER, ["Results", 0, [[1, 1, b""]]]),
@@ -374,7 +370,7 @@ def test_text_that_is_not_utf8_is_refused() -> None:
 
 
 def test_a_length_without_its_elements_is_refused_without_making_room_for_them() -> None:
-    assert refuses(CONTROL_TO_MASTER, b"\x92\xa8Recalled\xdd\xff\xff\xff\xff")
+    assert refuses(WORK_TO_MASTER, b"\x93\xa7Results\x00\xdd\xff\xff\xff\xff")
     assert refuses(CONTROL_TO_MASTER, b"\x92\xa7Unready\xdb\xff\xff\xff\xff")
     assert refuses(WORK_TO_WORKER, b"\x93\xa4Jobs\x00\xdd\x7f\xff\xff\xff\x90")
 
@@ -383,7 +379,7 @@ def test_a_length_without_its_elements_is_refused_without_making_room_for_them()
 def test_deep_nesting_is_refused(opener: bytes) -> None:
     for where in DECODERS:
         assert refuses(where, opener * 100_000)
-    assert refuses(CONTROL_TO_MASTER, b"\x93\xa8Recalled\x90" + opener * 100_000)
+    assert refuses(CONTROL_TO_MASTER, b"\x93\xa7Unready\xa3why" + opener * 100_000)
 
 
 @given(st.binary(max_size=200))

@@ -105,14 +105,12 @@ def test_letters_come_whole_and_in_order(mailbox: Mailbox) -> None:
     assert bytes(mailbox.read() or b"") == b"one"
     assert bytes(mailbox.read() or b"") == b"x" * LARGEST_LETTER
     assert mailbox.read() is None
-    post.close()
 
 
 def test_what_is_too_large_takes_another_way(mailbox: Mailbox) -> None:
     post = Post(mailbox.path)
     assert not post.send(b"x" * (LARGEST_LETTER + 1))
     assert not readable(mailbox)
-    post.close()
 
 
 def test_a_full_mailbox_takes_no_more_until_it_is_read(mailbox: Mailbox) -> None:
@@ -124,7 +122,6 @@ def test_a_full_mailbox_takes_no_more_until_it_is_read(mailbox: Mailbox) -> None
     assert [bytes(mailbox.read() or b"") for _ in range(sent)] == [b"x"] * sent
     assert mailbox.read() is None
     assert post.send(b"y")
-    post.close()
 
 
 def test_a_mailbox_that_was_closed(mailbox: Mailbox) -> None:
@@ -134,7 +131,6 @@ def test_a_mailbox_that_was_closed(mailbox: Mailbox) -> None:
     assert post.send(b"it needs no name")
     mailbox.close()
     assert not post.send(b"x")
-    post.close()
 
 
 @pytest.mark.parametrize("kind", ["file", "directory", "link", "pipe", "nothing"])

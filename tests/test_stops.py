@@ -101,7 +101,7 @@ def test_a_task_that_began_before_the_other_was_condemned_and_crashed_does_not_r
     assert world.writer.start(crashing.seq, 1.0)
     world.peer.running = lambda: running  # type: ignore[method-assign]
     world.stops.check(1.0)
-    assert world.writer.condemned
+    assert world.writer.may_start(crashing.seq) is None
     assert world.peer.last_run() == crashing.seq
 
 
@@ -115,7 +115,7 @@ def test_the_number_that_a_task_gets_for_its_next_try_means_nothing_here(world: 
     slow.seq = innocent.seq
     world.stops.check(1.0 + STACK_WAIT)
     assert world.killed == []
-    assert not world.writer.condemned
+    assert world.writer.may_start(innocent.seq)
 
 
 def test_the_time_that_a_worker_stood_still_before_a_task_does_not_count(world: World) -> None:

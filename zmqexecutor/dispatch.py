@@ -9,8 +9,10 @@ from collections.abc import Callable
 from . import protocol
 from .errors import NoWorkerError
 from .fleet import Fleet
+from .offers import Offer
 from .peers import Peer
 from .protocol import DEFAULT_SERVICE, Frame, shown
+from .recalls import Recalls
 from .roster import Roster
 from .scheduler import Decision, Deserted, Expire, Recall, Retire, Scale, Send
 from .stops import Stops
@@ -29,6 +31,7 @@ class Dispatcher:
         roster: Roster,
         fleet: Fleet,
         stops: Stops,
+        recalls: Recalls,
         *,
         lose: Callable[[Peer, int | None], None],
         read_journal: Callable[[Peer], None],
@@ -41,6 +44,7 @@ class Dispatcher:
             roster: the workers there are.
             fleet: the group, which is scaled.
             stops: is told which tasks with a time limit were sent.
+            recalls: takes jobs back.
             lose: called with a worker that cannot be sent anything, and 0 if it is known
                 that it was running nothing.
             read_journal: takes a worker's results that have not come as messages.
@@ -50,6 +54,7 @@ class Dispatcher:
         self._roster = roster
         self._fleet = fleet
         self._stops = stops
+        self._recalls = recalls
         self._lose = lose
         self._read_journal = read_journal
         self._endpoint = endpoint
@@ -64,14 +69,10 @@ class Dispatcher:
         if isinstance(decision, Send):
             self._send_jobs(decision)
         elif isinstance(decision, Recall):
-            peer = self._roster.get(decision.worker.key)
-            if peer is not None:
-                # It may come to a job that is long and keeps the interpreter's lock, so that
-                # it cannot answer. What it has finished before must not wait for that.
-                if peer.journal:
-                    peer.journal.hurry(decision.seqs[-1])
+            if (peer := self._roster.get(decision.worker.key)) is not None:
+                self._recalls.ask(peer, time.monotonic())
+                # What it finished before must not wait for a job that turned out to be long.
                 self._read_journal(peer)
-                peer.tell(protocol.Recall(decision.seqs))
         elif isinstance(decision, Retire):
             if (peer := self._roster.get(decision.worker.key)) is not None:
                 peer.tell(protocol.Drain())
@@ -131,6 +132,18 @@ class Dispatcher:
             if limited:
                 self._stops.sent(peer, [task for _, task in decision.jobs], peer.sent_at)
         self.lost(peer)
+
+    def take_up(self, offer: Offer, task: Task) -> None:
+        """A thread has taken an offer for this task; the scheduler knows that it is sent."""
+        peer = offer.peer
+        assert peer.journal
+        assert peer.state
+        if task.shared is not None:
+            peer.introduce(task.shared, [], [])
+        if offer.sent or peer.journal.running >= task.seq:
+            peer.posted()
+        else:
+            self._send_jobs(Send(peer.state, [(task.seq, task)]))
 
     # ------------------------------------------------- confirmations, forgetting
 

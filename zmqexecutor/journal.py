@@ -10,8 +10,8 @@ which job it is running. The master maps the same file and learns from it
   message with others;
 - since when it has been running that job.
 
-Two words of the file are the master's. One is the number of a job that it is about to end by
-killing the worker. A worker that finds it set starts nothing, so that no other job is
+Three words of the file are the master's. One is the number of a job that it is about to end
+by killing the worker. A worker that finds it set starts nothing, so that no other job is
 hit, however the two race:
 
     master                                   worker, between two jobs
@@ -20,9 +20,16 @@ hit, however the two race:
 
 Either the worker sees that a job is condemned, or the master sees that another runs.
 
-The other one hurries the worker: it tells at once of each result up to this number, and
-not together with the next, whose job may be long. What it wrote before, the master sees,
-which reads the ring after it has set the word.
+The other two take jobs back that the worker has not started, in the same way. It need not
+answer, which it could not while a job holds the interpreter's lock, or while it is stopped:
+
+    recall(last job); 1 ms later:            note that the next job is running;
+      which one is running?                    is it recalled? wait for `settle` : run it
+      settle(that one), the rest is back       is it that one? run it : drop it
+
+A worker also tells at once of each result up to the recalled number, and not together
+with the next, whose job may be long. What it wrote before, the master sees, which reads
+the ring after it has set the word.
 
 The journal is a ring of bytes. A position counts all the bytes ever written, as
 a TCP sequence number does. Messages carry the position after their last result,
@@ -59,21 +66,26 @@ LARGEST_MARKER = 128
 
 # The header: magic, the running job's number, end of the ring, when that job
 # started (the monotonic clock), number of the condemned job, number up to which
-# the worker is hurried.
+# jobs are recalled, number of the one of these that may start.
 _HEADER = 64
-_MAGIC = b"zmqexjn1"
-_running = struct.Struct("<Q")
-_RUNNING_AT = 8
-_END_AT = 16
-_started = struct.Struct("<d")
-_STARTED_AT = 24
-_CONDEMNED_AT = 32
-_HURRIED_AT = 40
+_MAGIC = b"zmqexjn2"
+# The header's words by their places, in the machine's byte order. They are read and written
+# through a memoryview, each as a whole; `struct.pack_into` would show zeros in between.
+_RUNNING, _END, _STARTED, _CONDEMNED, _RECALLED, _SETTLED = range(1, 7)
+# The lowest bits of the last two say which recall it is.
+_COUNTED = 16
+_COUNT = (1 << _COUNTED) - 1
 _entry = struct.Struct("<II")  # length, checksum
 
 
 def _checksum(result: bytes, position: int) -> int:
     return zlib.crc32(result, (position + 1) & 0xFFFFFFFF)
+
+
+def _header(memory: mmap.mmap) -> tuple[memoryview[int], memoryview[float]]:
+    """Its words as numbers, and as times."""
+    with memoryview(memory) as whole, whole[:_HEADER] as header:
+        return header.cast("Q"), header.cast("d")
 
 
 class JournalWriter:
@@ -102,25 +114,29 @@ class JournalWriter:
             raise
         finally:
             os.close(descriptor)
+        self._words, self._times = _header(self._map)
         self._map[: len(_MAGIC)] = _MAGIC
         self._confirmed = 0
         self.position = 0
 
     def start(self, seq: int, now: float) -> bool:
-        """Note that this job is being run from now on; False if it must not start yet."""
-        _started.pack_into(self._map, _STARTED_AT, now)
-        _running.pack_into(self._map, _RUNNING_AT, seq)
-        return _running.unpack_from(self._map, _CONDEMNED_AT) == (0,)
+        """Note that this job is being run from now on; False if `may_start` must be asked."""
+        words = self._words
+        self._times[_STARTED] = now
+        words[_RUNNING] = seq
+        return not words[_CONDEMNED] and seq > words[_RECALLED] >> _COUNTED
+
+    def may_start(self, seq: int) -> bool | None:
+        """Whether this job may start, or was taken back; None if the master has not decided."""
+        recalled, settled = self._words[_RECALLED], self._words[_SETTLED]
+        if self._words[_CONDEMNED] or (recalled ^ settled) & _COUNT:
+            return None
+        return seq > recalled >> _COUNTED or seq == settled >> _COUNTED
 
     @property
-    def condemned(self) -> bool:
-        """Whether the master is about to kill this process for a job that it ran."""
-        return _running.unpack_from(self._map, _CONDEMNED_AT)[0] != 0  # type: ignore[no-any-return]
-
-    @property
-    def hurried(self) -> int:
+    def recalled(self) -> int:
         """The master waits for the results of jobs up to this number."""
-        return _running.unpack_from(self._map, _HURRIED_AT)[0]  # type: ignore[no-any-return]
+        return self._words[_RECALLED] >> _COUNTED
 
     def append(self, result: bytes) -> bool:
         """Keep an encoded result, and say whether there was room for it."""
@@ -137,7 +153,7 @@ class JournalWriter:
             return False
         self._write(position, _entry.pack(len(result), _checksum(result, position)) + result)
         self.position = position + size
-        _running.pack_into(self._map, _END_AT, position + size)
+        self._words[_END] = position + size
         return True
 
     def confirm(self, position: int) -> None:
@@ -160,6 +176,8 @@ class JournalWriter:
 
     def close(self) -> None:
         """Give back the memory."""
+        self._words.release()
+        self._times.release()
         self._map.close()
 
 
@@ -186,31 +204,44 @@ class JournalReader:
         if self._map[: len(_MAGIC)] != _MAGIC:
             self._map.close()
             raise ValueError(f"{path} is not a journal of this version")
+        self._words, self._times = _header(self._map)
+        self.recalled = 0
+        """Up to here jobs were recalled."""
+        self._recalls = 0  # how often, in as many bits as there are for it
         self.position = 0
         """Up to here the results are known, from messages or from `read`."""
 
     @property
     def running(self) -> int:
         """The sequence number of the job that was started last, or 0."""
-        return int(_running.unpack_from(self._map, _RUNNING_AT)[0])
+        return self._words[_RUNNING]
 
     @property
     def started(self) -> float:
         """When that job was started, on the monotonic clock."""
-        return float(_started.unpack_from(self._map, _STARTED_AT)[0])
+        return self._times[_STARTED]
 
     def condemn(self, seq: int) -> None:
         """Have the worker start nothing after this job; 0 lets it go on."""
-        _running.pack_into(self._map, _CONDEMNED_AT, seq)
+        self._words[_CONDEMNED] = seq
 
-    def hurry(self, seq: int) -> None:
-        """Have the worker tell at once of each result up to that of this job."""
-        _running.pack_into(self._map, _HURRIED_AT, seq)
+    def recall(self, seq: int) -> None:
+        """Have the worker start no job up to this one before `settle`.
+
+        It tells at once of each result up to that of this job.
+        """
+        self.recalled = seq
+        self._recalls = (self._recalls + 1) & _COUNT
+        self._words[_RECALLED] = seq << _COUNTED | self._recalls
+
+    def settle(self, seq: int) -> None:
+        """What was recalled is taken back, but for this job: the worker may run it."""
+        self._words[_SETTLED] = seq << _COUNTED | self._recalls
 
     def read(self) -> Iterator[bytes]:
         """The encoded results after `position`, which moves as they are taken."""
         start = self.position
-        size = _running.unpack_from(self._map, _END_AT)[0] - start
+        size = self._words[_END] - start
         if not 0 < size <= CAPACITY:
             return
         data = self._bytes(start, size)
@@ -235,4 +266,6 @@ class JournalReader:
 
     def close(self) -> None:
         """Give back the memory."""
+        self._words.release()
+        self._times.release()
         self._map.close()

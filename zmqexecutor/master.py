@@ -39,8 +39,10 @@ from .clients import Clients, Counts, report
 from .dispatch import Dispatcher
 from .errors import BrokenPoolError, ProtocolError
 from .fleet import WAIT_FOR_EXIT, Fleet, Group
+from .offers import Offer
 from .peers import Peer, WorkerInfo
 from .protocol import DEFAULT_SERVICE, Frame
+from .recalls import Recalls
 from .retries import Retries
 from .roster import Roster
 from .scheduler import Scheduler
@@ -111,10 +113,11 @@ class Master:
         )
         self._fleet = Fleet(group, self._fail, self._bar)
         self._retries = Retries()
+        self._recalls = Recalls(self._read_journal, self._taken_back)
         self._stops = Stops(
             read_journal=self._read_journal,
             ask_stack=lambda peer: peer.tell(protocol.ShowStack()),
-            recall=lambda peer, seqs: peer.tell(protocol.Recall(seqs)),
+            recall=self._recalls.ask,
             kill=self._kill_worker,
             give_up=self._give_up,
         )
@@ -128,6 +131,7 @@ class Master:
         self._inbox: deque[Task | Callable[[], None]] = deque()
         self._wakeup: Wakeup | None = Wakeup()  # None when the thread has ended
         self._asleep = False
+        self._offer: Offer | None = None  # while it is asleep
         self._thread = threading.Thread(target=self._run, name="zmqexecutor-master", daemon=True)
         self._opened: Future[None] = Future()
         self._bell: Bell | None = None  # of its own workers
@@ -166,6 +170,12 @@ class Master:
 
     def submit(self, task: Task) -> None:
         """Hand over a task. The caller has checked that the master still takes some."""
+        offer = self._offer
+        if offer is not None and not self._inbox and offer.take(task):
+            if offer.send(task):
+                return
+            self._wake()
+            return
         self._inbox.append(task)
         if self._asleep:
             self._asleep = False
@@ -313,6 +323,7 @@ class Master:
 
     def _check_deadlines(self, now: float) -> None:
         self._fleet.check_deadlines(now)
+        self._recalls.check(now)
         self._stops.check(now)
         for task in self._retries.due(now):
             self._scheduler.submit(task, now)
@@ -369,6 +380,7 @@ class Master:
             self._roster,
             self._fleet,
             self._stops,
+            self._recalls,
             lose=self._lose,
             read_journal=self._read_journal,
             endpoint=self._options.entrances[-1].endpoint,
@@ -389,6 +401,7 @@ class Master:
                 for deadline in (
                     self._scheduler.next_deadline(),
                     self._fleet.next_deadline(),
+                    self._recalls.next_deadline(),
                     self._stops.next_deadline(),
                     self._retries.next_deadline(),
                     self._roster.next_ping,
@@ -398,13 +411,31 @@ class Master:
                 if deadline is not None
             ]
             self._due = min(deadlines) if deadlines else None
+            self._make_offer()
             if self._due is not None:
                 # Rounded up to whole milliseconds: not to wake just before the time.
                 seconds = min(LONGEST_WAIT, self._due - time.monotonic())
                 timeout = max(0, math.ceil(seconds * 1000))
-        ready = self._poller.poll(timeout)
-        self._asleep = False
+        try:
+            ready = self._poller.poll(timeout)
+        finally:
+            self._asleep = False
+            if self._offer is not None:
+                self._withdraw_offer(self._offer)
         return [*unread, *(descriptor for descriptor, _ in ready)]
+
+    def _make_offer(self) -> None:
+        state = self._scheduler.spare_worker()
+        peer = self._roster.get(state.key) if state else None
+        if state and peer and peer.mailed:
+            self._offer = Offer(peer, state.lanes[0].service, state.next_seq)
+
+    def _withdraw_offer(self, offer: Offer) -> None:
+        """Before anything else happens: what it has brought counts as sent."""
+        self._offer = None
+        if (task := offer.withdraw()) is not None and offer.peer.state:
+            self._scheduler.sent(offer.peer.state, task, time.monotonic())
+            self._dispatcher.take_up(offer, task)
 
     def _watch_fleet(self) -> None:
         """Poll the supervisor that is there now: call it when that may have changed."""
@@ -452,15 +483,10 @@ class Master:
         elif isinstance(message, protocol.Stack):
             self._stops.on_stack(peer, message.text, time.monotonic())
         elif not peer.state:
-            raise ProtocolError("a worker that is not ready has nothing to give back")
-        elif isinstance(message, protocol.Worn):
+            raise ProtocolError("a worker that is not ready cannot be worn")
+        else:
             logger.info("worker %d is replaced: %s", peer.hello.pid, message.reason)
             self._scheduler.wear_out(peer.state)
-        else:
-            doomed = peer.doomed()
-            self._scheduler.recalled(peer.state, message.seqs)
-            self._dispatcher.settle(peer)
-            _kill_queued(doomed)
 
     def _on_work(
         self, channels: Channels, identity: bytes, frame: Frame, buffers: list[Frame]
@@ -554,6 +580,13 @@ class Master:
             if results:
                 self._on_results(peer, results, [])
 
+    def _taken_back(self, peer: Peer, seqs: list[int]) -> None:
+        assert peer.state
+        doomed = peer.doomed()
+        self._scheduler.recalled(peer.state, seqs)
+        self._dispatcher.settle(peer)
+        _kill_queued(doomed)
+
     # -------------------------------------------------------- deaths, the group
 
     def _read_fleet(self) -> None:
@@ -578,6 +611,7 @@ class Master:
             running = peer.last_run()
         self._roster.remove(peer)
         self._stops.forget(peer)
+        self._recalls.forget(peer)
         self._dispatcher.lost(peer)
         if peer.state:
             doomed = peer.doomed()
@@ -750,7 +784,7 @@ class Master:
         """Break the cycles of references: nothing should wait for a garbage collection."""
         self._fleet = Fleet(None)
         self._handlers.clear()  # a traceback that somebody keeps may lead to it
-        for name in ("_stops", "_roster", "_dispatcher", "_clients"):
+        for name in ("_recalls", "_stops", "_roster", "_dispatcher", "_clients"):
             vars(self).pop(name, None)
         if self._segments:
             self._segments.on_idle = int

@@ -7,7 +7,7 @@ import select
 import signal
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -109,6 +109,8 @@ class Peer:
         """How many jobs it has answered."""
         self.look_at: float | None = None
         """When `stops` looks at it next."""
+        self.offered: Mapping[str, object] = {}
+        """Has, as "task", what a thread sends it, of which the master does not know yet."""
         self.stop: Stop | None = None
         """The task for which it is about to be killed."""
 
@@ -131,9 +133,13 @@ class Peer:
             self.hello.host,
             self.since,
             tuple(self.hello.services),
-            "leaving" if self.state.draining else "busy" if self.state.held else "idle",
+            "leaving" if self.state.draining else "busy" if self._is_busy() else "idle",
             self.done,
         )
+
+    def _is_busy(self) -> bool:
+        held = self.state.held if self.state else None
+        return bool(held) or self.offered.get("task") is not None
 
     def tell(self, message: ControlFromMaster) -> bool:
         """Send a control message; False if there is no way to it."""
@@ -155,6 +161,33 @@ class Peer:
         if not buffers and self._post.send(frame):
             return True
         return self.channels.send_work(self.identity, frame, buffers)
+
+    @property
+    def mailed(self) -> bool:
+        """Whether small messages go by its mailbox, and no other way may be needed now."""
+        return self._post is not None and self.journal is not None and not self._forgotten
+
+    def knows(self, shared: Shared) -> bool:
+        """Whether the worker has it."""
+        return shared.key in self._known
+
+    @property
+    def next_number(self) -> int:
+        """That of the next message with jobs."""
+        return self._number + 1
+
+    def post(self, message: Jobs) -> bool:
+        """Put a message into its mailbox, uncounted; False if it does not go in.
+
+        Another thread may call it, even when this worker has been given up.
+        """
+        post = self._post
+        return post is not None and post.send(encode(message))
+
+    def posted(self) -> None:
+        """Count the message that another thread has sent."""
+        self.sent_at = time.monotonic()
+        self._number += 1
 
     def heard_out(self) -> bool:
         """Whether its work connection has ended, and all that came by it is read."""
@@ -239,8 +272,7 @@ class Peer:
         self.stop = None  # and with it the task's arguments
         if self.journal:
             self.journal.close()
-        if self._post:
-            self._post.close()
+        self._post = None
 
 
 class DeathWatch:

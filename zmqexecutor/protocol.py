@@ -9,8 +9,8 @@ Two channels carry messages between the master and each of its workers (the
 endpoint for control, the workpoint for jobs), and a third, a plain socket pair
 and not ZeroMQ, connects a `Workers` group with its supervisor process:
 
-    control, worker to master     Hello, Recalled, Unready, Worn, Stack
-    control, master to worker     Welcome, Refused, Recall, Drain, Ping, ShowStack, Expelled, Die
+    control, worker to master     Hello, Unready, Worn, Stack
+    control, master to worker     Welcome, Refused, Drain, Ping, ShowStack, Expelled, Die
     control, client to master     Ask, Call
     control, master to client     Report, Answer
     work, worker to master        Ready, Results, Goodbye
@@ -56,8 +56,6 @@ __all__ = [
     "Quit",
     "Ready",
     "Reaped",
-    "Recall",
-    "Recalled",
     "Refused",
     "Report",
     "Result",
@@ -241,18 +239,6 @@ class Refused(Message, frozen=True):
     """The worker is not registered and should end."""
 
     reason: str
-
-
-class Recall(Message, frozen=True):
-    """Give back those of these jobs that have not been started."""
-
-    seqs: list[int]
-
-
-class Recalled(Message, frozen=True):
-    """The answer to `Recall`: these jobs will not be run by this worker."""
-
-    seqs: list[int]
 
 
 class Drain(Message, frozen=True):
@@ -461,10 +447,8 @@ class Goodbye(Message, frozen=True):
 
 FromClient: TypeAlias = Ask | Call
 ToClient: TypeAlias = Report | Answer
-ControlFromWorker: TypeAlias = Hello | Recalled | Unready | Worn | Stack
-ControlFromMaster: TypeAlias = (
-    Welcome | Refused | Recall | Drain | Ping | ShowStack | Expelled | Die
-)
+ControlFromWorker: TypeAlias = Hello | Unready | Worn | Stack
+ControlFromMaster: TypeAlias = Welcome | Refused | Drain | Ping | ShowStack | Expelled | Die
 WorkFromWorker: TypeAlias = Ready | Results | Goodbye
 
 _encoder = msgspec.msgpack.Encoder()

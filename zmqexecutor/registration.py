@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
@@ -28,47 +28,12 @@ from .worker_errors import ProtocolError, RegistrationError
 if TYPE_CHECKING:
     from .keys import Keys
 
-__all__ = ["Claims", "Control", "Session"]
+__all__ = ["Control", "Session"]
 
 LAST_WORDS: Final = 100
 """Milliseconds for what the master has said before it closed the work connection."""
 RETRY_AFTER: Final = 200
 """Milliseconds between two handshakes, if the first has failed."""
-
-
-class Claims:
-    """Who has a job that was sent: the thread that runs jobs, or a recall.
-
-    Jobs are run in the order of their numbers, so one number tells which have
-    been started. The lock is never held while anything else happens.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._started = 0
-        self._recalled: set[int] = set()
-
-    def take(self, seq: int) -> bool:
-        """Take a job to run it; False if it was recalled before."""
-        with self._lock:
-            if seq in self._recalled:
-                self._recalled.discard(seq)
-                return False
-            self._started = seq
-            return True
-
-    def recall(self, seqs: Iterable[int]) -> list[int]:
-        """Take those of these jobs that nobody has taken; they will not be run here."""
-        with self._lock:
-            won = [seq for seq in seqs if seq > self._started and seq not in self._recalled]
-            self._recalled.update(won)
-            return won
-
-    def reset(self) -> None:
-        """Begin to count from 1 again, with a new master."""
-        with self._lock:
-            self._started = 0
-            self._recalled.clear()
 
 
 class Session(msgspec.Struct, frozen=True):
@@ -95,7 +60,6 @@ class Control(threading.Thread):
         context: zmq.Context[zmq.Socket[bytes]],
         endpoint: str,
         workpoint: str | None,
-        claims: Claims,
         main: Wakeup,
         *,
         services: Sequence[str],
@@ -109,7 +73,6 @@ class Control(threading.Thread):
             context: where its socket belongs.
             endpoint: where the master listens.
             workpoint: where the worker will bind its work socket, or None.
-            claims: shared with the thread that runs the jobs.
             main: wakes that thread.
             services: what the worker offers.
             patience: seconds to look for a master; 0 ends the process with its master.
@@ -120,7 +83,6 @@ class Control(threading.Thread):
         self._context = context
         self._endpoint = endpoint
         self._workpoint = workpoint
-        self._claims = claims
         self._main = main
         self._services = services
         self._patience = patience
@@ -405,8 +367,6 @@ class Control(threading.Thread):
             self._on_welcome(message)
         elif isinstance(message, protocol.Refused):
             raise RegistrationError(f"the master refused this worker: {message.reason}")
-        elif isinstance(message, protocol.Recall):
-            self._send(protocol.Recalled(self._claims.recall(message.seqs)))
         elif isinstance(message, protocol.Drain):
             self._tell("drain")
         elif isinstance(message, protocol.Expelled):

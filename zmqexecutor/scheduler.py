@@ -3,10 +3,10 @@
 Events go in through methods, with the time as an argument; decisions come out of
 `decide`, for the master to carry out:
 
-    submit, worker_ready, results, recalled, worker_lost ──► decide(now) ──► Send
-                                                                             Recall
-                                                                             Scale
-                                                                             Expire
+    submit, sent, worker_ready, results, recalled, worker_lost ──► decide(now) ──► Send
+                                                                                   Recall
+                                                                                   Scale
+                                                                                   Expire
 The life of a job:
 
     queued ──► held by a worker ──► done
@@ -214,6 +214,25 @@ class Scheduler(Generic[J]):
             jobs += reversed(taken)
             self._shrunk(lane, len(taken))
         return jobs
+
+    def spare_worker(self) -> WorkerState[J] | None:
+        """The worker that a job for the group would be sent to if it came now."""
+        lane = self._lanes.get(self._service)
+        if lane is None or self._length or not lane.idle:
+            return None
+        worker = next(reversed(lane.idle.values()))
+        return worker if len(worker.lanes) == 1 else None
+
+    def sent(self, worker: WorkerState[J], job: J, now: float) -> None:
+        """A job has been sent to the spare worker without having been queued."""
+        job.queued_at = now
+        self._progress(worker, now)
+        job.worker, job.seq, expected = worker, worker.next_seq, self._expected(job)
+        worker.held[job.seq] = (job, expected)
+        worker.load += expected
+        worker.next_seq += 1
+        self._spend(worker, 1, expected)
+        self.settle(worker)
 
     def worker_ready(
         self,
@@ -461,11 +480,16 @@ class Scheduler(Generic[J]):
                 break
         worker.load, worker.next_seq = load, seq
         self._shrunk(lane, before - len(queue))
-        if worker.allowance is not None:
-            worker.allowance -= len(batch)
-            if batch and not worker.aging and worker.allowance * expected < LEAD:
-                self._age(worker)
+        if batch:
+            self._spend(worker, len(batch), expected)
         return batch
+
+    def _spend(self, worker: WorkerState[J], jobs: int, expected: float) -> None:
+        """It was sent so many of the jobs that it is allowed, that long the last of them."""
+        if worker.allowance is not None:
+            worker.allowance -= jobs
+            if not worker.aging and worker.allowance * expected < LEAD:
+                self._age(worker)
 
     def _recall_stalled(self, now: float, decisions: list[Decision[J]]) -> None:
         while self._moving:

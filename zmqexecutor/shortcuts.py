@@ -133,7 +133,7 @@ class Mailbox:
 
 
 class Post:
-    """The master's way to a worker's mailbox."""
+    """The master's way to a worker's mailbox. It is closed when nobody has it any more."""
 
     def __init__(self, path: str) -> None:
         """Connect to it.
@@ -145,12 +145,8 @@ class Post:
         if not stat.S_ISSOCK(status.st_mode) or status.st_uid != os.geteuid():
             raise PermissionError(f"{path} is not a socket of this user")
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        try:
-            self._socket.setblocking(False)
-            self._socket.connect(path)
-        except BaseException:
-            self._socket.close()
-            raise
+        self._socket.setblocking(False)
+        self._socket.connect(path)
 
     def send(self, message: bytes) -> bool:
         """Send a message; False if it must take another way."""
@@ -162,6 +158,8 @@ class Post:
             return False
         return True
 
-    def close(self) -> None:
-        """Send nothing any more."""
-        self._socket.close()
+    def __del__(self) -> None:
+        # Not by a method: another thread may be about to use it, whose descriptor could
+        # then be somebody else's (see `Wakeup`).
+        if hasattr(self, "_socket"):
+            self._socket.close()

@@ -23,14 +23,13 @@ from typing import Final
 
 from .errors import TaskKilledError, TaskTimeoutError
 from .peers import Peer, Stop
+from .recalls import SETTLE
 from .tasks import Task
 
 __all__ = ["Stops"]
 
 STACK_WAIT: Final = 1.0
 """Seconds that a worker has to say where its task is, before it is killed."""
-SETTLE: Final = 0.001
-"""Seconds after which what one process wrote into a journal is there for the other."""
 RETRY: Final = 0.005
 """Seconds until the next look at a task that should end and has not been started."""
 STALE_KEPT: Final = 64
@@ -47,7 +46,7 @@ class Stops:
         *,
         read_journal: Callable[[Peer], None],
         ask_stack: Callable[[Peer], object],
-        recall: Callable[[Peer, list[int]], object],
+        recall: Callable[[Peer, float], object],
         kill: Callable[[Peer], None],
         give_up: Callable[[Peer], None],
     ) -> None:
@@ -56,7 +55,7 @@ class Stops:
         Args:
             read_journal: takes the results that have not come as messages.
             ask_stack: asks a worker where it is, to be answered by `on_stack`.
-            recall: asks it for jobs that it has not started.
+            recall: takes back the jobs that it has not started.
             kill: kills it.
             give_up: takes it for lost, although its process is there.
         """
@@ -145,7 +144,7 @@ class Stops:
         if peer.state is None:
             return
         running, started = peer.running()
-        unstarted = []
+        unstarted = False
         for seq, (task, _) in peer.state.held.items():
             limit = task.options.timeout
             if seq == running:
@@ -155,11 +154,11 @@ class Stops:
                 if limit is not None:
                     self._look_at(peer, started + limit)
             elif task.doomed:
-                unstarted.append(seq)
+                unstarted = True
             elif limit is not None:
                 self._look_at(peer, now + limit)
         if unstarted:
-            self._recall(peer, unstarted)
+            self._recall(peer, now)
             self._look_at(peer, now + RETRY)
 
     def _begin(self, peer: Peer, task: Task, ran: float, now: float) -> None:

@@ -144,6 +144,11 @@ class Task(Job, eq=False, kw_only=True):
                 self._let_go()
         return self.sent
 
+    def unstart(self) -> None:
+        """Take `start` back, as long as nobody else has seen the future."""
+        self.future._state = "PENDING"
+        self.sent = False
+
     def wanted(self) -> bool:
         """Whether somebody still waits for it."""
         return not self.doomed and not self.future.cancelled()

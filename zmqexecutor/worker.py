@@ -3,22 +3,19 @@
     control thread                              main thread (the caller of `run`)
     ──────────────                              ─────────────────────────────────
     endpoint: Hello ► ◄ Welcome ── session ──►  opens the work socket: Ready ►
-    ◄ Recall ── claims ──► Recalled ►           ◄ Jobs: claim, note, run, Results ►
-    ◄ Drain ── event ──►                        finishes what it holds: Goodbye ►
+    ◄ Drain ── event ──►                        ◄ Jobs: note, run, Results ►
+                                                finishes what it holds: Goodbye ►
 
 Jobs run in the main thread, which signal handlers, timers and some libraries
 need, and which owns the work socket, so that a job costs no change of threads.
 The control thread sleeps unless the master speaks or its connection changes.
 
-Both threads want the jobs that have not been started: the main thread to run
-them, the control thread to give them back. `Claims` decides; whoever takes a job
-first has it, wherever the message with the job is at that time.
-
-A result is written into the journal before the next job starts, so that it is
-not lost if that job kills the process (see `journal`), and a bell tells the master
-to read it. It is told of several results of very short jobs at once, but none waits
-for longer than `COALESCE` before the next job. What is too large for the journal,
-and all results of a worker that has none, are messages on the work socket.
+A job that is about to run is noted in the journal, where the master may have taken it
+back (see `journal`). A result is written there before the next job starts, so that it
+is not lost if that job kills the process, and a bell tells the master to read it. It is
+told of several results of very short jobs at once, but none waits for longer than
+`COALESCE` before the next job. What is too large for the journal, and all results of a
+worker that has none, are messages on the work socket.
 """
 
 from __future__ import annotations
@@ -38,7 +35,7 @@ from . import handshakes, protocol, security
 from .handler import Handler, Outcome
 from .journal import JournalWriter
 from .protocol import DEFAULT_SERVICE, Frame, Job
-from .registration import Claims, Control, Session
+from .registration import Control, Session
 from .shortcuts import BellRope, Mailbox
 from .targets import Initializer, Target, TargetHandler
 from .wakeup import Wakeup
@@ -188,7 +185,6 @@ class Worker:
         self._wakeup = Wakeup()
         self._poller = select.poll()
         self._poller.register(self._wakeup, select.POLLIN)
-        self._claims = Claims()
         self._stopping = False
         self._set_up = False
         self._once = False
@@ -227,7 +223,6 @@ class Worker:
             context,
             self._endpoint,
             self._workpoint,
-            self._claims,
             self._wakeup,
             services=self._handler.services,
             patience=self._patience,
@@ -311,7 +306,6 @@ class Worker:
         self._unsent.clear()
         self._journal, self._mailbox, self._bell = session.journal, session.mailbox, session.bell
         self._confirmed = self._needed = self._abandoned = 0
-        self._claims.reset()
         address = self._workpoint or session.work
         self._work = security.socket(
             context, zmq.DEALER, address, self._keys, lost_after=session.lost_after, bulk=True
@@ -418,7 +412,12 @@ class Worker:
             self._take(message, [self._work.recv(copy=False).buffer for _ in range(count)])
 
     def _take(self, message: protocol.Jobs, buffers: list[Frame]) -> None:
-        """Queue the jobs of a message, and of those that have overtaken it."""
+        """Queue the jobs of a message, and of those that have overtaken it.
+
+        A numbered message may come twice (see `offers`).
+        """
+        if 0 < message.number <= self._received:
+            return
         if message.number > self._received + 1:
             self._early[message.number] = message, buffers
             return
@@ -450,13 +449,16 @@ class Worker:
                 self._handler.forget(key)
             for shared in message.shared:
                 self._handler.define(shared.key, shared.data)
-        if job is None or not self._claims.take(job.seq):
+        if job is None:
             return
         if self._needed > self._confirmed:
             self._await_confirmation()
         started = monotonic()
         if self._journal and not self._journal.start(job.seq, started):
-            started = self._hold_still(job.seq)
+            if not self._may_start(job.seq):
+                return
+            started = monotonic()
+            self._journal.start(job.seq, started)
         try:
             outcome = self._handler.run(job, buffers)
         except BaseException:
@@ -472,19 +474,19 @@ class Worker:
         if outcome.worn:
             self._control.send(protocol.Worn(outcome.worn))
 
-    def _hold_still(self, seq: int) -> float:
-        """Start nothing while the master is about to kill this process, or thinks better of it.
+    def _may_start(self, seq: int) -> bool:
+        """Hold still while the master is about to kill this process, or to take jobs back.
 
-        It does one of the two within milliseconds; if it dies, the control thread
-        ends the process.
+        It decides within milliseconds, or thinks better of it; if it dies, the control
+        thread ends the process, or tells.
         """
         assert self._journal is not None
         self._flush()
-        while self._journal.condemned:
+        while (decision := self._journal.may_start(seq)) is None:
+            if "lost" in self._control.events:
+                return False
             sleep(0.001)
-        now = monotonic()
-        self._journal.start(seq, now)
-        return now
+        return decision
 
     def _answer(self, seq: int, outcome: Outcome, started: float, ended: float) -> None:
         """Make a result safe: in the journal, or on its way as a message."""
@@ -503,7 +505,7 @@ class Worker:
         if self._bell and journal and not buffers and journal.append(protocol.encode(result)):
             if self._untold_since is None:
                 self._untold_since = started
-            if seq <= journal.hurried:
+            if seq <= journal.recalled:
                 self._flush()
             return
         position = 0

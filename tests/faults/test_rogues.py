@@ -49,7 +49,7 @@ RUBBISH: dict[str, list[Parts]] = {
             protocol.Results(2**60, [protocol.Result(n, True, b"x") for n in range(100)]),
             protocol.Results(5, [protocol.Result(1, True, b"", "", 0.0, 9)], True),
             protocol.Goodbye(1),
-            protocol.Recalled([*range(100)]),
+            protocol.Worn("of what?"),
             protocol.Unready("you are broken"),
         )
     ],
@@ -277,7 +277,7 @@ def test_the_name_of_a_living_worker(target: Target, rogue: Rogue, tmp_path: Pat
     control, work = rogue(target.endpoint, worker.id), rogue(target.work, worker.id)
     for _ in range(3):
         control.send(hello(worker.id, worker.pid))
-        control.send(protocol.encode(protocol.Recalled([*range(1, 100)])))
+        control.send(protocol.encode(protocol.Worn("says somebody else")))
         control.send(protocol.encode(protocol.Unready("says somebody else")))
         results = [protocol.Result(seq, True, b"not its own") for seq in range(1, 100)]
         work.send(protocol.encode(protocol.Results(0, results)))
@@ -353,7 +353,7 @@ def record(directory: Path) -> list[tuple[str, Parts]]:
             job = protocol.Job(seq, "id", b"%d -" % seq, "text")
             work.send_multipart([worker, protocol.encode(protocol.Jobs(0, [job]))])
             hear(work, "work")
-        control.send_multipart([worker, protocol.encode(protocol.Recall([4, 5]))])
+        control.send_multipart([worker, protocol.encode(protocol.ShowStack())])
         hear(control, "endpoint")
         control.send_multipart([worker, protocol.encode(protocol.Drain())])
         hear(work, "work")

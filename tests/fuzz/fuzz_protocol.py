@@ -36,7 +36,7 @@ IDENTITIES = (b"a", b"b")
 SEEDS = (
     protocol.Hello(1, "a", os.getpid(), "host", machine_id(), None, None),
     protocol.Hello(1, "b", 1, "host", "elsewhere", "ipc:///x", "/etc/passwd", "3.13"),
-    protocol.Recalled([1, 2]),
+    protocol.Worn("why"),
     protocol.Unready("why"),
     protocol.Ready("a"),
     protocol.Results(5, [protocol.Result(1, True, b"x", "", 0.1, 0)], True),
@@ -44,7 +44,7 @@ SEEDS = (
     protocol.Goodbye(1),
     protocol.Welcome(1, "ipc:///x", b"setup"),
     protocol.Jobs(1, [protocol.Job(1, "id", b"x", "text", b"key")], [protocol.Shared(b"k", b"v")]),
-    protocol.Recall([1]),
+    protocol.Refused("why"),
     protocol.Result(1, True, b"x"),
 )
 

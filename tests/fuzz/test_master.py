@@ -37,7 +37,7 @@ results = st.builds(
 )
 control = st.one_of(
     hellos,
-    st.builds(protocol.Recalled, st.lists(st.one_of(COUNTS, st.integers(-5, 0)), max_size=5)),
+    st.builds(protocol.Worn, st.text(max_size=5)),
     st.builds(protocol.Unready, st.text(max_size=5)),
 )
 work = st.one_of(
