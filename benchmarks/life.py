@@ -39,6 +39,19 @@ def _start(bench: Bench) -> Figures:
     }
 
 
+def _all_at_work(bench: Bench) -> Figures:
+    """How much longer than they take tasks of 0.1 s need, one for each worker of a new pool."""
+    bench.peer.load()
+    start = clock()
+    pool = bench.peer.make(bench.workers)
+    try:
+        for future in [pool.submit(tasks.sleep, 0.1) for _ in range(bench.workers)]:
+            future.result()
+        return {"seconds": clock() - start - 0.1}
+    finally:
+        pool.shutdown()
+
+
 def _import_time(bench: Bench) -> Figures:
     def seconds(statement: str) -> float:
         start = clock()
@@ -186,6 +199,14 @@ WORKLOADS = [
             Figure("pss", "its share of it", "MiB"),
         ),
         _start,
+        own_pool=True,
+        cell=30,
+    ),
+    Workload(
+        "all-at-work",
+        "Start",
+        (Figure("seconds", "to all at work", "ms"),),
+        _all_at_work,
         own_pool=True,
         cell=30,
     ),

@@ -156,6 +156,24 @@ def _behind_a_long_one(bench: Bench) -> Figures:
     return {"seconds": found}
 
 
+def _one_of_them_long(bench: Bench) -> Figures:
+    """No other thread of the worker can run meanwhile, to give back what was sent to it."""
+    count = bench.sized(400, 40)
+    for future in [bench.pool.submit(tasks.keep_interpreter, 0) for _ in range(count)]:
+        future.result()  # they are known to be tiny
+    start = clock()
+    futures = [
+        bench.pool.submit(tasks.keep_interpreter, bench.scale.part if number == 30 else 0)
+        for number in range(count)
+    ]
+    long = futures.pop(30)
+    for future in futures:
+        future.result()
+    found = clock() - start
+    long.result()
+    return {"seconds": found}
+
+
 WORKLOADS = [
     _rate("submit", "submit", lambda bench: _submit_rate(bench, tasks.nothing)),
     # The program that runs the peer has this function in its __main__ module.
@@ -180,5 +198,11 @@ WORKLOADS = [
         "Fairness",
         (Figure("seconds", "tiny tasks behind a long one", "ms"),),
         _behind_a_long_one,
+    ),
+    Workload(
+        "one-long",
+        "Fairness",
+        (Figure("seconds", "tiny tasks around a long one in C", "ms"),),
+        _one_of_them_long,
     ),
 ]

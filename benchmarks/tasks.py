@@ -5,6 +5,7 @@ In a module of its own, so that every pool can send these functions by name.
 
 from __future__ import annotations
 
+import ctypes
 import io
 import math
 import os
@@ -34,6 +35,12 @@ def closure(value: int) -> Callable[..., None]:
 
 def sleep(seconds: float) -> None:
     time.sleep(seconds)
+
+
+def keep_interpreter(seconds: float) -> None:
+    """Sleep as native code does that does not let other threads run."""
+    if seconds:
+        ctypes.PyDLL(None).usleep(int(seconds * 1e6))
 
 
 def pid_after(seconds: float) -> int:

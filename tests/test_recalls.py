@@ -136,11 +136,15 @@ def test_what_a_worker_has_noted_before_it_knew_of_the_recall_is_its_own(world: 
     world.act()
     assert world.runs.total() == 1  # it waits for the decision
     world.pass_time(SETTLE)
-    assert list(world.state.held) == [2, 6, 7, 8]  # the others are sent again
+    assert list(world.state.held) == [2]  # and none is sent before there is a sign of life
+    world.act()
+    world.read()
+    world.decide()
+    assert list(world.state.held) == [6, 7, 8]
     for _ in range(4):
-        world.act()
         world.note()
-    assert [world.runs[id(job)] for job in world.jobs] == [1, 1, 0, 0, 0]
+        world.act()
+    assert [world.runs[id(job)] for job in world.jobs] == [1, 1, 1, 0, 0]  # two were dropped
 
 
 def test_what_was_taken_back_is_not_run_after_another_recall(world: World) -> None:

@@ -476,6 +476,18 @@ def test_a_stalled_worker_is_not_sent_again_what_it_has_given_back() -> None:
     assert desk.decide(after=STALL) == []
 
 
+def test_results_that_are_seen_with_the_recall_do_not_get_it_more_to_hold_up() -> None:
+    desk, worker, jobs = stalled_desk(held=5)
+    (recall,) = only(desk.decide(after=STALL), Recall)
+    desk.answer(worker)  # told late; it is in the second one
+    desk.decide()
+    desk.scheduler.recalled(worker, recall.seqs[1:])
+    assert desk.decide() == []
+    assert queued(desk.scheduler) == jobs[2:]
+    desk.answer(worker)
+    assert sent_to(desk.decide(), worker)
+
+
 def test_a_stalled_worker_is_asked_once_and_not_again_and_again() -> None:
     desk, worker, _ = stalled_desk(held=2)
     assert only(desk.decide(after=STALL), Recall)

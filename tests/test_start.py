@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import run_in_supervisors
+from tests.conftest import eventually, run_in_supervisors
 from zmqexecutor import BrokenPoolError, WorkerLostError, ZmqExecutor
 from zmqexecutor.fleet import STARTS_BEFORE_BROKEN
 
@@ -101,11 +101,8 @@ def test_an_interpreter_that_is_none(monkeypatch: pytest.MonkeyPatch, program: s
     assert program in told
 
 
-def test_the_first_worker_does_not_wait_for_circus(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It works, and may die, before its supervisor is ready; then nothing is missed."""
-    gate = tmp_path / "gate"
+def without_circus(monkeypatch: pytest.MonkeyPatch, gate: Path) -> None:
+    """Supervisors cannot import Circus before the gate is there."""
     run_in_supervisors(
         monkeypatch,
         f"""
@@ -121,6 +118,14 @@ class Gate(MetaPathFinder):
 sys.meta_path.insert(0, Gate())
 """,
     )
+
+
+def test_the_first_worker_does_not_wait_for_circus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It works, and may die, before its supervisor is ready; then nothing is missed."""
+    gate = tmp_path / "gate"
+    without_circus(monkeypatch, gate)
     with ZmqExecutor(1) as executor:
         first = executor.submit(os.getpid).result(30)
         lost = executor.submit(os.kill, first, signal.SIGKILL)
@@ -131,3 +136,26 @@ sys.meta_path.insert(0, Gate())
         assert isinstance(error, WorkerLostError)
         assert (error.pid, error.signal) == (first, "SIGKILL")
         assert after.result(30) != first
+
+
+def test_as_many_workers_as_there_is_work_for_do_not_wait_for_circus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, meeting = tmp_path / "gate", tmp_path / "meeting"
+    meeting.mkdir()
+    without_circus(monkeypatch, gate)
+    with ZmqExecutor(3) as executor:
+        futures = [executor.submit(meet, str(meeting), 3) for _ in range(3)]
+        pids = {future.result(30) for future in futures}
+        assert len(pids) == 3
+        gate.touch()
+        assert executor.submit(abs, -1).result(30) == 1
+        assert {worker.pid for worker in executor.workers} == pids
+
+
+def meet(place: str, number: int) -> int:
+    """Wait until as many are there."""
+    Path(place, str(os.getpid())).touch()
+    if not eventually(lambda: len(os.listdir(place)) == number, 30):
+        raise TimeoutError(place)
+    return os.getpid()

@@ -314,11 +314,14 @@ class Scheduler(Generic[J]):
         return jobs
 
     def recalled(self, worker: WorkerState[J], seqs: Iterable[int]) -> None:
-        """A worker gives back jobs that it will not run; they go to the front."""
+        """A worker will not run these jobs; they go to the front."""
         self._requeue(worker, [seq for seq in seqs if seq in worker.held])
         if len(worker.held) > 1:
             # It has gone on meanwhile; ask again if the results do not come.
             self._progress(worker, worker.progress)
+        else:
+            # Results that were seen only now are no sign that it goes on.
+            worker.stalled = bool(worker.held)
         self.settle(worker)
 
     def drain(self, worker: WorkerState[J]) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from .launch import Launcher, end_now
-from .protocol import Configure, Spawned
+from .protocol import Configure, Scale, Spawned, ToSupervisor
 from .template import make_template
 
 __all__ = ["main"]
@@ -63,7 +63,7 @@ def main(fd: int, parent: int) -> Callable[[], object]:
             if callable(template):
                 return template
             warnings.simplefilter("ignore")
-            launcher = Launcher(config, template)
+            launcher = Launcher(_as_asked_by_now(config, link), template)
             unsent = _start_first(link, launcher, terminated)
 
             from .supervisor import supervise
@@ -78,6 +78,19 @@ def main(fd: int, parent: int) -> Callable[[], object]:
         launcher.close()
     # Nothing of the interpreter's own end is needed, and some of it could wait.
     os._exit(code)
+
+
+def _as_asked_by_now(config: Configure, link: socket.socket) -> Configure:
+    """The configuration with as many processes as the parent has asked for since.
+
+    What it has sent stays to be read.
+    """
+    with contextlib.suppress(BlockingIOError):
+        for line in link.recv(_PEEK, socket.MSG_PEEK | socket.MSG_DONTWAIT).split(b"\n")[:-1]:
+            message = msgspec.json.decode(line, type=ToSupervisor)
+            if isinstance(message, Scale):
+                config = msgspec.structs.replace(config, numprocesses=message.numprocesses)
+    return config
 
 
 def _start_first(
