@@ -22,7 +22,7 @@ from benchmarks.report import Table, value
 from zmqexecutor import ZmqExecutor, protocol
 from zmqexecutor.journal import JournalWriter
 from zmqexecutor.lean import LeanFuture
-from zmqexecutor.peers import Peer
+from zmqexecutor.offers import Offer
 from zmqexecutor.serialization import CallPickler, CallRunner
 
 clock = time.monotonic
@@ -144,10 +144,9 @@ def marked_nothing() -> None:
 
 ORDER = {
     "start": "",
-    "submitted": "submit: serialise, queue, wake the master",
-    "sent": "master: wake up, schedule, encode, send",
+    "sent": "submit: serialise, encode, send",
     "received": "on the way to the worker, its wake-up, decode",
-    "run": "worker: claim it, note it in the journal",
+    "run": "worker: note it in the journal",
     "done": "worker: unpickle, run, pickle the result",
     "returned": "worker: journal, ring the bell",
     "back": "on the way to the master, its wake-up, decode",
@@ -160,8 +159,8 @@ def on_the_way(count: int) -> dict[str, list[float]]:
     """Seconds from each stamp to the next, for each of so many tasks."""
     found: dict[str, list[float]] = {title: [] for title in ORDER.values() if title}
     found["all"] = []
-    unwatched = Peer.send_jobs
-    Peer.send_jobs = _stamp("sent", unwatched, before=False)  # type: ignore[method-assign]
+    unwatched = Offer.send
+    Offer.send = _stamp("sent", unwatched, before=False)  # type: ignore[method-assign]
     try:
         with ZmqExecutor(1, initializer=watch_worker) as executor:
             master: Any = executor._master
@@ -176,16 +175,14 @@ def on_the_way(count: int) -> dict[str, list[float]]:
                     found[ORDER[later] or "all"].append(times[later] - times[earlier])
                 found["all"].append(times["end"] - times["start"])
     finally:
-        Peer.send_jobs = unwatched  # type: ignore[method-assign]
+        Offer.send = unwatched  # type: ignore[method-assign]
     return {title: times for title, times in found.items() if len(times) > 1}
 
 
 def _one(executor: ZmqExecutor) -> dict[str, float]:
     start = clock()
-    future = executor.submit(marked_nothing)
-    submitted = clock()
-    future.result()
+    executor.submit(marked_nothing).result()
     end = clock()
     time.sleep(0.0002)  # until the master has taken its last stamp
-    times = {**_stamps, "start": start, "submitted": submitted, "end": end}
+    times = {**_stamps, "start": start, "end": end}
     return {**times, **executor.submit(stamps).result()}
