@@ -26,6 +26,7 @@ from zmqexecutor.scheduler import (
     AHEAD,
     KINDS_REMEMBERED,
     LARGEST_BATCH,
+    LONGEST_AHEAD,
     PURGE,
     STALL,
     Decision,
@@ -177,7 +178,7 @@ def test_jobs_of_an_unknown_kind_are_sent_one_at_a_time() -> None:
 def test_a_long_kind_is_sent_one_at_a_time_although_it_is_known() -> None:
     desk = Desk()
     worker = desk.worker("a")
-    desk.teach(worker, "long", AHEAD)
+    desk.teach(worker, "long", 1.01 * LONGEST_AHEAD)
     jobs = desk.submit("long", 3)
     assert sent_to(desk.decide(), worker) == jobs[:1]
 
@@ -399,6 +400,62 @@ def stalled_desk(*, held: int = 4, max_workers: int = 0) -> tuple[Desk, Worker, 
     jobs = desk.submit("tiny", held)
     assert sent_to(desk.decide(), worker) == jobs
     return desk, worker, jobs
+
+
+@pytest.mark.parametrize("seconds", [0.6 * AHEAD, AHEAD, LONGEST_AHEAD])
+def test_one_longer_job_is_sent_ahead_while_there_are_plenty(seconds: float) -> None:
+    desk = Desk()
+    first, second = desk.worker("a"), desk.worker("b")
+    for worker in (first, second):
+        desk.teach(worker, "longer", seconds)
+    desk.submit("longer", 6)
+    assert [len(send.jobs) for send in only(desk.decide(), Send)] == [1, 1, 1, 1]
+    # Two run, two wait there, and two are left for whoever comes to them first.
+    assert len(first.held) == len(second.held) == 2
+    assert len(desk.scheduler) == 2
+    desk.answer(first, seconds=seconds)
+    assert desk.decide() == []
+    desk.answer(first, seconds=seconds)
+    assert len(sent_to(desk.decide(), first)) == 1
+
+
+def test_what_waits_behind_a_longer_job_is_recalled_when_that_takes_twice_its_time() -> None:
+    desk = Desk()
+    worker = desk.worker("a")
+    desk.teach(worker, "longer", LONGEST_AHEAD)
+    desk.submit("longer", 4)
+    desk.decide()
+    assert len(worker.held) == 2
+    while desk.now < 100 + 2 * LONGEST_AHEAD - STALL / 100:
+        assert desk.decide() == []
+        deadline = desk.scheduler.next_deadline()
+        assert deadline is not None
+        desk.now = deadline
+    assert only(desk.decide(), Recall)
+
+
+def test_behind_a_longer_job_nothing_else_is_sent() -> None:
+    desk = Desk()
+    worker = desk.worker("a")
+    desk.teach(worker, "longer", LONGEST_AHEAD)
+    desk.teach(worker, "tiny", TINY)
+    (longer,) = desk.submit("longer")
+    assert sent_to(desk.decide(), worker) == [longer]
+    desk.submit("tiny", 5)
+    assert desk.decide() == []
+
+
+def test_a_cancelled_job_does_not_let_a_long_one_follow() -> None:
+    desk = Desk()
+    worker = desk.worker("a")
+    desk.teach(worker, "tiny", TINY)
+    desk.submit("tiny")
+    desk.decide()
+    (cancelled,) = desk.submit("tiny")
+    cancelled.cancelled = True
+    desk.submit("long", 5)
+    assert only(desk.decide(), Send) == []
+    assert len(worker.held) == 1
 
 
 def test_what_was_sent_ahead_is_recalled_after_a_stall_and_not_before() -> None:
@@ -1327,7 +1384,8 @@ class World(RuleBasedStateMachine):
                     assert may_take
                     assert state.held
                     assert state.ahead
-                    assert state.load < AHEAD / 2
+                    one = len(state.held) == 1 and state.load <= LONGEST_AHEAD
+                    assert one or state.load < AHEAD / 2
                     assert not state.stalled
             assert (key in scheduler._moving) == (len(state.held) > 0 and not state.stalled)
             assert len(state.held) <= 1 or state.ahead

@@ -82,6 +82,7 @@ class WorkerState(Generic[J]):
         "next_seq",
         "progress",
         "stalled",
+        "waited",
     )
 
     def __init__(
@@ -112,6 +113,8 @@ class WorkerState(Generic[J]):
         self.busy = False
         self.stalled = False
         """Whether it showed no progress for `STALL` in the job that it runs."""
+        self.waited = 0.0
+        """Seconds without progress, in steps of `STALL`, that were to be expected."""
         self.active = False
         """Whether it may be sent jobs, rather than stand by."""
         self.aging = False

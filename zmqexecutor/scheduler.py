@@ -16,10 +16,11 @@ The life of a job:
 A worker holds the job that it runs and, behind it, jobs sent ahead so that it
 never waits for the master between two short ones. It is given about a
 millisecond's worth (`AHEAD`), judged by how long jobs of the same kind took
-lately; jobs of an unknown kind, or longer ones, are sent one at a time. When a
-worker with jobs ahead shows no progress for `STALL` seconds, they are recalled:
-one of them would otherwise wait behind a job that turned out to be long. The
-worker answers with those that it has not started, so no job runs twice.
+lately. While there are plenty it is also given one job of up to `LONGEST_AHEAD`;
+those of an unknown kind, or longer ones, are sent one at a time. When a worker with
+jobs ahead shows no progress for `STALL` seconds, or twice the time that it was
+expected to need, they are recalled: one of them would otherwise wait behind a job
+that turned out to be long.
 
 No more than `wanted` workers are active, that is, sent jobs. A worker near the end
 of its life (its allowance of jobs, or worn out) gets a successor that is started
@@ -59,6 +60,8 @@ __all__ = [
 
 AHEAD: Final = 0.001
 """Seconds of expected work that a worker may hold."""
+LONGEST_AHEAD: Final = 0.005
+"""Seconds that a single job may be expected to take which is sent ahead."""
 STALL: Final = 0.002
 """Seconds without progress after which what was sent ahead is recalled."""
 LARGEST_BATCH: Final = 256
@@ -438,7 +441,7 @@ class Scheduler(Generic[J]):
                 worker = next(reversed(idle.values()))  # its caches are the warmest
                 if len(worker.lanes) > 1:
                     source = self._turn(worker)
-            elif hungry and self._expected(queue.front[0]) <= AHEAD / 2:
+            elif hungry and self._fits(next(iter(hungry.values())), lane):
                 worker = next(iter(hungry.values()))
                 hungry.move_to_end(worker.key)
             else:
@@ -452,6 +455,15 @@ class Scheduler(Generic[J]):
                 decisions.append(Send(worker, batch))
             self.settle(worker)
         self._servable.pop(lane, None)  # nobody can take any more of it for now
+
+    def _fits(self, worker: WorkerState[J], lane: Lane[J]) -> bool:
+        """Whether the lane's first job can be sent to a worker that holds others."""
+        expected = self._expected(lane.queue.front[0])
+        if expected <= AHEAD / 2:
+            return worker.load < AHEAD / 2
+        # Not the last ones: they could wait there while another worker is idle.
+        plenty = len(lane.queue) > lane.workers
+        return plenty and expected <= LONGEST_AHEAD and len(worker.held) == 1
 
     def _turn(self, worker: WorkerState[J]) -> Lane[J]:
         """The lane that an idle worker serves next, of several: what it serves goes last."""
@@ -469,7 +481,10 @@ class Scheduler(Generic[J]):
         while (front := queue.front) and len(batch) < limit:
             job = front[0]
             expected = durations.get(job.kind, _UNKNOWN)
-            if held and (expected > AHEAD / 2 or load + expected > AHEAD):
+            if batch:
+                if expected > AHEAD / 2 or load + expected > AHEAD:
+                    break
+            elif held and not self._fits(worker, lane):
                 break
             queue.take_first()
             if not job.start():
@@ -499,11 +514,17 @@ class Scheduler(Generic[J]):
             worker = next(iter(self._moving.values()))
             if worker.progress + STALL > now:
                 return
+            held = worker.held
+            if len(held) > 1 and worker.waited + STALL < 2 * next(iter(held.values()))[1]:
+                worker.waited += STALL
+                worker.progress = now
+                self._moving.move_to_end(worker.key)
+                continue
             worker.stalled = True
             worker.progress = now
             self.settle(worker)
-            if len(worker.held) > 1:
-                decisions.append(Recall(worker, list(worker.held)[1:]))
+            if len(held) > 1:
+                decisions.append(Recall(worker, list(held)[1:]))
 
     def _want_workers(self) -> bool:
         """Want as many as there is work for, and say if some stood by."""
@@ -553,7 +574,11 @@ class Scheduler(Generic[J]):
         may_take = worker.active and not worker.draining and not spent
         idle = may_take and not held
         hungry = (
-            may_take and held and worker.ahead and not worker.stalled and worker.load < AHEAD / 2
+            may_take
+            and held
+            and worker.ahead
+            and not worker.stalled
+            and (worker.load < AHEAD / 2 or (held == 1 and worker.load <= LONGEST_AHEAD))
         )
         for lane in worker.lanes:
             if idle:
@@ -606,6 +631,7 @@ class Scheduler(Generic[J]):
     def _progress(self, worker: WorkerState[J], now: float) -> None:
         worker.progress = now
         worker.stalled = False
+        worker.waited = 0.0
         self._moving[worker.key] = worker
         self._moving.move_to_end(worker.key)
 
