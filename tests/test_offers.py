@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from zmqexecutor import TaskKilledError, WorkerLostError, ZmqExecutor
+from zmqexecutor import BrokenPoolError, TaskKilledError, WorkerLostError, ZmqExecutor
+from zmqexecutor.lean import LeanFuture
+from zmqexecutor.master import Master
 from zmqexecutor.offers import Offer
+from zmqexecutor.protocol import CALLS
 from zmqexecutor.shortcuts import Post
 from zmqexecutor.tasks import Task
 
@@ -270,6 +273,52 @@ def test_a_thread_that_comes_second_leaves_its_future_as_it_was(pool: Watched) -
     assert len(tasks) >= 1
     assert future.result(60) == 6
     assert pool.sent == []
+
+
+def test_there_is_none_when_the_pool_is_broken(pool: Watched) -> None:
+    """Its caller has looked before, and comes to the offer only then."""
+    pool.offer()
+    master = pool.executor._master
+    master._call(lambda: master._break("for this test"))
+    assert eventually(lambda: master.broken)
+    assert eventually(lambda: master._asleep)
+    assert master._offer is None
+    task = Task(
+        kind="late",
+        service=CALLS,
+        future=LeanFuture(),
+        data=b"",
+        decode=lambda *_: None,
+        name="late",
+    )
+    master.submit(task)
+    with pytest.raises(BrokenPoolError):
+        task.future.result(60)
+
+
+def test_there_is_none_for_workers_that_do_so_many_tasks() -> None:
+    """Their successors must be under way while they do their last one."""
+    with ZmqExecutor(1, max_tasks_per_child=2) as executor:
+        assert executor.submit(abs, -1).result(60) == 1
+        master = executor._master
+        assert eventually(lambda: master._asleep)
+        assert master._offer is None
+
+
+def test_a_signal_handler_or_finalizer_that_submits_in_the_middle_of_it(pool: Watched) -> None:
+    executor = pool.executor
+    results: list[Future[int]] = []
+    submit, numbers = Master.submit, iter(range(5))
+
+    def interrupted(master: Master, task: Task) -> None:
+        if (number := next(numbers, None)) is not None:
+            results.append(executor.submit(abs, -number))
+        submit(master, task)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Master, "submit", interrupted)
+        results.append(executor.submit(abs, -7))
+    assert sorted(future.result(60) for future in results) == [0, 1, 2, 3, 4, 7]
 
 
 def test_many_threads(pool: Watched) -> None:

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from zmqexecutor import ZmqExecutor
+from zmqexecutor import TaskKilledError, ZmqExecutor
 from zmqexecutor.channels import Channels
 from zmqexecutor.journal import JournalReader, JournalWriter
 from zmqexecutor.lanes import Job
@@ -32,6 +32,13 @@ NOWHERE = cast(Channels, None)
 """Nothing is sent here."""
 TINY = 1e-6
 """Seconds that a job is expected to take."""
+
+
+class TinyJob(Job, eq=False, kw_only=True):
+    doomed: bool = False
+
+    def start(self) -> bool:
+        return not self.doomed
 
 
 class World:
@@ -60,7 +67,7 @@ class World:
 
     def submit(self, count: int) -> None:
         for _ in range(count):
-            self.jobs.append(Job(kind="tiny"))
+            self.jobs.append(TinyJob(kind="tiny"))
             self.scheduler.submit(self.jobs[-1], self.now)
         self.decide()
 
@@ -167,6 +174,35 @@ def test_what_was_taken_back_is_not_run_after_another_recall(world: World) -> No
     assert [world.runs[id(job)] for job in world.jobs] == [1, 1, 0, 0, 0]
 
 
+def test_a_stopped_worker_keeps_no_job_that_nobody_wants(world: World) -> None:
+    world.submit(3)
+    first = world.jobs[0]
+    assert isinstance(first, TinyJob)
+    first.doomed = True
+    world.pass_time(STALL)
+    world.pass_time(SETTLE)
+    assert [job for job, _ in world.state.held.values()] == world.jobs[1:]  # sent again
+    world.pass_time(STALL)
+    world.pass_time(SETTLE)
+    assert [job for job, _ in world.state.held.values()] == world.jobs[1:2]
+
+
+def test_a_job_that_waits_for_the_decision_is_not_lost_with_its_worker(world: World) -> None:
+    world.submit(3)
+    world.note()
+    world.act()
+    world.pass_time(STALL)
+    world.note()
+    assert world.noted is not None
+    assert world.writer.may_start(2) is None
+    world.writer.wait_with(2)
+    assert world.peer.last_run() == 0
+    world.pass_time(SETTLE)
+    assert world.writer.may_start(2)
+    world.writer.wait_with(0)
+    assert world.peer.last_run() == 2
+
+
 def test_what_is_sent_while_a_recall_is_under_way_stays(world: World) -> None:
     world.submit(3)
     world.note()
@@ -258,6 +294,21 @@ def test_no_job_waits_behind_one_that_keeps_the_interpreter() -> None:
         assert not wait(tasks, 60).not_done
         assert not long.done()
         assert long.result(60) == 0
+
+
+def test_a_task_can_be_killed_that_a_stopped_worker_has_not_begun() -> None:
+    with ZmqExecutor(1) as executor:
+        executor.submit(abs, 0).result(60)
+        stopped = executor.workers[0].pid
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            task = executor.submit(abs, -1)
+            assert task.kill()
+            with pytest.raises(TaskKilledError):
+                task.result(60)
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+        assert executor.submit(os.getpid).result(60) == stopped
 
 
 def test_a_stopped_worker_keeps_one_job() -> None:

@@ -156,7 +156,7 @@ class ZmqExecutor(MappingExecutor):
         rlimits = check_rlimits(worker_rlimits)
         self._pickler = CallPickler()
         self._pickler.packer.elsewhere = endpoint is not None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer or a signal handler may submit, too
         self._closed = False
         self._pid = os.getpid()
         # Workers that start later look in this process for what these are made of.

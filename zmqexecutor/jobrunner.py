@@ -84,7 +84,7 @@ class JobRunner:
         self._entrance = msgspec.structs.replace(joining, calls=True)
         self._patience = patience
         self._pid = os.getpid()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer or a signal handler may submit, too
         self._master: Master | None = None
 
     def start(self) -> None:

@@ -66,12 +66,13 @@ LARGEST_MARKER = 128
 
 # The header: magic, the running job's number, end of the ring, when that job
 # started (the monotonic clock), number of the condemned job, number up to which
-# jobs are recalled, number of the one of these that may start.
+# jobs are recalled, number of the one of these that may start, number of the running
+# job if it waits for that.
 _HEADER = 64
 _MAGIC = b"zmqexjn2"
 # The header's words by their places, in the machine's byte order. They are read and written
 # through a memoryview, each as a whole; `struct.pack_into` would show zeros in between.
-_RUNNING, _END, _STARTED, _CONDEMNED, _RECALLED, _SETTLED = range(1, 7)
+_RUNNING, _END, _STARTED, _CONDEMNED, _RECALLED, _SETTLED, _WAITING = range(1, 8)
 # The lowest bits of the last two say which recall it is.
 _COUNTED = 16
 _COUNT = (1 << _COUNTED) - 1
@@ -132,6 +133,10 @@ class JournalWriter:
         if self._words[_CONDEMNED] or (recalled ^ settled) & _COUNT:
             return None
         return seq > recalled >> _COUNTED or seq == settled >> _COUNTED
+
+    def wait_with(self, seq: int) -> None:
+        """Note that this job has not begun, although it was noted as running; or 0."""
+        self._words[_WAITING] = seq
 
     @property
     def recalled(self) -> int:
@@ -215,6 +220,11 @@ class JournalReader:
     def running(self) -> int:
         """The sequence number of the job that was started last, or 0."""
         return self._words[_RUNNING]
+
+    @property
+    def begun(self) -> bool:
+        """Whether the worker did more than to note it: it may have to wait for a decision."""
+        return self._words[_WAITING] != self._words[_RUNNING]
 
     @property
     def started(self) -> float:

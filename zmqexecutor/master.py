@@ -425,6 +425,8 @@ class Master:
         return [*unread, *(descriptor for descriptor, _ in ready)]
 
     def _make_offer(self) -> None:
+        if self.broken:
+            return
         state = self._scheduler.spare_worker()
         peer = self._roster.get(state.key) if state else None
         if state and peer and peer.mailed:

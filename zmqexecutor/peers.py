@@ -248,6 +248,8 @@ class Peer:
         """After its death: the job that it was in, or 0; None if nobody knows."""
         if not self.journal:
             return None
+        if not self.journal.begun:
+            return 0
         running = self.journal.running
         if self.stop and self.stop.killed and self.stop.seq != running:
             return 0  # noted, but not begun: when it was killed, the other still ran

@@ -71,7 +71,7 @@ class Recalls:
         kept = 0
         if running in held:
             kept = running
-        elif unstarted:
+        elif unstarted and not held[unstarted[0]][0].doomed:
             # It has something to do when it goes on. It may stand before one that was
             # taken back earlier, which it drops then.
             kept = unstarted.pop(0)

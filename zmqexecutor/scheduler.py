@@ -219,12 +219,15 @@ class Scheduler(Generic[J]):
         return jobs
 
     def spare_worker(self) -> WorkerState[J] | None:
-        """The worker that a job for the group would be sent to if it came now."""
+        """The worker that a job for the group would be sent to if it came now.
+
+        None if the group must know of each job when it is sent, to have a successor started.
+        """
         lane = self._lanes.get(self._service)
         if lane is None or self._length or not lane.idle:
             return None
         worker = next(reversed(lane.idle.values()))
-        return worker if len(worker.lanes) == 1 else None
+        return worker if len(worker.lanes) == 1 and worker.allowance is None else None
 
     def sent(self, worker: WorkerState[J], job: J, now: float) -> None:
         """A job has been sent to the spare worker without having been queued."""

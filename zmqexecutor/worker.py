@@ -481,11 +481,14 @@ class Worker:
         thread ends the process, or tells.
         """
         assert self._journal is not None
+        self._journal.wait_with(seq)
         self._flush()
         while (decision := self._journal.may_start(seq)) is None:
             if "lost" in self._control.events:
                 return False
             sleep(0.001)
+        if decision:
+            self._journal.wait_with(0)
         return decision
 
     def _answer(self, seq: int, outcome: Outcome, started: float, ended: float) -> None:
