@@ -106,6 +106,7 @@ def test_tasks_of_a_thread_start_in_the_order_of_their_submission(
         futures += [pool.executor.submit(order, number, b"") for number in range(1, 20)]
         assert [number for _, number in sorted(starts)] == [*range(20)]
         assert [n for _, n in sorted(future.result(60) for future in futures)] == [*range(20)]
+    assert pool.sent
 
 
 def order(number: int, _: bytes) -> tuple[float, int]:
@@ -128,6 +129,7 @@ def test_it_is_running_for_all_to_see(pool: Watched, tmp_path: Path) -> None:
 def test_the_death_of_its_worker(pool: Watched, tmp_path: Path) -> None:
     path = str(tmp_path / "runs")
     future = pool.wait_and_submit(note, path, "never")
+    assert pool.sent
     assert eventually(lambda: os.path.exists(path))
     os.kill(pool.executor.workers[0].pid, signal.SIGKILL)
     with pytest.raises(WorkerLostError):
@@ -173,6 +175,7 @@ class Deaf:
 def test_it_can_be_killed(pool: Watched, tmp_path: Path) -> None:
     path = str(tmp_path / "runs")
     future = pool.wait_and_submit(note, path, "never")
+    assert pool.sent
     assert eventually(lambda: os.path.exists(path))
     assert future.kill()  # type: ignore[attr-defined]
     with pytest.raises(TaskKilledError):
@@ -182,6 +185,7 @@ def test_it_can_be_killed(pool: Watched, tmp_path: Path) -> None:
 def test_shutdown_waits_for_it(pool: Watched, tmp_path: Path) -> None:
     path, gate = str(tmp_path / "runs"), tmp_path / "gate"
     future = pool.wait_and_submit(note, path, str(gate))
+    assert pool.sent
     pool.executor.shutdown(wait=False)
     assert not future.done()
     gate.touch()
@@ -236,16 +240,24 @@ def test_what_a_slow_thread_sends_after_the_master_has_is_dropped(
 
 def test_a_mailbox_that_takes_no_more(pool: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
     pool.offer()
+    woken = []
+    wake = Master._wake
+
+    def watched(master: Master) -> None:
+        woken.append(master)
+        wake(master)
+
     with monkeypatch.context() as patch:
         patch.setattr(Post, "send", lambda *_: False)
+        patch.setattr(Master, "_wake", watched)
         assert pool.executor.submit(abs, -3).result(60) == 3
-    assert len(pool.sent) == 1
+    assert len(pool.sent) == len(woken) == 1
 
 
 def test_two_that_want_it_at_once(pool: Watched) -> None:
     """One of them gets it; the other's task goes the usual way, and can still be cancelled."""
     offer = pool.offer()
-    pool.executor._master._asleep = False  # nobody wakes the master meanwhile
+    pool.executor._master._nap.clear()  # nobody wakes the master meanwhile
     first = pool.executor.submit(time.sleep, 0)
     (task,) = pool.sent
     assert first.running()
@@ -256,23 +268,65 @@ def test_two_that_want_it_at_once(pool: Watched) -> None:
     assert second.result(60) == 5
 
 
-def test_a_thread_that_comes_second_leaves_its_future_as_it_was(pool: Watched) -> None:
-    offer = pool.offer()
-    tasks = []
-    start = Task.start
+def test_a_thread_that_comes_second_leaves_the_future_as_it_was(
+    pool: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offer = Offer(pool.offer().peer, CALLS, 1)
+    task, start = make_task(), Task.start
 
     def slow(task: Task) -> bool:
         """Between its look at the offer and the claim the master withdraws it."""
         assert offer.withdraw() is None
-        tasks.append(task)
         return start(task)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Task, "start", slow)
-        future = pool.executor.submit(abs, -6)
-    assert len(tasks) >= 1
-    assert future.result(60) == 6
-    assert pool.sent == []
+    monkeypatch.setattr(Task, "start", slow)
+    assert not offer.take(task)
+    assert not task.sent
+    assert not task.future.running()
+    assert task.future.cancel()
+
+
+def test_an_interrupt_in_the_middle_of_waking_the_master(
+    pool: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever comes next wakes it, although the inbox is not empty."""
+    master = pool.executor._master
+    wake = master._wake
+
+    def interrupted() -> None:
+        wake()
+        raise KeyboardInterrupt
+
+    later = pool.executor.options(timeout=60)  # takes no offer
+    for _ in range(20):
+        pool.offer()
+        with monkeypatch.context() as patch:
+            patch.setattr(master, "_wake", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                later.submit(abs, -1)
+        assert eventually(lambda: master._nap)
+        assert later.submit(abs, -2).result(60) == 2
+
+    def never() -> None:
+        raise KeyboardInterrupt
+
+    pool.offer()
+    with monkeypatch.context() as patch:
+        patch.setattr(master, "_wake", never)
+        with pytest.raises(KeyboardInterrupt):
+            later.submit(abs, -1)
+    assert later.submit(abs, -3).result(60) == 3
+
+
+def make_task() -> Task:
+    return Task(
+        kind="late",
+        service=CALLS,
+        future=LeanFuture(),
+        data=b"",
+        decode=lambda *_: None,
+        name="late",
+    )
 
 
 def test_there_is_none_when_the_pool_is_broken(pool: Watched) -> None:
@@ -281,16 +335,9 @@ def test_there_is_none_when_the_pool_is_broken(pool: Watched) -> None:
     master = pool.executor._master
     master._call(lambda: master._break("for this test"))
     assert eventually(lambda: master.broken)
-    assert eventually(lambda: master._asleep)
+    assert eventually(lambda: master._nap)
     assert master._offer is None
-    task = Task(
-        kind="late",
-        service=CALLS,
-        future=LeanFuture(),
-        data=b"",
-        decode=lambda *_: None,
-        name="late",
-    )
+    task = make_task()
     master.submit(task)
     with pytest.raises(BrokenPoolError):
         task.future.result(60)
@@ -301,7 +348,7 @@ def test_there_is_none_for_workers_that_do_so_many_tasks() -> None:
     with ZmqExecutor(1, max_tasks_per_child=2) as executor:
         assert executor.submit(abs, -1).result(60) == 1
         master = executor._master
-        assert eventually(lambda: master._asleep)
+        assert eventually(lambda: master._nap)
         assert master._offer is None
 
 
@@ -334,4 +381,5 @@ def test_many_threads(pool: Watched) -> None:
         thread.start()
     for thread in threads:
         thread.join(120)
+    assert pool.sent
     assert sorted(results) == [1000 * n + number for n in range(6) for number in range(300)]

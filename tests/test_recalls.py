@@ -7,7 +7,7 @@ import os
 import signal
 import tempfile
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from pathlib import Path
 from typing import cast
@@ -56,7 +56,9 @@ class World:
         self.recalls = Recalls(
             lambda _: self.read(),
             lambda _, seqs: self.scheduler.recalled(self.state, seqs),
+            lambda: self.now,
         )
+        self.watch_start()
         # The worker's own: jobs that have come, the one that it has noted, and whether
         # it knows that this one may start.
         self.queue: deque[tuple[int, Job]] = deque()
@@ -76,7 +78,7 @@ class World:
             if isinstance(decision, Send):
                 self.queue += decision.jobs
             elif isinstance(decision, Recall):
-                self.recalls.ask(self.peer, self.now)
+                self.recalls.ask(self.peer)
 
     def read(self) -> None:
         assert self.peer.journal is not None
@@ -94,6 +96,26 @@ class World:
         if self.noted is None and self.queue:
             seq, job = self.queue.popleft()
             self.noted = seq, job, self.writer.start(seq, self.now)
+
+    def watch_start(self) -> None:
+        """Have `meanwhile` called when the worker looks whether it may start."""
+        world, words = self, self.writer._words
+
+        class Watched:
+            def __getitem__(self, place: int) -> int:
+                meanwhile, world.meanwhile = world.meanwhile, None
+                if meanwhile:
+                    meanwhile()
+                return words[place]
+
+            def __setitem__(self, place: int, value: int) -> None:
+                words[place] = value
+
+            def release(self) -> None:
+                words.release()
+
+        self.meanwhile: Callable[[], None] | None = None
+        self.writer._words = cast("memoryview[int]", Watched())
 
     def act(self) -> None:
         """The other half: it runs that, drops it, or waits."""
@@ -124,6 +146,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 def test_a_worker_that_does_nothing_keeps_one_job(world: World) -> None:
     world.submit(5)
     world.pass_time(STALL)
+    world.recalls.check(world.now + SETTLE * 0.9)
     assert len(world.state.held) == 5
     world.pass_time(SETTLE)
     assert list(world.state.held) == [1]
@@ -203,6 +226,14 @@ def test_a_job_that_waits_for_the_decision_is_not_lost_with_its_worker(world: Wo
     assert world.peer.last_run() == 2
 
 
+def test_the_recall_of_a_worker_that_is_lost_is_over(world: World) -> None:
+    world.submit(5)
+    world.pass_time(STALL)
+    assert world.recalls.next_deadline() == world.now + SETTLE
+    world.recalls.forget(world.peer)
+    assert world.recalls.next_deadline() is None
+
+
 def test_what_is_sent_while_a_recall_is_under_way_stays(world: World) -> None:
     world.submit(3)
     world.note()
@@ -231,6 +262,20 @@ class Races(machine.RuleBasedStateMachine):
     def note(self) -> None:
         self.world.note()
 
+    @machine.rule(asked=st.booleans(), finished=st.booleans())
+    def note_while_the_master_acts(self, asked: bool, finished: bool) -> None:
+        """Between the worker's two halves of one: its write, and its look."""
+
+        def act() -> None:
+            if asked:
+                self.recall()
+            if finished:
+                self.world.pass_time(SETTLE)
+
+        self.world.meanwhile = act
+        self.world.note()
+        self.world.meanwhile = None
+
     @machine.rule()
     def act(self) -> None:
         self.world.act()
@@ -252,7 +297,7 @@ class Races(machine.RuleBasedStateMachine):
     @machine.rule()
     def recall(self) -> None:
         """As `Stops` does it, at any time."""
-        self.world.recalls.ask(self.world.peer, self.world.now)
+        self.world.recalls.ask(self.world.peer)
 
     @machine.invariant()
     def none_runs_twice(self) -> None:

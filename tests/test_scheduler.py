@@ -123,6 +123,11 @@ class Desk:
         results = [Result(seq, True, b"", seconds=seconds) for seq in worker.held]
         assert None not in self.scheduler.results(worker, results, self.now)
 
+    def recall(self, worker: Worker) -> list[int]:
+        """The worker has stalled; which jobs it has not started."""
+        assert only(self.decide(after=STALL), Recall) == [Recall(worker)]
+        return list(worker.held)[1:]
+
     def teach(self, worker: Worker, kind: str, seconds: float) -> None:
         """Have an idle worker do one job of this kind, so that its duration is known.
 
@@ -389,6 +394,51 @@ def test_cancel_queued_returns_what_is_queued_and_leaves_what_was_sent() -> None
     assert [job for job, _ in worker.held.values()] == [sent]
 
 
+def test_the_spare_worker_is_the_one_that_a_job_would_be_sent_to() -> None:
+    desk = Desk()
+    assert desk.scheduler.spare_worker() is None
+    first, second = desk.worker("a"), desk.worker("b")
+    assert desk.scheduler.spare_worker() is second
+    assert sent_to(desk.decide(), second) == []
+    desk.submit("new")
+    assert desk.scheduler.spare_worker() is None, "there is a job that comes first"
+    assert sent_to(desk.decide(), second)
+    assert desk.scheduler.spare_worker() is first
+    desk.submit("new")
+    desk.decide()
+    assert desk.scheduler.spare_worker() is None
+
+
+@pytest.mark.parametrize("allowance", [None, 5])
+@pytest.mark.parametrize("services", [[DEFAULT_SERVICE], [DEFAULT_SERVICE, "other"], ["other"]])
+def test_only_a_worker_without_other_duties_is_spare(
+    services: list[str], allowance: int | None
+) -> None:
+    desk = Desk()
+    worker = desk.worker("a", *services, allowance=allowance)
+    plain = services == [DEFAULT_SERVICE] and allowance is None
+    assert (desk.scheduler.spare_worker() is worker) == plain
+
+
+def test_a_job_that_was_sent_to_the_spare_worker_is_as_if_it_had_been_queued() -> None:
+    desks = [Desk(), Desk()]
+    for desk in desks:
+        desk.teach(desk.worker("a"), "tiny", TINY)
+        (worker,) = desk.scheduler._workers.values()
+        if desk is desks[0]:
+            assert sent_to((desk.submit("tiny"), desk.decide())[1], worker)
+        else:
+            desk.scheduler.sent(worker, NamedJob(name=1, kind="tiny"), desk.now)
+            assert desk.decide() == []
+        assert desk.scheduler.busy == 1
+        ((job, expected),) = worker.held.values()
+        assert (job.seq, job.worker, job.queued_at, expected) == (2, worker, desk.now, TINY)
+        assert desk.scheduler.next_deadline() == desk.now + STALL
+        assert sent_to((desk.submit("tiny"), desk.decide())[1], worker), "it is hungry"
+        desk.answer_all(worker)
+        assert desk.scheduler.busy == 0
+
+
 # ----------------------------------------------------------------------- recall
 
 
@@ -464,7 +514,6 @@ def test_what_was_sent_ahead_is_recalled_after_a_stall_and_not_before() -> None:
     (recall,) = desk.decide(after=STALL * 0.01)
     assert isinstance(recall, Recall)
     assert recall.worker is worker
-    assert recall.seqs == list(worker.held)[1:]
 
 
 def test_a_result_is_progress_that_puts_off_the_recall() -> None:
@@ -482,9 +531,9 @@ def test_a_single_job_is_never_recalled() -> None:
 
 def test_jobs_given_back_go_to_the_front_in_their_order() -> None:
     desk, worker, jobs = stalled_desk()
-    (recall,) = only(desk.decide(after=STALL), Recall)
+    seqs = desk.recall(worker)
     later = desk.submit("tiny")
-    desk.scheduler.recalled(worker, recall.seqs)
+    desk.scheduler.recalled(worker, seqs)
     assert queued(desk.scheduler) == [*jobs[1:], *later]
     assert [job for job, _ in worker.held.values()] == jobs[:1]
 
@@ -492,32 +541,32 @@ def test_jobs_given_back_go_to_the_front_in_their_order() -> None:
 def test_jobs_given_back_go_to_an_idle_worker() -> None:
     desk, worker, jobs = stalled_desk()
     idle = desk.worker("b")
-    (recall,) = only(desk.decide(after=STALL), Recall)
-    desk.scheduler.recalled(worker, recall.seqs)
+    seqs = desk.recall(worker)
+    desk.scheduler.recalled(worker, seqs)
     assert sent_to(desk.decide(), idle) == jobs[1:]
 
 
 def test_only_what_the_worker_gives_back_is_taken_from_it() -> None:
     desk, worker, jobs = stalled_desk()
-    (recall,) = only(desk.decide(after=STALL), Recall)
-    desk.scheduler.recalled(worker, recall.seqs[1:])  # the first it has started meanwhile
+    seqs = desk.recall(worker)
+    desk.scheduler.recalled(worker, seqs[1:])  # the first it has started meanwhile
     assert queued(desk.scheduler) == jobs[2:]
     assert [job for job, _ in worker.held.values()] == jobs[:2]
 
 
 def test_jobs_answered_before_the_recall_is_are_not_queued_again() -> None:
     desk, worker, _ = stalled_desk()
-    (recall,) = only(desk.decide(after=STALL), Recall)
+    seqs = desk.recall(worker)
     desk.answer_all(worker)
-    desk.scheduler.recalled(worker, recall.seqs)
+    desk.scheduler.recalled(worker, seqs)
     assert len(desk.scheduler) == 0
     assert worker.held == {}
 
 
 def test_a_worker_that_was_recalled_and_answered_all_takes_jobs_again() -> None:
     desk, worker, _ = stalled_desk()
-    (recall,) = only(desk.decide(after=STALL), Recall)
-    desk.scheduler.recalled(worker, recall.seqs)
+    seqs = desk.recall(worker)
+    desk.scheduler.recalled(worker, seqs)
     desk.scheduler.cancel_queued()
     desk.answer(worker)
     jobs = desk.submit("tiny")
@@ -526,8 +575,8 @@ def test_a_worker_that_was_recalled_and_answered_all_takes_jobs_again() -> None:
 
 def test_a_stalled_worker_is_not_sent_again_what_it_has_given_back() -> None:
     desk, worker, _ = stalled_desk(held=2)
-    (recall,) = only(desk.decide(after=STALL), Recall)
-    desk.scheduler.recalled(worker, recall.seqs)
+    seqs = desk.recall(worker)
+    desk.scheduler.recalled(worker, seqs)
     # Sending it once more, only to recall it at once, would go on without end.
     assert desk.decide() == []
     assert desk.decide(after=STALL) == []
@@ -535,10 +584,10 @@ def test_a_stalled_worker_is_not_sent_again_what_it_has_given_back() -> None:
 
 def test_results_that_are_seen_with_the_recall_do_not_get_it_more_to_hold_up() -> None:
     desk, worker, jobs = stalled_desk(held=5)
-    (recall,) = only(desk.decide(after=STALL), Recall)
+    seqs = desk.recall(worker)
     desk.answer(worker)  # told late; it is in the second one
     desk.decide()
-    desk.scheduler.recalled(worker, recall.seqs[1:])
+    desk.scheduler.recalled(worker, seqs[1:])
     assert desk.decide() == []
     assert queued(desk.scheduler) == jobs[2:]
     desk.answer(worker)
@@ -568,8 +617,8 @@ def test_a_worker_long_in_a_job_is_sent_nothing_to_wait_behind_it() -> None:
 
 def test_jobs_that_wait_for_each_other_get_a_second_worker() -> None:
     desk, worker, _ = stalled_desk(held=2, max_workers=2)
-    (recall,) = only(desk.decide(after=STALL), Recall)
-    desk.scheduler.recalled(worker, recall.seqs)
+    seqs = desk.recall(worker)
+    desk.scheduler.recalled(worker, seqs)
     assert desk.decide() == [Scale(2)]
 
 
@@ -688,8 +737,8 @@ def test_jobs_given_back_do_not_count_against_the_allowance() -> None:
     desk.teach(worker, "tiny", TINY)
     jobs = desk.submit("tiny", 2)
     desk.decide()
-    (recall,) = only(desk.decide(after=STALL), Recall)
-    desk.scheduler.recalled(worker, recall.seqs)
+    seqs = desk.recall(worker)
+    desk.scheduler.recalled(worker, seqs)
     desk.answer(worker)
     decisions = desk.decide()
     assert sent_to(decisions, worker) == jobs[1:]
@@ -1289,9 +1338,9 @@ class World(RuleBasedStateMachine):
                 assert {job.service for _, job in decision.jobs} <= services
                 worker.to_work.append(decision.jobs)
             else:
-                assert len(decision.seqs) >= 1
-                assert decision.seqs == list(worker.state.held)[1:]
-                worker.to_control.append(decision.seqs)
+                seqs = list(worker.state.held)[1:]
+                assert seqs
+                worker.to_control.append(seqs)
                 if worker.state.ahead:
                     self.read_journal(worker)
 

@@ -35,7 +35,7 @@ class World:
         self.stops = Stops(
             read_journal=lambda _: None,
             ask_stack=lambda _: None,
-            recall=lambda _, __: None,
+            recall=lambda _: None,
             kill=self.killed.append,
             give_up=lambda _: None,
         )

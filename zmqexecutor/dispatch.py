@@ -70,7 +70,7 @@ class Dispatcher:
             self._send_jobs(decision)
         elif isinstance(decision, Recall):
             if (peer := self._roster.get(decision.worker.key)) is not None:
-                self._recalls.ask(peer, time.monotonic())
+                self._recalls.ask(peer)
                 # What it finished before must not wait for a job that turned out to be long.
                 self._read_journal(peer)
         elif isinstance(decision, Retire):
@@ -140,7 +140,7 @@ class Dispatcher:
         assert peer.state
         if task.shared is not None:
             peer.introduce(task.shared, [], [])
-        if offer.sent or peer.journal.running >= task.seq:
+        if offer.sent or peer.journal.running >= task.seq:  # the thread may not know it yet
             peer.posted()
         else:
             self._send_jobs(Send(peer.state, [(task.seq, task)]))

@@ -9,7 +9,7 @@
 A task goes through the inbox to the scheduler, which decides who runs it; its
 result comes back on the work socket and completes the future here. All that
 happens is an event for the scheduler; all that is done is one of its decisions.
-Other threads touch nothing but the inbox and the wake-up.
+Other threads touch nothing but the inbox and the wake-up, or take an offer (see `offers`).
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ class Master:
         )
         self._inbox: deque[Task | Callable[[], None]] = deque()
         self._wakeup: Wakeup | None = Wakeup()  # None when the thread has ended
-        self._asleep = False
-        self._offer: Offer | None = None  # while it is asleep
+        self._nap: list[None] = []  # not empty while it sleeps and nobody has woken it
+        self._offer: Offer | None = None  # while it sleeps
         self._thread = threading.Thread(target=self._run, name="zmqexecutor-master", daemon=True)
         self._opened: Future[None] = Future()
         self._bell: Bell | None = None  # of its own workers
@@ -177,9 +177,11 @@ class Master:
             self._wake()
             return
         self._inbox.append(task)
-        if self._asleep:
-            self._asleep = False
+        if nap := self._nap:
+            # In this order, and only of this sleep: who is interrupted between the two, or
+            # late, must not let others believe that a later one has been ended.
             self._wake()
+            nap.clear()
         if self._wakeup is None:
             self._drop_inbox()  # the caller's check and the thread's end have crossed
 
@@ -389,7 +391,7 @@ class Master:
 
     def _wait(self) -> list[int]:
         """Wait for the next event or deadline; which descriptors are ready."""
-        self._asleep = True
+        self._nap = [None]
         timeout: int | None = None
         unread = [fd for channels in self._channels if channels.used for fd in channels.unread()]
         if self._inbox or unread:
@@ -411,15 +413,16 @@ class Master:
                 if deadline is not None
             ]
             self._due = min(deadlines) if deadlines else None
-            self._make_offer()
             if self._due is not None:
                 # Rounded up to whole milliseconds: not to wake just before the time.
                 seconds = min(LONGEST_WAIT, self._due - time.monotonic())
                 timeout = max(0, math.ceil(seconds * 1000))
         try:
+            if timeout != 0:
+                self._make_offer()
             ready = self._poller.poll(timeout)
         finally:
-            self._asleep = False
+            self._nap = []
             if self._offer is not None:
                 self._withdraw_offer(self._offer)
         return [*unread, *(descriptor for descriptor, _ in ready)]
@@ -435,7 +438,8 @@ class Master:
     def _withdraw_offer(self, offer: Offer) -> None:
         """Before anything else happens: what it has brought counts as sent."""
         self._offer = None
-        if (task := offer.withdraw()) is not None and offer.peer.state:
+        if (task := offer.withdraw()) is not None:
+            assert offer.peer.state
             self._scheduler.sent(offer.peer.state, task, time.monotonic())
             self._dispatcher.take_up(offer, task)
 

@@ -9,6 +9,7 @@ is stopped, holds up no other job. `journal` says why none of them can run twice
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -27,6 +28,7 @@ class Recalls:
         self,
         read_journal: Callable[[Peer], None],
         taken_back: Callable[[Peer, list[int]], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Begin with none.
 
@@ -34,16 +36,18 @@ class Recalls:
             read_journal: takes the results that have not come as messages.
             taken_back: called with a worker and the numbers of the jobs that it will not
                 run; there may be none.
+            clock: tells the time in seconds.
         """
+        self._clock = clock
         self._read_journal = read_journal
         self._taken_back = taken_back
         self._due: dict[Peer, float] = {}  # the longest under way first
 
-    def ask(self, peer: Peer, now: float) -> None:
+    def ask(self, peer: Peer) -> None:
         """Take back all that this worker has not started, but for one."""
         if peer.journal and peer.state and peer.state.held and peer not in self._due:
             peer.journal.recall(peer.state.next_seq - 1)  # never less than the last time
-            self._due[peer] = now + SETTLE
+            self._due[peer] = self._clock() + SETTLE  # from after the word on
 
     def next_deadline(self) -> float | None:
         """When `check` must be called, even if nothing happens."""

@@ -87,10 +87,9 @@ class Send(msgspec.Struct, Generic[J]):
 
 
 class Recall(msgspec.Struct, Generic[J]):
-    """Ask this worker for those of these jobs that it has not started."""
+    """Take back what this worker has not started."""
 
     worker: WorkerState[J]
-    seqs: list[int]
 
 
 class Retire(msgspec.Struct, Generic[J]):
@@ -237,7 +236,6 @@ class Scheduler(Generic[J]):
         worker.held[job.seq] = (job, expected)
         worker.load += expected
         worker.next_seq += 1
-        self._spend(worker, 1, expected)
         self.settle(worker)
 
     def worker_ready(
@@ -501,16 +499,11 @@ class Scheduler(Generic[J]):
                 break
         worker.load, worker.next_seq = load, seq
         self._shrunk(lane, before - len(queue))
-        if batch:
-            self._spend(worker, len(batch), expected)
-        return batch
-
-    def _spend(self, worker: WorkerState[J], jobs: int, expected: float) -> None:
-        """It was sent so many of the jobs that it is allowed, that long the last of them."""
         if worker.allowance is not None:
-            worker.allowance -= jobs
-            if not worker.aging and worker.allowance * expected < LEAD:
+            worker.allowance -= len(batch)
+            if batch and not worker.aging and worker.allowance * expected < LEAD:
                 self._age(worker)
+        return batch
 
     def _recall_stalled(self, now: float, decisions: list[Decision[J]]) -> None:
         while self._moving:
@@ -527,7 +520,7 @@ class Scheduler(Generic[J]):
             worker.progress = now
             self.settle(worker)
             if len(held) > 1:
-                decisions.append(Recall(worker, list(held)[1:]))
+                decisions.append(Recall(worker))
 
     def _want_workers(self) -> bool:
         """Want as many as there is work for, and say if some stood by."""

@@ -46,7 +46,7 @@ class Stops:
         *,
         read_journal: Callable[[Peer], None],
         ask_stack: Callable[[Peer], object],
-        recall: Callable[[Peer, float], object],
+        recall: Callable[[Peer], object],
         kill: Callable[[Peer], None],
         give_up: Callable[[Peer], None],
     ) -> None:
@@ -158,7 +158,7 @@ class Stops:
             elif limit is not None:
                 self._look_at(peer, now + limit)
         if unstarted:
-            self._recall(peer, now)
+            self._recall(peer)
             self._look_at(peer, now + RETRY)
 
     def _begin(self, peer: Peer, task: Task, ran: float, now: float) -> None:

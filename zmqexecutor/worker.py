@@ -478,14 +478,12 @@ class Worker:
         """Hold still while the master is about to kill this process, or to take jobs back.
 
         It decides within milliseconds, or thinks better of it; if it dies, the control
-        thread ends the process, or tells.
+        thread ends the process.
         """
         assert self._journal is not None
         self._journal.wait_with(seq)
         self._flush()
         while (decision := self._journal.may_start(seq)) is None:
-            if "lost" in self._control.events:
-                return False
             sleep(0.001)
         if decision:
             self._journal.wait_with(0)
