@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from zmqexecutor import TaskKilledError, ZmqExecutor
 from zmqexecutor.channels import Channels
-from zmqexecutor.journal import JournalReader, JournalWriter
+from zmqexecutor.journal import _RECALLED, JournalReader, JournalWriter
 from zmqexecutor.lanes import Job
 from zmqexecutor.peers import Peer
 from zmqexecutor.protocol import Hello, Result, decode_result, encode
@@ -98,15 +98,18 @@ class World:
             self.noted = seq, job, self.writer.start(seq, self.now)
 
     def watch_start(self) -> None:
-        """Have `meanwhile` called when the worker looks whether it may start."""
+        """Have `meanwhile` called just before or after the worker looks for a recall."""
         world, words = self, self.writer._words
 
         class Watched:
             def __getitem__(self, place: int) -> int:
-                meanwhile, world.meanwhile = world.meanwhile, None
+                found = words[place]
+                meanwhile = None
+                if place == _RECALLED:
+                    meanwhile, world.meanwhile = world.meanwhile, None
                 if meanwhile:
                     meanwhile()
-                return words[place]
+                return words[place] if world.meanwhile_before else found
 
             def __setitem__(self, place: int, value: int) -> None:
                 words[place] = value
@@ -115,6 +118,7 @@ class World:
                 words.release()
 
         self.meanwhile: Callable[[], None] | None = None
+        self.meanwhile_before = False
         self.writer._words = cast("memoryview[int]", Watched())
 
     def act(self) -> None:
@@ -262,8 +266,8 @@ class Races(machine.RuleBasedStateMachine):
     def note(self) -> None:
         self.world.note()
 
-    @machine.rule(asked=st.booleans(), finished=st.booleans())
-    def note_while_the_master_acts(self, asked: bool, finished: bool) -> None:
+    @machine.rule(asked=st.booleans(), finished=st.booleans(), before=st.booleans())
+    def note_while_the_master_acts(self, asked: bool, finished: bool, before: bool) -> None:
         """Between the worker's two halves of one: its write, and its look."""
 
         def act() -> None:
@@ -272,7 +276,7 @@ class Races(machine.RuleBasedStateMachine):
             if finished:
                 self.world.pass_time(SETTLE)
 
-        self.world.meanwhile = act
+        self.world.meanwhile, self.world.meanwhile_before = act, before
         self.world.note()
         self.world.meanwhile = None
 
