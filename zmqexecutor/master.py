@@ -172,9 +172,8 @@ class Master:
         """Hand over a task. The caller has checked that the master still takes some."""
         offer = self._offer
         if offer is not None and not self._inbox and offer.take(task):
-            if offer.send(task):
-                return
-            self._wake()
+            if not offer.send(task):
+                self._wake()  # to send it in another way
             return
         self._inbox.append(task)
         if nap := self._nap:
