@@ -163,9 +163,9 @@ def on_the_way(count: int) -> dict[str, list[float]]:
     Offer.send = _stamp("sent", unwatched, before=False)  # type: ignore[method-assign]
     try:
         with ZmqExecutor(1, initializer=watch_worker) as executor:
-            master: Any = executor._master
-            master._on_results = _stamp("back", master._on_results, before=True)
-            master._finish_answered = _stamp("completed", master._finish_answered, before=False)
+            coordinator: Any = executor._master._coordinator
+            coordinator._on_results = _stamp("back", coordinator._on_results, before=True)
+            coordinator.finish = _stamp("completed", coordinator.finish, before=False)
             executor.submit(marked_nothing).result()
             for _ in range(count):
                 times = _one(executor)

@@ -254,12 +254,12 @@ def test_a_result_whose_worker_dies_before_it_is_read() -> None:
     with ZmqExecutor(1) as executor:
         pid = executor.submit(os.getpid).result(60)
         master = executor._master
-        bell = master._bell
+        bell = master._loop._bell
         assert bell is not None
-        [peer] = master._roster
+        [peer] = master._coordinator.roster
         assert peer.journal is not None
         before = peer.journal.position
-        master._handlers[bell.fileno()] = lambda: list(bell.rung_by())  # unheard
+        master._loop._handlers[bell.fileno()] = lambda: list(bell.rung_by())  # unheard
         future = executor.submit(np.ones, 1_000_000)
         words = peer.journal._words
         assert eventually(lambda: words[_END] > before)

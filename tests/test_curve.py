@@ -104,7 +104,7 @@ def serving(runner: JobRunner, workers: int = 1) -> Iterator[JobRunner]:
 
 def work_address(runner: JobRunner) -> str:
     assert runner._master is not None
-    [channels] = runner._master._channels
+    [channels] = runner._master._coordinator.channels
     return channels.work_address
 
 

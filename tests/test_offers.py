@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from zmqexecutor import BrokenPoolError, TaskKilledError, WorkerLostError, ZmqExecutor
+from zmqexecutor.inbox import Inbox
 from zmqexecutor.lean import LeanFuture
-from zmqexecutor.master import Master
 from zmqexecutor.offers import Offer
 from zmqexecutor.protocol import CALLS
 from zmqexecutor.shortcuts import Post
@@ -35,7 +35,7 @@ class Watched:
         found: list[Offer] = []
 
         def look() -> bool:
-            offer = self.executor._master._offer
+            offer = self.executor._master._inbox.offer
             found[:] = [offer] if offer else []
             return bool(found)
 
@@ -140,7 +140,7 @@ def test_the_death_of_its_worker(pool: Watched, tmp_path: Path) -> None:
 
 def test_a_worker_that_is_dead_already_costs_nothing(pool: Watched, tmp_path: Path) -> None:
     pool.offer()
-    pool.executor._master._poller = Deaf(pool.executor)  # type: ignore[assignment]
+    pool.executor._master._loop._poller = Deaf(pool.executor)  # type: ignore[assignment]
     pool.executor.submit(abs, 1).result(60)
     pool.offer()
     pid = pool.executor.workers[0].pid
@@ -156,8 +156,8 @@ class Deaf:
 
     def __init__(self, executor: ZmqExecutor) -> None:
         self.master = executor._master
-        self.poller = self.master._poller
-        self.deaths = self.master._roster.fileno()
+        self.poller = self.master._loop._poller
+        self.deaths = self.master._coordinator.roster.fileno()
 
     def poll(self, timeout: int | None) -> list[tuple[int, int]]:
         self.poller.unregister(self.deaths)
@@ -230,7 +230,7 @@ def test_what_a_slow_thread_sends_after_the_master_has_is_dropped(
         thread = threading.Thread(target=pool.executor.submit, args=(note, path))
         thread.start()
         assert held.wait(60)
-    pool.executor._master._wake()
+    pool.executor._master._inbox.wake()
     assert eventually(lambda: os.path.exists(path))
     go_on.set()
     thread.join(60)
@@ -242,15 +242,15 @@ def test_what_a_slow_thread_sends_after_the_master_has_is_dropped(
 def test_a_mailbox_that_takes_no_more(pool: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
     pool.offer()
     woken = []
-    wake = Master._wake
+    wake = Inbox.wake
 
-    def watched(master: Master) -> None:
-        woken.append(master)
-        wake(master)
+    def watched(inbox: Inbox) -> None:
+        woken.append(inbox)
+        wake(inbox)
 
     with monkeypatch.context() as patch:
         patch.setattr(Post, "send", lambda *_: False)
-        patch.setattr(Master, "_wake", watched)
+        patch.setattr(Inbox, "wake", watched)
         assert pool.executor.submit(abs, -3).result(60) == 3
     assert len(pool.sent) == len(woken) == 1
 
@@ -258,14 +258,14 @@ def test_a_mailbox_that_takes_no_more(pool: Watched, monkeypatch: pytest.MonkeyP
 def test_two_that_want_it_at_once(pool: Watched) -> None:
     """One of them gets it; the other's task goes the usual way, and can still be cancelled."""
     offer = pool.offer()
-    pool.executor._master._nap.clear()  # nobody wakes the master meanwhile
+    pool.executor._master._inbox._nap.clear()  # nobody wakes the master meanwhile
     first = pool.executor.submit(time.sleep, 0)
     (task,) = pool.sent
     assert first.running()
     assert not offer.take(task)
     second: Future[object] = pool.executor.submit(abs, -5)
     assert not second.running()
-    pool.executor._master._wake()
+    pool.executor._master._inbox.wake()
     assert second.result(60) == 5
 
 
@@ -291,8 +291,8 @@ def test_an_interrupt_in_the_middle_of_waking_the_master(
     pool: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever comes next wakes it, although the inbox is not empty."""
-    master = pool.executor._master
-    wake = master._wake
+    inbox = pool.executor._master._inbox
+    wake = inbox.wake
 
     def interrupted() -> None:
         wake()
@@ -302,10 +302,10 @@ def test_an_interrupt_in_the_middle_of_waking_the_master(
     for _ in range(20):
         pool.offer()
         with monkeypatch.context() as patch:
-            patch.setattr(master, "_wake", interrupted)
+            patch.setattr(inbox, "wake", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 later.submit(abs, -1)
-        assert eventually(lambda: master._nap)
+        assert eventually(lambda: inbox._nap)
         assert later.submit(abs, -2).result(60) == 2
 
     def never() -> None:
@@ -313,7 +313,7 @@ def test_an_interrupt_in_the_middle_of_waking_the_master(
 
     pool.offer()
     with monkeypatch.context() as patch:
-        patch.setattr(master, "_wake", never)
+        patch.setattr(inbox, "wake", never)
         with pytest.raises(KeyboardInterrupt):
             later.submit(abs, -1)
     assert later.submit(abs, -3).result(60) == 3
@@ -334,10 +334,10 @@ def test_there_is_none_when_the_pool_is_broken(pool: Watched) -> None:
     """Its caller has looked before, and comes to the offer only then."""
     pool.offer()
     master = pool.executor._master
-    master._call(lambda: master._break("for this test"))
+    master._call(lambda: master._coordinator.break_off("for this test"))
     assert eventually(lambda: master.broken)
-    assert eventually(lambda: master._nap)
-    assert master._offer is None
+    assert eventually(lambda: master._inbox._nap)
+    assert master._inbox.offer is None
     task = make_task()
     master.submit(task)
     with pytest.raises(BrokenPoolError):
@@ -349,22 +349,22 @@ def test_there_is_none_for_workers_that_do_so_many_tasks() -> None:
     with ZmqExecutor(1, max_tasks_per_child=2) as executor:
         assert executor.submit(abs, -1).result(60) == 1
         master = executor._master
-        assert eventually(lambda: master._nap)
-        assert master._offer is None
+        assert eventually(lambda: master._inbox._nap)
+        assert master._inbox.offer is None
 
 
 def test_a_signal_handler_or_finalizer_that_submits_in_the_middle_of_it(pool: Watched) -> None:
     executor = pool.executor
     results: list[Future[int]] = []
-    submit, numbers = Master.submit, iter(range(5))
+    submit, numbers = executor._master.submit, iter(range(5))
 
-    def interrupted(master: Master, task: Task) -> None:
+    def interrupted(task: Task) -> None:
         if (number := next(numbers, None)) is not None:
             results.append(executor.submit(abs, -number))
-        submit(master, task)
+        submit(task)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Master, "submit", interrupted)
+        patch.setattr(executor._master, "submit", interrupted)
         results.append(executor.submit(abs, -7))
     assert sorted(future.result(60) for future in results) == [0, 1, 2, 3, 4, 7]
 

@@ -16,9 +16,9 @@ def test_many_workers_are_pinged_within_an_interval_a_few_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     bare = BareMaster()
-    workers = bare.master._roster
+    workers = bare.coordinator.roster
     for number in range(1000):
-        workers.register(bare.master._channels[0], str(number).encode(), hello(str(number)))
+        workers.register(bare.coordinator.channels[0], str(number).encode(), hello(str(number)))
     bare.channels.gone = {b"7", b"999"}
     pinged: list[bytes] = []
     tell = bare.channels.tell
@@ -41,7 +41,7 @@ def test_many_workers_are_pinged_within_an_interval_a_few_at_a_time(
     assert len(list(workers)) == 998
 
     for peer in workers:
-        bare.master._lose(peer, 0)
+        bare.coordinator.lose(peer, 0)
     workers.ping(now)
-    assert bare.master._roster.next_ping is None
+    assert bare.coordinator.roster.next_ping is None
     bare.close()

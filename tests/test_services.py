@@ -301,7 +301,7 @@ def test_a_worker_that_registers_again_at_its_workpoint(
     with running(endpoint, 1) as runner:
         (first,) = runner.workers
         assert runner._master is not None
-        (peer,) = runner._master._roster
+        (peer,) = runner._master._coordinator.roster
 
         def expel() -> None:
             peer.tell(protocol.Expelled())  # while it is still there
@@ -321,7 +321,7 @@ def test_a_job_that_could_not_be_sent_goes_to_another_worker(
     with running(endpoint, 2) as runner:
         assert runner._master is not None
         assert runner.execute("1", "a", 20) == "a"
-        peers = {peer.hello.worker: peer for peer in runner._master._roster}
+        peers = {peer.hello.worker: peer for peer in runner._master._coordinator.roster}
         warmest = max(runner.workers, key=lambda worker: worker.jobs_done)
         # As when its connection has just been lost, and nobody knows.
         monkeypatch.setattr(peers[warmest.id], "send_jobs", lambda *_: False)

@@ -110,7 +110,7 @@ def mapped(pid: int, name: str) -> bool:
 
 def knows_nothing(executor: ZmqExecutor) -> bool:
     """Asked outright, since a question through `submit` would itself carry the news."""
-    peers = list(executor._master._roster)
+    peers = list(executor._master._coordinator.roster)
     return all(not peer._shares and not peer._forgotten for peer in peers)
 
 
@@ -332,7 +332,7 @@ def test_a_busy_worker_is_told_later(single: ZmqExecutor, tmp_path: Path) -> Non
     blocker = single.submit(lambda: eventually(gate.exists))
     assert eventually(blocker.running)
     (worker,) = single._master.workers
-    (peer,) = single._master._roster
+    (peer,) = single._master._coordinator.roster
     while handles:
         handles.pop()
     assert eventually(lambda: not peer._shares)

@@ -17,6 +17,7 @@ from . import interpreter, security
 from .attendance import check_wait
 from .buffers import Segments
 from .channels import LOST_AFTER, Entrance, joining_entrance
+from .coordinator import MasterOptions
 from .directories import PrivateDirectory
 from .errors import BrokenPoolError, ForkedExecutorError, SerializationError
 from .futures import TaskFuture
@@ -26,7 +27,7 @@ from .keys import Keys
 from .limits import check_rlimits
 from .machine import usable_cpus
 from .mapping import MappingExecutor
-from .master import Master, MasterOptions
+from .master import Master
 from .peers import WorkerInfo
 from .protocol import CALLS
 from .serialization import CallPickler

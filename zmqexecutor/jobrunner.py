@@ -15,10 +15,11 @@ import msgspec
 from . import codecs, security
 from .attendance import check_wait
 from .channels import LOST_AFTER, joining_entrance
+from .coordinator import MasterOptions
 from .errors import ForkedExecutorError, JobFailedError, TaskTimeoutError
 from .keys import Keys
 from .lean import LeanFuture
-from .master import Master, MasterOptions
+from .master import Master
 from .peers import WorkerInfo
 from .protocol import DEFAULT_SERVICE, Frame, Result
 from .tasks import Task

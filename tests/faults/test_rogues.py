@@ -19,8 +19,7 @@ import psutil
 import pytest
 import zmq
 
-from zmqexecutor import JobRunner, WorkerLostError, ZmqExecutor, protocol
-from zmqexecutor import master as master_module
+from zmqexecutor import JobRunner, WorkerLostError, ZmqExecutor, coordinator, protocol
 from zmqexecutor.machine import machine_id
 from zmqexecutor.master import Master
 
@@ -122,7 +121,7 @@ class Runner(Target):
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(master_module, "PINGED_AFTER", 0.01)
+    monkeypatch.setattr(coordinator, "PINGED_AFTER", 0.01)
 
 
 @pytest.fixture(params=["executor", "job runner"])

@@ -7,24 +7,25 @@ from concurrent.futures import Future
 from typing import Any, cast
 
 from zmqexecutor.channels import Channels, Entrance
+from zmqexecutor.coordinator import PINGED_AFTER, Coordinator, MasterOptions
 from zmqexecutor.errors import ProtocolError
 from zmqexecutor.lean import LeanFuture
-from zmqexecutor.master import Master, MasterOptions
 from zmqexecutor.protocol import Frame, Jobs, decode_jobs
-from zmqexecutor.roster import Roster
 from zmqexecutor.tasks import Task
 
 __all__ = ["PING_INTERVAL", "BareMaster"]
 
-
 PING_INTERVAL = 5.0
+"""Seconds in which each worker is pinged once."""
 
 
 class FakeChannels:
     """Takes what the master sends. Workers in `gone` cannot be reached."""
 
     work_address = "ipc:///nowhere"
-    entrance = Entrance("ipc:///nowhere", "ipc:///nowhere", calls=False)
+    entrance = Entrance(
+        "ipc:///nowhere", "ipc:///nowhere", calls=False, lost_after=PING_INTERVAL / PINGED_AFTER
+    )
     setup = b""
     dropped = 0
 
@@ -54,16 +55,15 @@ class BareMaster:
 
     def __init__(self) -> None:
         self.channels = FakeChannels()
-        self.master = Master(MasterOptions([self.channels.entrance]))
-        self.master._channels = [cast(Channels, self.channels)]
-        self.master._roster = Roster(PING_INTERVAL, self.master._fleet, self.master._lose)
-        self.master._dispatcher = self.master._make_dispatcher()
+        self.coordinator = Coordinator(MasterOptions([self.channels.entrance]))
+        self.coordinator.channels.append(cast(Channels, self.channels))
         self.futures: list[Future[Any]] = []
+        self.unread: list[Task] = []
 
     def submit(self) -> None:
         future: LeanFuture[Any] = LeanFuture()
         self.futures.append(future)
-        self.master._inbox.append(
+        self.unread.append(
             Task(
                 kind="",
                 future=future,
@@ -75,31 +75,33 @@ class BareMaster:
 
     def receive(self, channel: str, identity: bytes, frame: bytes, buffers: list[Frame]) -> None:
         """A message comes. What is raised is a defect."""
-        handle = self.master._on_control if channel == "control" else self.master._on_work
+        coordinator = self.coordinator
+        handle = coordinator.on_control if channel == "control" else coordinator.on_work
         try:
-            handle(self.master._channels[0], identity, frame, buffers)
+            handle(coordinator.channels[0], identity, frame, buffers)
         except ProtocolError:
             pass
 
     def step(self, now: float) -> None:
-        self.master._read_inbox()
-        self.master._decide(now)
-        self.master._dispatcher.confirm()
-        self.master._finish_answered()
+        while self.unread:
+            self.coordinator.submit(self.unread.pop(0), now)
+        self.coordinator.decide(now)
+        self.coordinator.confirm()
+        self.coordinator.finish()
 
     def check(self) -> None:
         """Each task is done, or has one place: the queue, a worker, or the answered ones."""
-        scheduler = self.master._scheduler
+        scheduler = self.coordinator._scheduler
         held = [
             job
-            for peer in self.master._roster
+            for peer in self.coordinator.roster
             if peer.state
             for job, *_ in peer.state.held.values()
         ]
         assert len({id(job) for job in held}) == len(held), "a task is with two workers"
         done = sum(future.done() for future in self.futures)
-        waiting = len(scheduler) + len(self.master._inbox) + len(self.master._answered)
+        waiting = len(scheduler) + len(self.unread) + len(self.coordinator._answered)
         assert done + waiting + len(held) == len(self.futures), "a task is nowhere, or twice"
 
     def close(self) -> None:
-        self.master._roster.close()
+        self.coordinator.roster.close()

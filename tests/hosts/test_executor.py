@@ -222,7 +222,7 @@ def test_a_cut_before_a_worker_is_ready(
         assert eventually(lambda: diary.where(-1) == "alpha")
         with network.cut(alpha):
             assert executor._master is not None
-            assert eventually(lambda: not list(executor._master._roster))
+            assert eventually(lambda: not list(executor._master._coordinator.roster))
             gate.touch()
             start_worker(beta)
             assert [future.result(30) for future in waiting] == list(range(20))
