@@ -48,13 +48,8 @@ from typing import Any
 import numpy as np
 import psutil
 
-from zmqexecutor import (
-    TaskKilledError,
-    TaskTimeoutError,
-    WorkerLostError,
-    ZmqExecutor,
-    directories,
-)
+from zmqexecutor import TaskKilledError, TaskTimeoutError, WorkerLostError, ZmqExecutor
+from zmqexecutor.system import directories
 
 MIB = 2**20
 OUTSTANDING = 48

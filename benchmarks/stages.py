@@ -19,11 +19,12 @@ from typing import Any
 
 from benchmarks import tasks
 from benchmarks.report import Table, value
-from zmqexecutor import ZmqExecutor, protocol
-from zmqexecutor.journal import JournalWriter
-from zmqexecutor.lean import LeanFuture
-from zmqexecutor.offers import Offer
-from zmqexecutor.serialization import CallPickler, CallRunner
+from zmqexecutor import ZmqExecutor
+from zmqexecutor.master.lean import LeanFuture
+from zmqexecutor.master.offers import Offer
+from zmqexecutor.payload.serialization import CallPickler, CallRunner
+from zmqexecutor.wire import protocol
+from zmqexecutor.wire.journal import JournalWriter
 
 clock = time.monotonic
 _stamps: dict[str, float] = {}
@@ -120,8 +121,8 @@ def _stamp(name: str, method: Callable[..., Any], *, before: bool) -> Callable[.
 
 def watch_worker() -> None:
     """In the worker, as its initializer: have its methods take stamps."""
-    from zmqexecutor.calls import CallHandler
-    from zmqexecutor.worker import Worker
+    from zmqexecutor.worker.calls import CallHandler
+    from zmqexecutor.worker.worker import Worker
 
     Worker._take = _stamp("received", Worker._take, before=False)  # type: ignore[method-assign]
     run = _stamp("run", CallHandler.run, before=True)

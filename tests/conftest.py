@@ -16,7 +16,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from zmqexecutor import Workers, ZmqExecutor, directories, supervisor_link
+from zmqexecutor import Workers, ZmqExecutor
+from zmqexecutor.supervision import supervisor_link
+from zmqexecutor.system import directories
 
 DEADLINE = 15.0
 
@@ -43,7 +45,7 @@ def eventually(condition: Callable[[], object], timeout: float = DEADLINE) -> bo
 
 def run_in_supervisors(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     """Have every supervisor run this before anything of ours but the module search path."""
-    head, ours, tail = supervisor_link._BOOT.partition("from zmqexecutor import")
+    head, ours, tail = supervisor_link._BOOT.partition("from zmqexecutor.")
     escaped = repr(code).replace("{", "{{").replace("}", "}}")
     monkeypatch.setattr(supervisor_link, "_BOOT", f"{head}exec({escaped}); {ours}{tail}")
 

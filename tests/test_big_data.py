@@ -14,8 +14,8 @@ import pytest
 
 from tests.conftest import eventually
 from zmqexecutor import WorkerLostError, ZmqExecutor
-from zmqexecutor.buffers import Segments
-from zmqexecutor.journal import _END
+from zmqexecutor.wire.buffers import Segments
+from zmqexecutor.wire.journal import _END
 
 BIG = 1024 * 1024
 
@@ -107,7 +107,7 @@ def test_the_array_may_be_changed_once_submit_has_returned(executor: ZmqExecutor
 def test_segments_are_used_again_and_go_back_to_the_system(
     executor: ZmqExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("zmqexecutor.buffers.IDLE_SECONDS", 0.2)
+    monkeypatch.setattr("zmqexecutor.wire.buffers.IDLE_SECONDS", 0.2)
     monkeypatch.setattr(Segments.trim, "__defaults__", (0.2,))
     array = np.ones(BIG)
     files(executor)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from zmqexecutor import buffers
-from zmqexecutor.buffers import Lease, Segments
-from zmqexecutor.protocol import Segment
+from zmqexecutor.wire import buffers
+from zmqexecutor.wire.buffers import Lease, Segments
+from zmqexecutor.wire.protocol import Segment
 
 BIG = 300_000
 

@@ -19,11 +19,12 @@ import pytest
 
 from tests.conftest import eventually
 from tests.test_share import either, files
-from zmqexecutor import WorkerLostError, ZmqExecutor, shares
-from zmqexecutor.buffers import Lease
-from zmqexecutor.bulk import BULK, Bulk, flags
-from zmqexecutor.serialization import CallPickler
-from zmqexecutor.shares import Share
+from zmqexecutor import WorkerLostError, ZmqExecutor
+from zmqexecutor.payload import shares
+from zmqexecutor.payload.bulk import BULK, Bulk, flags
+from zmqexecutor.payload.serialization import CallPickler
+from zmqexecutor.payload.shares import Share
+from zmqexecutor.wire.buffers import Lease
 
 __all__ = ["either"]
 

@@ -13,10 +13,10 @@ import pytest
 
 from tests.conftest import run_in_supervisors
 from zmqexecutor import WorkerLostError, ZmqExecutor
-from zmqexecutor.certificate import ending, lost_error
-from zmqexecutor.last_words import FAULT_BYTES, TAIL_BYTES, TAIL_LINES, LastWords
-from zmqexecutor.machine import oom_kills
-from zmqexecutor.protocol import Reaped
+from zmqexecutor.master.certificate import ending, lost_error
+from zmqexecutor.supervision.last_words import FAULT_BYTES, TAIL_BYTES, TAIL_LINES, LastWords
+from zmqexecutor.system.machine import oom_kills
+from zmqexecutor.wire.protocol import Reaped
 
 MIB = 2**20
 FAULT = (
@@ -211,7 +211,7 @@ class TestRealDeaths:
         count.write_text("5")
         run_in_supervisors(
             monkeypatch,
-            "from zmqexecutor import group; "
+            "from zmqexecutor.supervision import group; "
             f"group.oom_kills = lambda: int(open({str(count)!r}).read())",
         )
         with ZmqExecutor(1) as executor:

@@ -20,8 +20,9 @@ from pathlib import Path
 import pytest
 
 import zmqexecutor
-from zmqexecutor import JobRunner, WorkerLostError, ZmqExecutor, cli, reports
-from zmqexecutor.protocol import Report, WorkerReport
+from zmqexecutor import JobRunner, WorkerLostError, ZmqExecutor
+from zmqexecutor.commands import cli, reports
+from zmqexecutor.wire.protocol import Report, WorkerReport
 
 from .conftest import DEADLINE, alive, eventually
 
@@ -234,7 +235,7 @@ def test_modules_are_found_where_one_would_think(shell: Shell, tmp_path: Path) -
     assert shell.run(*check, "--directory", "..", cwd=elsewhere).returncode == 0
     # As pip makes a script of an entry point: its own directory is on the path, no other.
     script = elsewhere / "zmqexecutor"
-    script.write_text("import sys\nfrom zmqexecutor.cli import main\nsys.exit(main())\n")
+    script.write_text("import sys\nfrom zmqexecutor.commands.cli import main\nsys.exit(main())\n")
     shell.command = [sys.executable, str(script)]
     assert shell.run(*check).returncode == 0
     assert shell.run(*check, cwd=elsewhere).returncode == 2

@@ -20,20 +20,13 @@ import pytest
 import zmq
 from zmq.utils import z85
 
-from zmqexecutor import (
-    JobRunner,
-    RegistrationError,
-    Worker,
-    ZmqExecutor,
-    handshakes,
-    protocol,
-    security,
-)
-from zmqexecutor.calls import serve
-from zmqexecutor.channels import Channels, Handle
-from zmqexecutor.handshakes import Connections, Handshakes
+from zmqexecutor import JobRunner, RegistrationError, Worker, ZmqExecutor
 from zmqexecutor.keys import Keys, add_worker
-from zmqexecutor.protocol import Frame
+from zmqexecutor.master.channels import Channels, Handle
+from zmqexecutor.wire import handshakes, protocol, security
+from zmqexecutor.wire.handshakes import Connections, Handshakes
+from zmqexecutor.wire.protocol import Frame
+from zmqexecutor.worker.calls import serve
 
 from .conftest import eventually
 from .test_jobrunner import free_port
@@ -177,7 +170,7 @@ def test_keys_of_the_default_directory_are_used(
 
 JOINING = """
 import sys
-from zmqexecutor.calls import serve
+from zmqexecutor.worker.calls import serve
 try:
     serve(sys.argv[1], patience=20, keys=sys.argv[2])
 except ConnectionError as error:
@@ -355,7 +348,7 @@ def test_refused(
         kinds = len(runner.refused)
     [worker] = set(heard)
     assert worker != b"rogue"
-    records = [r for r in caplog.records if r.name == "zmqexecutor.gatekeeper"]
+    records = [r for r in caplog.records if r.name == "zmqexecutor.master.gatekeeper"]
     assert len(records) >= 3
     assert len([r for r in records if r.levelno == logging.WARNING]) == kinds
     kind = request.node.callspec.params["rogue"]
@@ -745,7 +738,7 @@ def test_a_filter_of_logs_that_raises_does_not_end_the_gatekeeper(
     def explode(_: logging.LogRecord) -> bool:
         raise ZeroDivisionError("in a filter")
 
-    logger = logging.getLogger("zmqexecutor.gatekeeper")
+    logger = logging.getLogger("zmqexecutor.master.gatekeeper")
     logger.addFilter(explode)
     try:
         with JobRunner(endpoint, keys=keys) as runner:

@@ -27,7 +27,7 @@ from zmqexecutor import (
     WorkerLostError,
     ZmqExecutor,
 )
-from zmqexecutor.tasks import Task
+from zmqexecutor.master.tasks import Task
 
 from .conftest import eventually
 

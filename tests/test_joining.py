@@ -25,15 +25,15 @@ from zmqexecutor import (
     Worker,
     WorkerLostError,
     ZmqExecutor,
-    protocol,
 )
 from zmqexecutor import executor as executor_module
+from zmqexecutor.wire import protocol
 
 from .conftest import eventually
 
 WORKER = """
     import sys
-    from zmqexecutor.calls import serve
+    from zmqexecutor.worker.calls import serve
 
     try:
         print("lost" if serve(sys.argv[1], sys.argv[2:], patience=20) else "left")
@@ -180,7 +180,9 @@ def test_a_worker_joins_the_next_executor_as_another(endpoint: str, start_worker
 
 
 def test_it_waits_for_its_executor_and_gives_up(endpoint: str) -> None:
-    code = "from zmqexecutor.calls import serve; import sys; serve(sys.argv[1], patience=0.3)"
+    code = (
+        "from zmqexecutor.worker.calls import serve; import sys; serve(sys.argv[1], patience=0.3)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, endpoint], capture_output=True, text=True, timeout=60
     )

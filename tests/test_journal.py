@@ -18,8 +18,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from zmqexecutor import journal as journal_module
-from zmqexecutor.journal import (
+from zmqexecutor.wire import journal as journal_module
+from zmqexecutor.wire.journal import (
     CAPACITY,
     LARGEST_ENTRY,
     LARGEST_MARKER,
@@ -114,7 +114,7 @@ def test_nothing_starts_after_a_condemned_job(pair: Pair) -> None:
 
 STARTS = """
 import sys
-from zmqexecutor.journal import JournalWriter
+from zmqexecutor.wire.journal import JournalWriter
 writer = JournalWriter(sys.argv[1])
 print(writer.path, flush=True)
 sys.stdin.readline()
@@ -418,7 +418,7 @@ def test_without_posix_fallocate_the_file_is_made_too(
 def test_a_killed_writers_results_and_running_number_are_read(tmp_path: Path) -> None:
     code = """
 import os, signal, sys
-from zmqexecutor.journal import JournalWriter
+from zmqexecutor.wire.journal import JournalWriter
 writer = JournalWriter(sys.argv[1])
 for seq in range(1, 4):
     writer.start(seq, 0.0)

@@ -13,7 +13,7 @@ import pytest
 import zmq
 
 from zmqexecutor.keys import Keys, add_worker, default_directory
-from zmqexecutor.security import Access, check_address, reachable
+from zmqexecutor.wire.security import Access, check_address, reachable
 
 
 @pytest.fixture

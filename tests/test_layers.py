@@ -13,100 +13,55 @@ import pytest
 import zmqexecutor
 
 PACKAGE = "zmqexecutor"
-SOURCES = {path.stem: path for path in Path(zmqexecutor.__file__).parent.glob("*.py")}
+DIRECTORY = Path(zmqexecutor.__file__).parent
+SOURCES = {
+    ".".join(path.relative_to(DIRECTORY).with_suffix("").parts): path
+    for path in DIRECTORY.rglob("*.py")
+    if path.name != "__init__.py" or path.parent == DIRECTORY
+}
 
-# Each module may import those before it.
-LAYERS = [
-    # both sides
+# Each module may import those before it; the folders are layers, and so are their modules.
+LAYERS = """
+    : worker_errors errors
+    system: machine limits interpreter directories
+    : keys
+    wire: protocol codecs wakeup journal shortcuts security handshakes buffers
+    payload: namespaces byvalue shares bulk picklers bindings packing proofs definitions
+        serialization inheritance setups
+    worker: handler targets registration worker calls
+    supervision: terminal last_words prctl template launch process group supervisor
+        supervisor_boot supervisor_link workers
+    master: lean queues lanes scheduler tasks retries certificate fleet gatekeeper channels
+        peers offers recalls stops roster dispatch attendance clients coordinator inbox loop
+        master
+    : jobrunner futures mapping executor client
+    commands: references circus_ini reports exits worker_commands client_commands
+        keygen_command
+    : __init__
+    commands: cli
+    : __main__
+"""
+
+
+def _modules(layers: str) -> Iterator[str]:
+    folder = ""
+    for word in layers.split():
+        if word.endswith(":"):
+            folder = word[:-1]
+        else:
+            yield f"{folder}.{word}" if folder else word
+
+
+MODULES = list(_modules(LAYERS))
+
+PURE = [
     "worker_errors",
     "errors",
-    "protocol",
-    "codecs",
-    "wakeup",
-    "journal",
-    "shortcuts",
-    "machine",
-    "limits",
-    "interpreter",
-    "keys",
-    "directories",
-    "security",
-    "handshakes",
-    "buffers",
-    # what is in a payload
-    "namespaces",
-    "byvalue",
-    "shares",
-    "bulk",
-    "picklers",
-    "bindings",
-    "packing",
-    "proofs",
-    "definitions",
-    "serialization",
-    "inheritance",
-    "setups",
-    # the worker's side
-    "handler",
-    "targets",
-    "registration",
-    "worker",
-    "calls",
-    # the group
-    "terminal",
-    "last_words",
-    "prctl",
-    "template",
-    "launch",
-    "process",
-    "group",
-    "supervisor",
-    "supervisor_boot",
-    "supervisor_link",
-    "workers",
-    # the master's side
-    "lean",
-    "queues",
-    "lanes",
-    "scheduler",
-    "tasks",
-    "retries",
-    "certificate",
-    "fleet",
-    "gatekeeper",
-    "channels",
-    "peers",
-    "offers",
-    "recalls",
-    "stops",
-    "roster",
-    "dispatch",
-    "attendance",
-    "clients",
-    "coordinator",
-    "inbox",
-    "loop",
-    "master",
-    "jobrunner",
-    "futures",
-    "mapping",
-    "executor",
-    # from outside
-    "client",
-    "references",
-    "circus_ini",
-    "reports",
-    "exits",
-    "worker_commands",
-    "client_commands",
-    "keygen_command",
-    # what users see
-    "__init__",
-    "cli",
-    "__main__",
+    "wire.protocol",
+    "master.queues",
+    "master.lanes",
+    "master.scheduler",
 ]
-
-PURE = ["worker_errors", "errors", "protocol", "queues", "lanes", "scheduler"]
 IMPURE = {
     "zmq",
     "threading",
@@ -120,48 +75,24 @@ IMPURE = {
 }
 PICKLERS = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "copyreg"}
 MAY_PICKLE = {
-    "codecs",
-    "namespaces",
-    "byvalue",
-    "shares",
-    "bulk",
-    "picklers",
-    "bindings",
-    "proofs",
-    "definitions",
-    "serialization",
+    "wire.codecs",
+    "payload.namespaces",
+    "payload.byvalue",
+    "payload.shares",
+    "payload.bulk",
+    "payload.picklers",
+    "payload.bindings",
+    "payload.proofs",
+    "payload.definitions",
+    "payload.serialization",
 }
 SUPERVISION = {"circus", "tornado"}
-MAY_SUPERVISE = {"process", "group", "supervisor"}
-WORKERS_SIDE = ["handler", "targets", "registration", "worker", "calls"]
+MAY_SUPERVISE = {"supervision.process", "supervision.group", "supervision.supervisor"}
+FACES = {"jobrunner", "executor", "futures", "mapping", "client"}
 NOT_FOR_WORKERS = {
-    "queues",
-    "lanes",
-    "scheduler",
-    "tasks",
-    "peers",
-    "certificate",
-    "fleet",
-    "gatekeeper",
-    "channels",
-    "clients",
-    "coordinator",
-    "inbox",
-    "loop",
-    "master",
-    "jobrunner",
-    "executor",
-    "terminal",
-    "last_words",
-    "prctl",
-    "template",
-    "launch",
-    "process",
-    "group",
-    "supervisor",
-    "supervisor_boot",
-    "supervisor_link",
-    "workers",
+    module
+    for module in MODULES
+    if module.startswith(("master.", "supervision.", "commands.")) or module in FACES
 }
 
 
@@ -173,21 +104,25 @@ def no_leaks() -> None:
 def imports(module: str) -> Iterator[tuple[str, str, int]]:
     """What a module imports, wherever it does so: module, name in it, and line.
 
-    Modules of our own are named with a leading dot.
+    Modules of our own are named with a leading dot, and their path from the top.
     """
+    folder, _, _ = module.rpartition(".")
     tree = ast.parse(SOURCES[module].read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield _own(alias.name), "", node.lineno
         elif isinstance(node, ast.ImportFrom):
-            assert node.level < 2, "the package is flat"
-            name = node.module or ""
+            name = _own(node.module or "")
+            if node.level:
+                above = folder if node.level == 1 else ""
+                name = "." + ".".join(filter(None, (above, node.module)))
             for alias in node.names:
-                if node.level and not name:  # from . import protocol
-                    yield f".{alias.name}", "", node.lineno
+                inner = f"{name}.{alias.name}".replace("..", ".")
+                if inner[1:] in SOURCES and inner.startswith("."):  # from . import protocol
+                    yield inner, "", node.lineno
                 else:
-                    yield ("." + name if node.level else _own(name)), alias.name, node.lineno
+                    yield name, alias.name, node.lineno
 
 
 def _own(name: str) -> str:
@@ -223,13 +158,13 @@ def loaded_by(code: str) -> set[str]:
 
 
 def test_every_module_has_its_place_in_the_layers() -> None:
-    assert set(SOURCES) == set(LAYERS)
-    assert len(LAYERS) == len(set(LAYERS))
+    assert set(SOURCES) == set(MODULES)
+    assert len(MODULES) == len(set(MODULES))
 
 
-@pytest.mark.parametrize("module", LAYERS)
+@pytest.mark.parametrize("module", MODULES)
 def test_a_module_imports_only_from_layers_before_it(module: str) -> None:
-    below = set(LAYERS[: LAYERS.index(module)])
+    below = set(MODULES[: MODULES.index(module)])
     assert own_imports(module) <= below
 
 
@@ -240,10 +175,10 @@ def test_a_pure_module_has_no_sockets_threads_or_clock(module: str) -> None:
 
 
 def test_the_scheduler_and_the_protocol_know_nothing_but_errors() -> None:
-    assert own_imports("scheduler") == {"lanes", "protocol"}
-    assert own_imports("lanes") == {"protocol", "queues"}
-    assert own_imports("queues") == set()
-    assert own_imports("protocol") <= {"worker_errors"}
+    assert own_imports("master.scheduler") == {"master.lanes", "wire.protocol"}
+    assert own_imports("master.lanes") == {"master.queues", "wire.protocol"}
+    assert own_imports("master.queues") == set()
+    assert own_imports("wire.protocol") <= {"worker_errors"}
 
 
 def test_pickles_have_one_place() -> None:
@@ -256,15 +191,16 @@ def test_circus_and_tornado_have_one_place() -> None:
 
 def test_nobody_imports_the_supervisor_as_it_is_a_program_of_its_own() -> None:
     importers = {module for module in SOURCES if own_imports(module) & MAY_SUPERVISE}
-    assert importers == {"group", "supervisor", "supervisor_boot"}
-    programs = {module for module in SOURCES if own_imports(module) & {"supervisor"}}
-    assert programs == {"supervisor_boot"}
-    assert "supervisor_boot" not in set().union(*map(own_imports, SOURCES))
+    boot = "supervision.supervisor_boot"
+    assert importers == {"supervision.group", "supervision.supervisor", boot}
+    programs = {m for m in SOURCES if "supervision.supervisor" in own_imports(m)}
+    assert programs == {boot}
+    assert boot not in set().union(*map(own_imports, SOURCES))
 
 
 def test_a_supervisor_starts_its_first_processes_before_it_imports_much() -> None:
     code = (
-        "import sys, zmqexecutor.supervisor_boot; "
+        "import sys, zmqexecutor.supervision.supervisor_boot; "
         "assert not {'asyncio', 'circus', 'zmq', 'tornado'} & set(sys.modules), sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
@@ -279,14 +215,14 @@ def test_the_process_wide_zmq_context_is_never_used() -> None:
     assert set(users) <= MAY_SUPERVISE, "only the supervisor has a process to itself"
 
 
-@pytest.mark.parametrize("module", WORKERS_SIDE)
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("worker.")])
 def test_a_workers_module_names_nothing_of_the_masters_side(module: str) -> None:
     assert not own_imports(module) & NOT_FOR_WORKERS
 
 
 def test_a_worker_process_loads_nothing_of_the_masters_side() -> None:
-    loaded = loaded_by(f"import {PACKAGE}.calls")
-    assert f"{PACKAGE}.worker" in loaded
+    loaded = loaded_by(f"import {PACKAGE}.worker.calls")
+    assert f"{PACKAGE}.worker.worker" in loaded
     assert not loaded & {f"{PACKAGE}.{module}" for module in NOT_FOR_WORKERS}
     assert not loaded & {"circus", "tornado", "numpy"}
     assert "concurrent.futures" not in loaded, "it takes long to import"
@@ -296,7 +232,7 @@ def test_a_worker_process_loads_nothing_of_the_masters_side() -> None:
 def test_a_worker_by_its_public_name_loads_nothing_of_the_masters_side() -> None:
     loaded = loaded_by(f"from {PACKAGE} import Worker")
     assert not loaded & {f"{PACKAGE}.{module}" for module in NOT_FOR_WORKERS}
-    assert not loaded & {f"{PACKAGE}.serialization", "cloudpickle"}
+    assert not loaded & {f"{PACKAGE}.payload.serialization", "cloudpickle"}
 
 
 def test_the_package_alone_loads_none_of_its_modules() -> None:

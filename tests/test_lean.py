@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from zmqexecutor import lean
-from zmqexecutor.lean import LeanCondition, LeanFuture
+from zmqexecutor.master import lean
+from zmqexecutor.master.lean import LeanCondition, LeanFuture
 
 
 def later(action: Callable[[], object]) -> threading.Thread:

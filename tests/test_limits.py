@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from zmqexecutor import BrokenPoolError, WorkerLostError, Workers, ZmqExecutor
-from zmqexecutor.limits import check_rlimits, teller
+from zmqexecutor.system.limits import check_rlimits, teller
 
 MIB = 2**20
 

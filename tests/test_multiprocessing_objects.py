@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import pytest
 
 from zmqexecutor import SerializationError, WorkerLostError, ZmqExecutor
-from zmqexecutor.inheritance import Descriptor, inheritable
+from zmqexecutor.payload.inheritance import Descriptor, inheritable
 
 SPAWN = multiprocessing.get_context("spawn")
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from zmqexecutor import BrokenPoolError, TaskKilledError, WorkerLostError, ZmqExecutor
-from zmqexecutor.inbox import Inbox
-from zmqexecutor.lean import LeanFuture
-from zmqexecutor.offers import Offer
-from zmqexecutor.protocol import CALLS
-from zmqexecutor.shortcuts import Post
-from zmqexecutor.tasks import Task
+from zmqexecutor.master.inbox import Inbox
+from zmqexecutor.master.lean import LeanFuture
+from zmqexecutor.master.offers import Offer
+from zmqexecutor.master.tasks import Task
+from zmqexecutor.wire.protocol import CALLS
+from zmqexecutor.wire.shortcuts import Post
 
 from .conftest import eventually
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from zmqexecutor import protocol
 from zmqexecutor.errors import ProtocolError
-from zmqexecutor.protocol import (
+from zmqexecutor.wire import protocol
+from zmqexecutor.wire.protocol import (
     Answer,
     Ask,
     Call,

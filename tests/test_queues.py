@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zmqexecutor.queues import JobQueue
+from zmqexecutor.master.queues import JobQueue
 
 
 class Waiting:

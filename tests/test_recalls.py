@@ -18,13 +18,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from zmqexecutor import TaskKilledError, ZmqExecutor
-from zmqexecutor.channels import Channels
-from zmqexecutor.journal import _RECALLED, JournalReader, JournalWriter
-from zmqexecutor.lanes import Job
-from zmqexecutor.peers import Peer
-from zmqexecutor.protocol import Hello, Result, decode_result, encode
-from zmqexecutor.recalls import SETTLE, Recalls
-from zmqexecutor.scheduler import STALL, Recall, Scheduler, Send
+from zmqexecutor.master.channels import Channels
+from zmqexecutor.master.lanes import Job
+from zmqexecutor.master.peers import Peer
+from zmqexecutor.master.recalls import SETTLE, Recalls
+from zmqexecutor.master.scheduler import STALL, Recall, Scheduler, Send
+from zmqexecutor.wire.journal import _RECALLED, JournalReader, JournalWriter
+from zmqexecutor.wire.protocol import Hello, Result, decode_result, encode
 
 from .conftest import eventually
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.fuzz.master import PING_INTERVAL, BareMaster
-from zmqexecutor import protocol, roster
+from zmqexecutor.master import roster
+from zmqexecutor.wire import protocol
 
 
 def hello(name: str) -> protocol.Hello:

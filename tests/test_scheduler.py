@@ -19,10 +19,9 @@ from hypothesis.stateful import (
     rule,
 )
 
-from zmqexecutor import scheduler as scheduler_module
-from zmqexecutor.lanes import Job, WorkerState
-from zmqexecutor.protocol import DEFAULT_SERVICE, Result
-from zmqexecutor.scheduler import (
+from zmqexecutor.master import scheduler as scheduler_module
+from zmqexecutor.master.lanes import Job, WorkerState
+from zmqexecutor.master.scheduler import (
     AHEAD,
     KINDS_REMEMBERED,
     LARGEST_BATCH,
@@ -38,6 +37,7 @@ from zmqexecutor.scheduler import (
     Scheduler,
     Send,
 )
+from zmqexecutor.wire.protocol import DEFAULT_SERVICE, Result
 
 
 @pytest.fixture(autouse=True)

@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 import zmq
 
-from zmqexecutor import directories, security
-from zmqexecutor.directories import IPC_PATH_LIMIT, PrivateDirectory
-from zmqexecutor.security import bind, check_address
+from zmqexecutor.system import directories
+from zmqexecutor.system.directories import IPC_PATH_LIMIT, PrivateDirectory
+from zmqexecutor.wire import security
+from zmqexecutor.wire.security import bind, check_address
 
 from .conftest import eventually
 
@@ -28,7 +29,7 @@ Make = Callable[..., zmq.Socket[bytes]]
 
 MAKE_ONE = """
 import sys
-from zmqexecutor import directories
+from zmqexecutor.system import directories
 directories._bases = lambda: iter(sys.argv[1:])
 directory = directories.PrivateDirectory()
 print(directory.path, flush=True)
@@ -208,7 +209,7 @@ def test_what_was_never_locked_is_swept_when_it_is_old(base: Path) -> None:
 def test_it_is_removed_without_a_close(base: Path, end: str) -> None:
     code = f"""
 import sys
-from zmqexecutor import directories
+from zmqexecutor.system import directories
 directories._bases = lambda: iter(sys.argv[1:])
 directory = directories.PrivateDirectory()
 {end}
@@ -226,7 +227,7 @@ directory = directories.PrivateDirectory()
 def test_a_forked_child_removes_nothing_of_its_parents(base: Path) -> None:
     code = """
 import os, sys
-from zmqexecutor import directories
+from zmqexecutor.system import directories
 directories._bases = lambda: iter(sys.argv[1:])
 directory = directories.PrivateDirectory()
 child = os.fork()
@@ -247,7 +248,7 @@ directory.close()
 def test_a_forked_child_that_lives_on_does_not_keep_its_parents_directory(base: Path) -> None:
     code = """
 import os, sys
-from zmqexecutor import directories
+from zmqexecutor.system import directories
 directories._bases = lambda: iter(sys.argv[1:])
 directory = directories.PrivateDirectory()
 print(directory.path, flush=True)

@@ -23,8 +23,8 @@ import numpy as np
 import pytest
 
 from zmqexecutor.errors import SerializationError
-from zmqexecutor.proofs import prove
-from zmqexecutor.serialization import OUT_OF_BAND, Call, CallPickler, CallRunner, Outcome
+from zmqexecutor.payload.proofs import prove
+from zmqexecutor.payload.serialization import OUT_OF_BAND, Call, CallPickler, CallRunner, Outcome
 
 
 class Pair:
@@ -628,7 +628,7 @@ def test_results_do_not_change_a_class_that_is_known(pair: Pair) -> None:
 HARNESS = '''
 """A worker in a process of its own, over pipes, as the real one would do it."""
 import os, pickle, struct, subprocess, sys
-from zmqexecutor.serialization import CallPickler, CallRunner, Outcome
+from zmqexecutor.payload.serialization import CallPickler, CallRunner, Outcome
 
 class Worker:
     def __init__(self):
@@ -1525,7 +1525,7 @@ def test_what_is_proven_is_not_pickled_again(script: Script) -> None:
     script("""
         import dataclasses, enum, functools, math, typing
         from harness import Worker
-        from zmqexecutor import picklers
+        from zmqexecutor.payload import picklers
         LIMIT, TABLE = 3, {"a": [1, 2]}
         @dataclasses.dataclass
         class Point:
@@ -1782,7 +1782,7 @@ def test_classes_of_libraries(script: Script, library: str) -> None:
 
 def test_a_worker_starts_without_the_parents_modules() -> None:
     text = (
-        "import sys, zmqexecutor.serialization\n"
+        "import sys, zmqexecutor.payload.serialization\n"
         "assert 'concurrent.futures.process' not in sys.modules\n"
         "assert 'numpy' not in sys.modules\n"
     )

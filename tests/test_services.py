@@ -19,9 +19,9 @@ from zmqexecutor import (
     NoWorkerError,
     RegistrationError,
     Worker,
-    protocol,
-    registration,
 )
+from zmqexecutor.wire import protocol
+from zmqexecutor.worker import registration
 
 from .conftest import eventually
 

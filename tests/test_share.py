@@ -19,7 +19,7 @@ import pytest
 
 from tests.conftest import eventually
 from zmqexecutor import SerializationError, SharedObject, WorkerLostError, ZmqExecutor
-from zmqexecutor.buffers import Segments
+from zmqexecutor.wire.buffers import Segments
 
 MB = 1024 * 1024
 
@@ -99,7 +99,7 @@ def total(numbers: Any) -> int:
 
 
 def held(_: object = None) -> int:
-    from zmqexecutor import shares
+    from zmqexecutor.payload import shares
 
     return len(shares._held)
 
@@ -432,7 +432,7 @@ def test_without_room_it_travels_in_messages(
 
 def test_too_large_for_a_message(single: ZmqExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Segments, "_has_room", lambda *_: False)
-    monkeypatch.setattr("zmqexecutor.packing.LARGEST_DATA", MB)
+    monkeypatch.setattr("zmqexecutor.payload.packing.LARGEST_DATA", MB)
     with pytest.raises(SerializationError, match="no room in shared memory"):
         single.share(np.zeros(MB))
 

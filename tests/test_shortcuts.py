@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from zmqexecutor import ZmqExecutor
-from zmqexecutor.shortcuts import LARGEST_LETTER, Bell, BellRope, Mailbox, Post
+from zmqexecutor.wire.shortcuts import LARGEST_LETTER, Bell, BellRope, Mailbox, Post
 
 from .conftest import eventually, start_without_template
 
@@ -179,8 +179,8 @@ def test_a_pool_without_short_cuts_does_the_same(
     monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     code = {
-        "bell": "zmqexecutor.registration.BellRope = fail",
-        "mailbox": "zmqexecutor.registration.Mailbox = fail",
+        "bell": "zmqexecutor.worker.registration.BellRope = fail",
+        "mailbox": "zmqexecutor.worker.registration.Mailbox = fail",
     }
     lines = [line for name, line in code.items() if missing in (name, "both")]
     start_without_template(monkeypatch)
@@ -189,10 +189,10 @@ def test_a_pool_without_short_cuts_does_the_same(
         lambda path, main: "\n".join(
             [
                 f"import sys; sys.path[:] = {list(path)!r}",
-                "import zmqexecutor.registration",
+                "import zmqexecutor.worker.registration",
                 "def fail(path): raise OSError('none here')",
                 *lines,
-                "from zmqexecutor.calls import main",
+                "from zmqexecutor.worker.calls import main",
                 f"main(*{main.arguments!r})",
             ]
         ),
@@ -215,7 +215,7 @@ def test_results_come_as_messages_when_the_master_cannot_map_the_journal(
     def fail(path: str) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
 
-    monkeypatch.setattr("zmqexecutor.roster.JournalReader", fail)
+    monkeypatch.setattr("zmqexecutor.master.roster.JournalReader", fail)
     with ZmqExecutor(1) as executor:
         assert list(executor.map(make, [5, 100_000, 0], timeout=60)) == [
             bytes(5),

@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import eventually, run_in_supervisors
 from zmqexecutor import BrokenPoolError, WorkerLostError, ZmqExecutor
-from zmqexecutor.fleet import STARTS_BEFORE_BROKEN
+from zmqexecutor.master.fleet import STARTS_BEFORE_BROKEN
 
 
 def broken(**options: object) -> str:

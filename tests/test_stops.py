@@ -9,14 +9,14 @@ from typing import cast
 
 import pytest
 
-from zmqexecutor.channels import Channels
-from zmqexecutor.journal import JournalReader, JournalWriter
-from zmqexecutor.lean import LeanFuture
-from zmqexecutor.peers import Peer
-from zmqexecutor.protocol import Hello, Result
-from zmqexecutor.scheduler import Scheduler, Send
-from zmqexecutor.stops import STACK_WAIT, Stops
-from zmqexecutor.tasks import Task, TaskOptions
+from zmqexecutor.master.channels import Channels
+from zmqexecutor.master.lean import LeanFuture
+from zmqexecutor.master.peers import Peer
+from zmqexecutor.master.scheduler import Scheduler, Send
+from zmqexecutor.master.stops import STACK_WAIT, Stops
+from zmqexecutor.master.tasks import Task, TaskOptions
+from zmqexecutor.wire.journal import JournalReader, JournalWriter
+from zmqexecutor.wire.protocol import Hello, Result
 
 NOWHERE = cast(Channels, None)
 """Nothing is sent here."""

@@ -14,8 +14,9 @@ from typing import Any
 import psutil
 import pytest
 
-from zmqexecutor import BrokenPoolError, ZmqExecutor, template
-from zmqexecutor.fleet import WAIT_FOR_EXIT
+from zmqexecutor import BrokenPoolError, ZmqExecutor
+from zmqexecutor.master.fleet import WAIT_FOR_EXIT
+from zmqexecutor.supervision import template
 
 from .conftest import alive, eventually, run_in_supervisors, start_without_template
 
@@ -129,7 +130,9 @@ def test_without_its_template_a_pool_goes_on() -> None:
 
 
 def test_a_template_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    run_in_supervisors(monkeypatch, "import zmqexecutor.template as t; t.PATIENCE = 0.5")
+    run_in_supervisors(
+        monkeypatch, "import zmqexecutor.supervision.template as t; t.PATIENCE = 0.5"
+    )
     with ZmqExecutor(1) as executor:
         pid = executor.submit(os.getpid).result(60)
         [forked_from] = templates(pid)
@@ -146,7 +149,7 @@ def test_a_template_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyP
     [
         "import threading; threading.Thread(target=threading.Event().wait, daemon=True).start()",
         "import sys; sys.stderr = None",
-        "import sys; sys.modules['zmqexecutor.calls'] = None",
+        "import sys; sys.modules['zmqexecutor.worker.calls'] = None",
     ],
     ids=["a second thread", "no standard error", "an import that fails"],
 )
@@ -210,7 +213,7 @@ def test_what_tasks_leave_running_leaves_no_zombies() -> None:
 
 
 def test_a_supervisor_that_may_not_adopt(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse = "import zmqexecutor.prctl as p; p.adopt_orphans = lambda yes: "
+    refuse = "import zmqexecutor.supervision.prctl as p; p.adopt_orphans = lambda yes: "
     for code in ("False", "True"):  # asked before, and not noticed before
         run_in_supervisors(monkeypatch, refuse + code)
         with ZmqExecutor(1) as executor:
@@ -220,7 +223,7 @@ def test_a_supervisor_that_may_not_adopt(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_shutdown_where_only_the_supervisor_hears_of_deaths(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("zmqexecutor.peers.DeathWatch.add", lambda *_: True)
+    monkeypatch.setattr("zmqexecutor.master.peers.DeathWatch.add", lambda *_: True)
     executor = ZmqExecutor(1)
     assert executor.submit(pow, 2, 3).result(60) == 8
     began = time.monotonic()

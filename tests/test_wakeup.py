@@ -11,7 +11,7 @@ import threading
 
 import pytest
 
-from zmqexecutor.wakeup import Wakeup
+from zmqexecutor.wire.wakeup import Wakeup
 
 
 @pytest.fixture(params=["eventfd", "pipe"], autouse=True)

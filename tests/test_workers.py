@@ -26,8 +26,8 @@ import pytest
 
 from tests.conftest import run_in_supervisors
 from zmqexecutor.errors import ForkedExecutorError
-from zmqexecutor.protocol import GroupFailed, Reaped, Spawned
-from zmqexecutor.workers import Workers
+from zmqexecutor.supervision.workers import Workers
+from zmqexecutor.wire.protocol import GroupFailed, Reaped, Spawned
 
 T = TypeVar("T", Spawned, Reaped, GroupFailed)
 
@@ -583,7 +583,7 @@ def test_run_replaces_the_supervisor_but_not_for_ever() -> None:
 
 SEED = """
 import signal, sys
-from zmqexecutor.workers import Workers
+from zmqexecutor.supervision.workers import Workers
 workers = Workers(sys.argv[1], 2)
 try:
     print("running", flush=True)
@@ -617,7 +617,7 @@ def dumped(target: Path) -> list[int]:
 
 PARENT = """
 import os, sys, time
-from zmqexecutor.workers import Workers
+from zmqexecutor.supervision.workers import Workers
 workers = Workers(sys.argv[2:], 2, graceful_timeout=60.0)
 workers.start()
 while len(workers.pids) < 2:
@@ -764,7 +764,10 @@ def test_the_users_process_is_untouched(start: Start) -> None:
     assert other.wait(DEADLINE) == 5
     assert {number: signal.getsignal(number) for number in signal.valid_signals()} == handlers
     assert threading.active_count() == threads
-    loaded = "import sys, zmqexecutor.workers; print({'circus', 'tornado'} & set(sys.modules))"
+    loaded = (
+        "import sys, zmqexecutor.supervision.workers; "
+        "print({'circus', 'tornado'} & set(sys.modules))"
+    )
     assert subprocess.check_output([sys.executable, "-c", loaded]) == b"set()\n"
 
 
@@ -781,7 +784,7 @@ def test_no_port_is_open(start: Start) -> None:
 def test_a_terminal_that_takes_nothing_stops_nobody(start: Start) -> None:
     """The user's stderr is a pipe that is full: processes wait, the supervisor does not."""
     script = (
-        "import sys, time; from zmqexecutor.workers import Workers\n"
+        "import sys, time; from zmqexecutor.supervision.workers import Workers\n"
         "w = Workers(sys.argv[1:], 1)\n"
         "w.start()\n"
         "while not w.pids: w.receive(); time.sleep(0.01)\n"
@@ -816,7 +819,7 @@ def asleep(pid: int) -> bool:
 @pytest.mark.parametrize("closed", ["<&- >&- 2>&-", "2>&-", "<&- 2>&-"])
 def test_closed_standard_files_do_no_harm(tmp_path: Path, closed: str) -> None:
     script = (
-        "import sys, time; from zmqexecutor.workers import Workers\n"
+        "import sys, time; from zmqexecutor.supervision.workers import Workers\n"
         "w = Workers(sys.argv[2:], 2)\n"
         "w.start()\n"
         "while len(w.pids) < 2: w.receive(); time.sleep(0.01)\n"
@@ -832,7 +835,7 @@ def test_warnings_as_errors_and_foreign_modules_do_not_stop_it(tmp_path: Path) -
         (tmp_path / f"{name}.py").write_text("raise RuntimeError('the wrong module')")
     (tmp_path / "script.py").write_text(
         "import sys; path = sys.path.pop(0)\n"
-        "from zmqexecutor.workers import Workers\n"
+        "from zmqexecutor.supervision.workers import Workers\n"
         "sys.path.insert(0, path)\n"
         "import time\n"
         "with Workers(sys.argv[1:], 1) as w:\n"

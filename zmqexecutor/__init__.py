@@ -56,9 +56,9 @@ if TYPE_CHECKING:
     from .futures import TaskFuture
     from .jobrunner import JobRunner
     from .keys import Keys
-    from .shares import SharedObject
-    from .worker import Worker
-    from .workers import Workers
+    from .payload.shares import SharedObject
+    from .supervision.workers import Workers
+    from .worker.worker import Worker
 
 # A worker imports this package too and must start fast, so each public name is
 # imported when it is first asked for (PEP 562).
@@ -66,10 +66,10 @@ _HOMES = {
     "Client": "client",
     "JobRunner": "jobrunner",
     "Keys": "keys",
-    "SharedObject": "shares",
+    "SharedObject": "payload.shares",
     "TaskFuture": "futures",
-    "Worker": "worker",
-    "Workers": "workers",
+    "Worker": "worker.worker",
+    "Workers": "supervision.workers",
     "ZmqExecutor": "executor",
 }
 

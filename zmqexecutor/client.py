@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import zmq
 
-from . import codecs, directories, errors, handshakes, protocol, security
+from . import errors
 from .errors import JobFailedError, NoMasterError, TaskTimeoutError
-from .protocol import DEFAULT_SERVICE, Answer, Report
+from .system import directories
+from .wire import codecs, handshakes, protocol, security
+from .wire.protocol import DEFAULT_SERVICE, Answer, Report
 
 if TYPE_CHECKING:
     from .keys import Keys

@@ -12,12 +12,7 @@ import sys
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from .worker_errors import (
-    ProtocolError,
-    RegistrationError,
-    SerializationError,
-    ZmqExecutorError,
-)
+from .worker_errors import ProtocolError, RegistrationError, SerializationError, ZmqExecutorError
 
 __all__ = [
     "BrokenPoolError",

@@ -13,28 +13,29 @@ from typing import Any, ParamSpec, TypeVar
 
 import msgspec
 
-from . import interpreter, security
-from .attendance import check_wait
-from .buffers import Segments
-from .channels import LOST_AFTER, Entrance, joining_entrance
-from .coordinator import MasterOptions
-from .directories import PrivateDirectory
 from .errors import BrokenPoolError, ForkedExecutorError, SerializationError
 from .futures import TaskFuture
-from .inheritance import inheritable
-from .interpreter import python_command, start_path
 from .keys import Keys
-from .limits import check_rlimits
-from .machine import usable_cpus
 from .mapping import MappingExecutor
-from .master import Master
-from .peers import WorkerInfo
-from .protocol import CALLS
-from .serialization import CallPickler
-from .setups import Initializer, Setup, boot_code, call_service, main_of_workers
-from .shares import Share, SharedObject
-from .tasks import PLAIN, Task, TaskOptions, make_options
-from .workers import Workers
+from .master.attendance import check_wait
+from .master.channels import LOST_AFTER, Entrance, joining_entrance
+from .master.coordinator import MasterOptions
+from .master.master import Master
+from .master.peers import WorkerInfo
+from .master.tasks import PLAIN, Task, TaskOptions, make_options
+from .payload.inheritance import inheritable
+from .payload.serialization import CallPickler
+from .payload.setups import Initializer, Setup, boot_code, call_service, main_of_workers
+from .payload.shares import Share, SharedObject
+from .supervision.workers import Workers
+from .system import interpreter
+from .system.directories import PrivateDirectory
+from .system.interpreter import python_command, start_path
+from .system.limits import check_rlimits
+from .system.machine import usable_cpus
+from .wire import security
+from .wire.buffers import Segments
+from .wire.protocol import CALLS
 
 __all__ = ["ExecutorView", "ZmqExecutor"]
 

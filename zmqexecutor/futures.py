@@ -5,9 +5,9 @@ from __future__ import annotations
 import weakref
 from typing import TypeVar
 
-from .lean import LeanFuture
-from .master import Master
-from .tasks import Task
+from .master.lean import LeanFuture
+from .master.master import Master
+from .master.tasks import Task
 
 __all__ = ["TaskFuture"]
 

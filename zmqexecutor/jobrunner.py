@@ -12,17 +12,17 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from . import codecs, security
-from .attendance import check_wait
-from .channels import LOST_AFTER, joining_entrance
-from .coordinator import MasterOptions
 from .errors import ForkedExecutorError, JobFailedError, TaskTimeoutError
 from .keys import Keys
-from .lean import LeanFuture
-from .master import Master
-from .peers import WorkerInfo
-from .protocol import DEFAULT_SERVICE, Frame, Result
-from .tasks import Task
+from .master.attendance import check_wait
+from .master.channels import LOST_AFTER, joining_entrance
+from .master.coordinator import MasterOptions
+from .master.lean import LeanFuture
+from .master.master import Master
+from .master.peers import WorkerInfo
+from .master.tasks import Task
+from .wire import codecs, security
+from .wire.protocol import DEFAULT_SERVICE, Frame, Result
 
 __all__ = ["JobRunner"]
 

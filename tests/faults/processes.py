@@ -12,7 +12,8 @@ from typing import Any
 
 import psutil
 
-from zmqexecutor import WorkerLostError, ZmqExecutor, template
+from zmqexecutor import WorkerLostError, ZmqExecutor
+from zmqexecutor.supervision import template
 
 from ..conftest import eventually
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from zmqexecutor import WorkerLostError, ZmqExecutor, directories
+from zmqexecutor import WorkerLostError, ZmqExecutor
+from zmqexecutor.system import directories
 
 from .processes import PATIENCE, Diary, Pool
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from zmqexecutor import ZmqExecutor, directories
+from zmqexecutor import ZmqExecutor
+from zmqexecutor.system import directories
 
 from ..conftest import eventually
 

@@ -19,9 +19,11 @@ import psutil
 import pytest
 import zmq
 
-from zmqexecutor import JobRunner, WorkerLostError, ZmqExecutor, coordinator, protocol
-from zmqexecutor.machine import machine_id
-from zmqexecutor.master import Master
+from zmqexecutor import JobRunner, WorkerLostError, ZmqExecutor
+from zmqexecutor.master import coordinator
+from zmqexecutor.master.master import Master
+from zmqexecutor.system.machine import machine_id
+from zmqexecutor.wire import protocol
 
 from ..conftest import _private_directories, eventually
 
@@ -199,7 +201,7 @@ def test_rubbish(
     target: Target, rogue: Rogue, channel: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is dropped, and told once; the pool goes on answering."""
-    caplog.set_level(logging.DEBUG, "zmqexecutor.channels")
+    caplog.set_level(logging.DEBUG, "zmqexecutor.master.channels")
     for messages in RUBBISH.values():
         dealer = rogue(getattr(target, channel))
         for parts in messages:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from zmqexecutor import Workers, ZmqExecutor, fleet
+from zmqexecutor import Workers, ZmqExecutor
+from zmqexecutor.master import fleet
 
 from ..conftest import alive, eventually
 from .processes import Pool

@@ -189,10 +189,10 @@ def test_the_clock_on_the_wall_is_for_people_and_files() -> None:
         path.name: len(
             re.findall(r"\btime\.time\(|\bdatetime\.now|\blocaltime\(", path.read_text())
         )
-        for path in package.glob("*.py")
+        for path in package.rglob("*.py")
     }
     assert {name: number for name, number in readers.items() if number} == {
-        "master.py": 1,  # since when a worker is there, for people
+        "coordinator.py": 1,  # since when a worker is there, for people
         "peers.py": 2,  # the same, and for how long
         "buffers.py": 1,  # how long a free segment has been one
         "process.py": 1,  # since when a process is there, which Circus shows

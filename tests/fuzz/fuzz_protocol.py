@@ -19,9 +19,9 @@ from pathlib import Path
 import atheris  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
 with atheris.instrument_imports(include=["zmqexecutor"]):
-    from zmqexecutor import protocol
     from zmqexecutor.errors import ProtocolError
-    from zmqexecutor.machine import machine_id
+    from zmqexecutor.system.machine import machine_id
+    from zmqexecutor.wire import protocol
 
     from .master import BareMaster
 

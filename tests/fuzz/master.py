@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any, cast
 
-from zmqexecutor.channels import Channels, Entrance
-from zmqexecutor.coordinator import PINGED_AFTER, Coordinator, MasterOptions
 from zmqexecutor.errors import ProtocolError
-from zmqexecutor.lean import LeanFuture
-from zmqexecutor.protocol import Frame, Jobs, decode_jobs
-from zmqexecutor.tasks import Task
+from zmqexecutor.master.channels import Channels, Entrance
+from zmqexecutor.master.coordinator import PINGED_AFTER, Coordinator, MasterOptions
+from zmqexecutor.master.lean import LeanFuture
+from zmqexecutor.master.tasks import Task
+from zmqexecutor.wire.protocol import Frame, Jobs, decode_jobs
 
 __all__ = ["PING_INTERVAL", "BareMaster"]
 

@@ -8,8 +8,8 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from zmqexecutor import protocol
-from zmqexecutor.machine import machine_id
+from zmqexecutor.system.machine import machine_id
+from zmqexecutor.wire import protocol
 
 from .master import BareMaster
 

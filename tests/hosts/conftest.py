@@ -17,7 +17,7 @@ from .tasks import Diary
 
 CALLS_WORKER = """
     import os, sys
-    from zmqexecutor.calls import serve
+    from zmqexecutor.worker.calls import serve
 
     keys, patience, endpoint, *services = sys.argv[1:]
     try:

@@ -122,7 +122,7 @@ def _other_python() -> str:
     environments = (str(path) for path in ROOT.glob(".venv*/bin/python"))
     on_path = (shutil.which(f"python3.{minor}") for minor in range(10, 20))
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import zmqexecutor.calls; "
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import zmqexecutor.worker.calls; "
         "print(sys.version_info[:2])"
     )
     for python in (*environments, *filter(None, on_path)):

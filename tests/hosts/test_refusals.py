@@ -59,7 +59,7 @@ def test_a_stranger_gets_nothing_and_disturbs_nobody(
 
 NO_KEYS = """
     import sys
-    from zmqexecutor.calls import serve
+    from zmqexecutor.worker.calls import serve
 
     try:
         serve(sys.argv[1], patience=1.5, allow_plaintext_tcp_from_anyone=True)

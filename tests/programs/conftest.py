@@ -15,7 +15,7 @@ from typing import TypeAlias
 import psutil
 import pytest
 
-from zmqexecutor import directories
+from zmqexecutor.system import directories
 
 from ..conftest import eventually
 

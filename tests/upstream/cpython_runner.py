@@ -11,8 +11,10 @@ they look for `ProcessPoolExecutor`.
 from __future__ import annotations
 
 import concurrent.futures
+import gc
 import importlib
 import sys
+import threading
 import unittest
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -105,6 +107,7 @@ def run_one(test: unittest.TestCase) -> Outcome:
     unittest.TestSuite([test]).run(result)
     failures = [*result.failures, *result.errors]
     if failures:
+        _see_masters_end()
         return Outcome("failed", "\n".join(text for _, text in failures))
     # Before 3.13 this is also about threads that have ended and are not collected yet.
     if support.environment_altered:
@@ -112,6 +115,17 @@ def run_one(test: unittest.TestCase) -> Outcome:
     if result.skipped:
         return Outcome("skipped", "; ".join(reason for _, reason in result.skipped))
     return Outcome("passed")
+
+
+def _see_masters_end() -> None:
+    """Wait for executors that a test has left behind when it failed.
+
+    The next test would find that their supervisors, when they end, are children of this process.
+    """
+    gc.collect()
+    for thread in threading.enumerate():
+        if thread.name == "zmqexecutor-master":
+            thread.join(30.0)
 
 
 def main() -> None:

@@ -1,0 +1,1 @@
+"""What is in a message for a worker: functions, arguments and results, as bytes."""

@@ -1,0 +1,396 @@
+"""How functions and classes travel by value: taken apart here, made again there.
+
+cloudpickle knows how to take code apart. What differs from it is in this module:
+
+- A function is made with the one namespace of its module, not a copy of what it uses.
+- A class is made first and filled afterwards, so that its contents may refer to it.
+  One that comes again changes in place. The hooks of the script's own base classes
+  and metaclasses are not run: they did their work at home.
+- Cells, caches and dispatchers keep what they share, and leave their locks behind.
+
+A pickle names the functions below by module, so a plain `pickle.loads` runs them in
+whatever process unpickles. What a pickle says of an entry (a global, or a class
+without one) is `lookup`, which asks the binder at work in this thread (see
+`bindings`) to bind that entry first.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import contextvars
+import copyreg
+import functools
+import importlib
+import io
+import sys
+import threading
+import types
+import typing
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, Final, Protocol, TypeAlias
+
+from cloudpickle import cloudpickle as cp
+
+from .namespaces import Key, class_by_id, importable, is_dynamic, namespace
+
+__all__ = [
+    "GUARDS",
+    "REDUCERS",
+    "SINGLEDISPATCH_CODE",
+    "InProgressError",
+    "Reduced",
+    "Unavailable",
+    "arrived",
+    "lookup",
+    "make_class",
+    "make_function",
+    "make_skeleton",
+    "reduce_lru_cache",
+    "reduce_singledispatch",
+    "set_class_state",
+    "set_function_state",
+    "set_new_class_state",
+    "unpickling",
+]
+
+Reduced: TypeAlias = Any
+"""What a reducer returns: a tuple, a global's name, or NotImplemented."""
+
+# ------------------------------------------------------------------- references
+
+
+class InProgressError(Exception):
+    """An entry refers to one that is being unpickled and cannot be referred to yet."""
+
+
+class Binder(Protocol):
+    """Binds entries (see `bindings`)."""
+
+    busy: set[Key]
+    """The entries that are being unpickled."""
+
+    def prepare(self, key: Key) -> None:
+        """Bind this entry, if it waits for it and can be bound."""
+
+
+class _Unpickling(threading.local):
+    binder: Binder | None = None
+    """At work in this thread, if there is one."""
+
+
+unpickling: Final = _Unpickling()
+
+arrived: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Functions and classes that arrived here as entries: their makers can be told by name."""
+
+_empty_classes: weakref.WeakSet[type] = weakref.WeakSet()
+"""Classes made here that have no contents yet."""
+
+
+def lookup(module: str, name: str, tracker_id: str | None = None) -> Any:
+    """Resolve a reference to an entry."""
+    binder = unpickling.binder
+    if binder is not None:
+        binder.prepare((module, name))
+    found = None if tracker_id is None else class_by_id(tracker_id)
+    if found is not None:
+        return found
+    if binder is not None and (module, name) in binder.busy:
+        raise InProgressError
+    if not module:
+        raise LookupError("a class that this call refers to is gone")
+    first, *rest = name.split(".")
+    try:
+        return functools.reduce(getattr, rest, namespace(module)[first])
+    except KeyError:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}") from None
+
+
+# -------------------------------------------------------------------- functions
+
+
+def make_function(
+    code: types.CodeType,
+    home: str | None,
+    shared: bool,
+    own: dict[str, Any] | None,
+    closure: tuple[types.CellType, ...] | None,
+) -> types.FunctionType:
+    """Make a function whose globals are its home's, or its own if it has no home."""
+    if home is None:
+        globals_ = {} if own is None else own
+        globals_.setdefault("__builtins__", builtins.__dict__)
+    elif shared:
+        globals_ = namespace(home)
+    else:
+        globals_ = importlib.import_module(home).__dict__
+    return types.FunctionType(code, globals_, closure=closure)
+
+
+def set_function_state(func: types.FunctionType, state: tuple[dict[str, Any], ...]) -> None:
+    """Give a function the rest of it."""
+    attributes, slots, used = state
+    func.__dict__.update(attributes)
+    func.__globals__.update(used)
+    for name, value in slots.items():
+        setattr(func, name, value)
+
+
+def _make_cell() -> types.CellType:
+    return types.CellType()
+
+
+def _fill_cell(cell: types.CellType, state: tuple[Any]) -> None:
+    (cell.cell_contents,) = state
+
+
+def _reduce_cell(cell: types.CellType) -> Reduced:
+    # In two steps, unlike cloudpickle: so two functions that share a cell still
+    # share it, and a function may be in its own cell.
+    try:
+        state = (cell.cell_contents,)
+    except ValueError:
+        return _make_cell, ()
+    return _make_cell, (), state, None, None, _fill_cell
+
+
+# ---------------------------------------------------------------------- classes
+
+
+def make_class(maker: Callable[..., type], args: tuple[Any, ...]) -> type:
+    """Make a class without contents, or find the one that is here already."""
+    cls = class_by_id(args[-2])
+    if cls is None:
+        bases = args[0] if maker is cp._make_skeleton_enum else args[2]
+        with _without_subclass_hooks(bases):
+            cls = maker(*args)
+        _empty_classes.add(cls)
+    if unpickling.binder is not None:
+        arrived.add(cls)
+    return cls
+
+
+def make_skeleton(
+    metaclass: Any,
+    name: str,
+    bases: tuple[Any, ...],
+    body: dict[str, Any],
+    tracker_id: str,
+    extra: None,
+) -> type:
+    """Make a class as cloudpickle does, but not by the script's own metaclass.
+
+    Like `__init_subclass__`, that did its work at home, with arguments it would
+    lack here, and what it did travels as the contents of the classes.
+    """
+    maker = next(kind for kind in metaclass.__mro__ if not is_dynamic(kind))
+    if maker is metaclass:
+        cls = cp._make_skeleton_class(metaclass, name, bases, body, tracker_id, extra)
+    else:
+        resolved = types.resolve_bases(bases)
+        if resolved is not bases:
+            body = {**body, "__orig_bases__": bases}
+        cls = maker.__new__(metaclass, name, resolved, body)
+        cls = cp._lookup_class_or_track(tracker_id, cls)
+    made: type = cls
+    return made
+
+
+@contextlib.contextmanager
+def _without_subclass_hooks(bases: tuple[Any, ...]) -> Iterator[None]:
+    hooks = {
+        cls: cls.__dict__["__init_subclass__"]
+        for base in bases
+        for cls in getattr(base, "__mro__", ())
+        if "__init_subclass__" in cls.__dict__ and is_dynamic(cls)
+    }
+    for cls in hooks:
+        type.__delattr__(cls, "__init_subclass__")
+    try:
+        yield
+    finally:
+        for cls, hook in hooks.items():
+            type.__setattr__(cls, "__init_subclass__", hook)
+
+
+_attributes: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictionary()
+"""What classes got from home, to be taken away when it is gone there."""
+
+
+def set_class_state(cls: type, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    """Give a class its contents, in the place of those it had."""
+    for name in _attributes.get(cls, frozenset()).difference(state[0]):
+        if name in cls.__dict__ and name != "_abc_impl":
+            delattr(cls, name)
+    cp._class_setstate(cls, state)
+    _attributes[cls] = frozenset(state[0])
+    _empty_classes.discard(cls)
+
+
+def set_new_class_state(cls: type, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    """Give a class that came back from a worker its contents; never to one known here."""
+    if cls in _empty_classes:
+        set_class_state(cls, state)
+
+
+# ----------------------------------------------- caches, dispatchers, and typing
+
+
+def _make_lru_cache(func: Callable[..., Any], maxsize: int | None, typed: bool) -> Any:
+    return functools.lru_cache(maxsize, typed)(func)
+
+
+def reduce_lru_cache(wrapper: Any) -> Reduced:
+    """Send what is cached, and how; what the cache holds stays at home."""
+    if importable(wrapper):
+        return wrapper.__qualname__
+    parameters = wrapper.cache_parameters()
+    made_anew = ("__wrapped__", "cache_parameters")
+    state = {name: value for name, value in vars(wrapper).items() if name not in made_anew}
+    return _make_lru_cache, (wrapper.__wrapped__, *parameters.values()), state
+
+
+def _make_cached_property(func: Callable[..., Any], name: str | None) -> Any:
+    made: functools.cached_property[Any] = functools.cached_property(func)
+    made.attrname = name
+    return made
+
+
+def _reduce_cached_property(prop: functools.cached_property[Any]) -> Reduced:
+    return _make_cached_property, (prop.func, prop.attrname)  # its lock stays at home
+
+
+SINGLEDISPATCH_CODE: Final = functools.singledispatch(lambda _: None).__code__  # type: ignore[attr-defined]
+
+
+def _register_all(dispatcher: Any, cases: list[tuple[type, Callable[..., Any]]]) -> None:
+    for cls, func in cases:
+        dispatcher.register(cls, func)
+
+
+def reduce_singledispatch(dispatcher: Any) -> Reduced:
+    """Send a generic function as its cases."""
+    cases = dict(dispatcher.registry)
+    args = (cases.pop(object),)
+    return functools.singledispatch, args, list(cases.items()), None, None, _register_all
+
+
+def _reduce_singledispatchmethod(method: functools.singledispatchmethod[Any]) -> Reduced:
+    cases = dict(method.dispatcher.registry)
+    del cases[object]
+    args = (method.func,)
+    return functools.singledispatchmethod, args, list(cases.items()), None, None, _register_all
+
+
+# Things of `typing` that pickle as a name, and what makes each of them anew.
+_TYPING_ARGUMENTS: Final = {
+    getattr(typing, name): attributes
+    for name, attributes in {
+        "NewType": ("__name__", "__supertype__"),
+        "ParamSpec": ("__name__",),
+        "TypeVarTuple": ("__name__",),
+        "TypeAliasType": ("__name__", "__value__"),
+    }.items()
+    if hasattr(typing, name)
+}
+
+
+def _reduce_typing(obj: Any) -> Reduced:
+    if importable(obj):
+        return obj.__name__
+    return type(obj), tuple(getattr(obj, name) for name in _TYPING_ARGUMENTS[type(obj)])
+
+
+def _reduce_text_file(file: io.TextIOWrapper) -> Reduced:
+    if file in (sys.stdin, sys.stdout, sys.stderr):
+        return cp._file_reduce(file)
+    # cloudpickle would read it, and send its text.
+    raise TypeError(
+        f"cannot send an open file ({getattr(file, 'name', '?')!r}); "
+        "send its name, and open it in the task"
+    )
+
+
+GUARDS: Final[dict[type, Callable[[Any], Reduced]]] = {
+    type(threading.Lock()): lambda _: (threading.Lock, ()),
+    type(threading.RLock()): lambda _: (threading.RLock, ()),
+    threading.local: lambda _: (threading.local, ()),
+    contextvars.ContextVar: lambda variable: (contextvars.ContextVar, (variable.name,)),
+}
+"""What a program keeps beside its globals to guard them, and how to make a new one."""
+
+
+class _Reducers(dict[type, Callable[[Any], Reduced]]):
+    """A dispatch table: ours and cloudpickle's, then copyreg's, then multiprocessing's.
+
+    multiprocessing's come last, since its reduction of bound methods would undo
+    cloudpickle's, and only if the program has imported it.
+    """
+
+    def __missing__(self, kind: type) -> Callable[[Any], Reduced]:
+        reducer = copyreg.dispatch_table.get(kind)
+        if reducer is None:
+            reduction: Any = sys.modules.get("multiprocessing.reduction")
+            if reduction is None:
+                raise KeyError(kind)
+            reducer = reduction.ForkingPickler._extra_reducers[kind]
+        return reducer
+
+    def has_one_for(self, kind: type) -> bool:
+        """Say whether instances of this class are reduced by a function from here."""
+        try:
+            return self[kind] is not None
+        except KeyError:
+            return False
+
+
+_FILENAME = 10  # of the arguments of `types.CodeType`, since Python 3.10
+
+
+def _reduce_code(code: types.CodeType) -> Reduced:
+    """Code with the name of its file, by which tracebacks find its lines.
+
+    cloudpickle leaves that out from 3.1.3 on.
+    """
+    make, arguments, *_ = cp._code_reduce(code)
+    filename = "".join(code.co_filename)  # a text of its own, so that equal code pickles equally
+    return make, (*arguments[:_FILENAME], filename, *arguments[_FILENAME + 1 :])
+
+
+REDUCERS: Final = _Reducers(
+    {
+        **cp.Pickler._dispatch_table,
+        io.TextIOWrapper: _reduce_text_file,
+        types.CellType: _reduce_cell,
+        types.CodeType: _reduce_code,
+        functools.cached_property: _reduce_cached_property,
+        functools.singledispatchmethod: _reduce_singledispatchmethod,
+        functools._lru_cache_wrapper: reduce_lru_cache,
+        **dict.fromkeys(_TYPING_ARGUMENTS, _reduce_typing),
+    }
+)
+
+
+class Unavailable:
+    """Takes the place of a global that could not be sent; any use of it says so."""
+
+    def __init__(self, reason: str) -> None:
+        self.__dict__["reason"] = reason
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)  # what pickle, copy and inspect ask of everything
+        return self()
+
+    def __call__(self, *_args: Any, **_kwargs: Any) -> Any:
+        """Raise SerializationError, as does every other use."""
+        from ..worker_errors import SerializationError
+
+        raise SerializationError(self.__dict__["reason"])
+
+    __enter__ = __iter__ = __len__ = __getitem__ = __setitem__ = __contains__ = __call__
+
+    def __exit__(self, *_: object) -> None:  # "with" looks for it before it enters
+        pass

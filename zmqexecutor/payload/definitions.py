@@ -1,0 +1,355 @@
+"""The globals that a call needs: the whole of how code travels by value, and the parent's side.
+
+A worker cannot import the user's script, so functions and classes of `__main__`
+(and of modules given to `cloudpickle.register_pickle_by_value`) travel by value.
+cloudpickle gives each of them a copy of the globals it uses. Here they share one
+namespace per module, as they did at home:
+
+    parent                                        worker
+    __main__.__dict__                             __main__.__dict__
+      f ──── names ──► helper, LIMIT                f, helper, LIMIT, cache
+      helper ─ names ► cache                        ▲
+                                                    │ only what is new here
+    definition of f ────────────────────────────────┘
+      entries: f, helper, LIMIT, cache    each with a digest and a pickle
+      root:    "the global f"
+
+- An *entry* is one global: a module, a name, its pickled value, and a digest.
+  A function is pickled without its globals; their names lead to more entries.
+  What another global is bound to is pickled as a *reference* to that entry. So
+  cycles through globals do no harm, and identity is kept.
+- The worker binds an entry only if the digest differs from the one it bound for
+  that name before. What a task or an initializer put there itself (a counter, a
+  connection) therefore stays until the parent rebinds or changes its own value.
+- Classes are found by cloudpickle's tracker id, so they are the same class on
+  both sides. A class that is sent again changes in place. Classes without a
+  global name (local ones) are entries too, of the module "" and their id.
+- What comes back from a worker refers to the parent's functions and classes. It
+  never writes to them.
+
+The parts, from below: `namespaces` says which code travels by value, and has the
+dicts of globals; `byvalue` takes functions and classes apart and makes them again;
+`picklers` turn the rest into references; `bindings` is the worker's side. Here, the
+parent gathers the entries that a callable can reach into its *definition*, and keeps
+it while `proofs` says that a new one would be the same.
+"""
+
+from __future__ import annotations
+
+import pickle
+import weakref
+from typing import Any, Final, NamedTuple
+
+from ..wire.protocol import Shared
+from .bulk import BULK, Bulk
+from .byvalue import Unavailable
+from .namespaces import MISSING, Entry, Key, Payload, class_by_id, importable, is_class, namespace
+from .packing import Packer
+from .picklers import DefinitionPickler, find_key
+from .proofs import CONTAINERS, Proof, holds, prove
+from .shares import Share
+
+__all__ = ["Definition", "DefinitionError", "Definitions"]
+
+_FAILURES: Final = (Exception, SystemExit, GeneratorExit)
+"""What pickling may raise; a KeyboardInterrupt comes from elsewhere."""
+
+
+class DefinitionError(Exception):
+    """Part of a definition cannot be pickled: which part, and the exception."""
+
+    def __init__(self, what: str, error: BaseException) -> None:
+        super().__init__(what, error)
+        self.what = what
+        self.error = error
+
+
+class _Piece(NamedTuple):
+    """An entry, or the root of a definition, in the making."""
+
+    payload: Payload
+    digest: bytes
+    refs: frozenset[Key]
+    names: frozenset[Key]
+    is_class: bool
+    proof: Proof | None
+    available: bool = True
+    bulk: Bulk | None = None
+    """What the payload names, if it is too large to be there itself."""
+
+
+class Definition(NamedTuple):
+    """A callable with all the globals it can reach, as it travels to workers."""
+
+    shared: Shared
+    """For the wire: its id and the pickle."""
+    proof: Proof | None
+    shares: tuple[Share, ...] = ()
+    """Large parts of it."""
+    bulk: Bulk | None = None
+    """The callable itself, if it is one of them."""
+
+
+class _Known(NamedTuple):
+    """The definitions of one callable, by what its arguments referred to besides."""
+
+    ref: weakref.ref[Any]
+    by_keys: dict[frozenset[Key], Definition]
+
+
+def _digest(*parts: bytes) -> bytes:
+    # Not at the top: it loads OpenSSL, 4 MB of memory that a worker does not need.
+    from hashlib import blake2b
+
+    hashed = blake2b(digest_size=16)
+    for part in parts:
+        hashed.update(part)
+    return hashed.digest()
+
+
+class Definitions:
+    """The parent's side: makes definitions, and keeps them while they are proven.
+
+    Threads may race here: each works on objects of its own, and puts them into
+    the caches whole. The caches are bounded, since what they hold can, by a
+    detour, keep alive the callable that they should only keep while it lives.
+    """
+
+    _BOUND: Final = 1024
+
+    def __init__(self, packer: Packer) -> None:
+        """Begin with nothing.
+
+        Args:
+            packer: for what is large.
+        """
+        self._known: dict[int, _Known] = {}
+        self._pieces: dict[Key, _Piece] = {}
+        # Of globals that may be in no kept piece: the id of their value, and its bulk.
+        self._bulks: dict[Key, tuple[int, Bulk]] = {}
+        self._packer = packer
+
+    def define(self, func: Any, keys: frozenset[Key]) -> Definition:
+        """Return the definition of a callable whose arguments refer to these entries."""
+        known = self._known.get(id(func))
+        old = None
+        if known is not None and known.ref() is func:
+            old = known.by_keys.get(keys)
+            if old is not None and old.proof is not None and old.proof.holds():
+                return old
+        # A function that is met for the first time may well be met only once (a lambda
+        # in a loop): a proof is made when it comes again.
+        new = self._make_definition(func, keys, old)
+        if old is not None and old.shared.key == new.shared.key:
+            new = new._replace(shared=old.shared)  # one copy of it is enough
+        # Without a proof it is made anew next time, and what was large may be gone by then.
+        self._keep(func, keys, new if new.proof else new._replace(shares=()))
+        return new
+
+    def clear(self) -> None:
+        """Keep nothing any more."""
+        for cache in (self._known, self._pieces, self._bulks):
+            cache.clear()
+
+    def _keep(self, func: Any, keys: frozenset[Key], definition: Definition) -> None:
+        all_known, ident = self._known, id(func)
+        known = all_known.get(ident)
+        if known is None or known.ref() is not func:
+            try:
+                ref = weakref.ref(func, lambda _: all_known.pop(ident, None))
+            except TypeError:
+                return
+            if len(all_known) >= self._BOUND:
+                all_known.clear()
+            known = all_known[ident] = _Known(ref, {})
+        if len(known.by_keys) >= 16:
+            known.by_keys.clear()
+        known.by_keys[keys] = definition
+
+    def _make_definition(
+        self, func: Any, keys: frozenset[Key], old: Definition | None
+    ) -> Definition:
+        again = old is not None
+        key = None if importable(func) else find_key(func)
+        try:
+            # If it is a global, the proof of that entry is enough.
+            root = self._make_piece(
+                func, None, proven=again and key is None, before=old.bulk if old else None
+            )
+        except _FAILURES as error:
+            raise DefinitionError("", error)
+        if key is not None:
+            root = root._replace(proof=Proof())
+        pieces = self._closure(root, keys)
+        entries: list[Entry] = []
+        for key in sorted(pieces, key=lambda key: (not pieces[key].is_class, key)):
+            digest = pieces[key].digest
+            if pieces[key].refs:
+                digest = _digest(*(pieces[other].digest for other in sorted(_reach(pieces, key))))
+            entries.append((*key, digest, pieces[key].payload))
+        parts = [
+            part
+            for module, name, digest, _ in entries
+            for part in (module.encode(), name.encode(), digest)
+        ]
+        bulks = [piece.bulk for piece in (root, *pieces.values())]
+        shares = tuple(bulk.share for bulk in bulks if bulk is not None)
+        # With their keys: what a worker keeps by this id must not name a share that is gone.
+        function_id = _digest(root.digest, *parts, *(share.key for share in shares))
+        function = pickle.dumps((entries, *root.payload), 5)
+        shared = Shared(function_id, function)
+        if not again and key is None:
+            return Definition(shared, None, shares, root.bulk)
+        proofs = [piece.proof for piece in (root, *pieces.values())]
+        proven = [proof for proof in proofs if proof is not None]
+        proof = Proof.union(proven) if len(proven) == len(proofs) else None
+        return Definition(shared, proof, shares, root.bulk)
+
+    def _closure(self, root: _Piece, keys: frozenset[Key]) -> dict[Key, _Piece]:
+        """Return all entries that can be reached."""
+        pieces: dict[Key, _Piece] = {}
+        # What only methods of classes name is often not needed (the pool itself, say,
+        # in the method that submits the others); so it may be missing.
+        needed = [*root.refs, *root.names, *keys]
+        optional: list[Key] = []
+        while needed or optional:
+            todo = needed or optional
+            key = todo.pop()
+            if key in pieces:
+                continue
+            piece = pieces[key] = self._piece(key, optional=todo is optional)
+            todo.extend(piece.refs)
+            (optional if piece.is_class else todo).extend(piece.names)
+        return _grouped(pieces)
+
+    def _piece(self, key: Key, optional: bool) -> _Piece:
+        old = self._pieces.get(key)
+        if old is not None and (old.available or optional) and holds(old.proof):
+            return old
+        try:
+            piece = self._make_entry(key)
+        except _FAILURES as error:
+            if not optional:
+                raise DefinitionError(_describe_key(key), error)
+            piece = _make_unavailable(key, error)
+        if piece.proof is not None:
+            if len(self._pieces) >= self._BOUND:
+                self._pieces.clear()
+            self._pieces[key] = piece
+        return piece
+
+    def _make_entry(self, key: Key) -> _Piece:
+        module, name = key
+        value = namespace(module).get(name, MISSING) if module else class_by_id(name)
+        if value is MISSING:
+            proof = Proof()
+            proof.bind([key])
+            return _Piece((), b"", frozenset(), frozenset(), False, proof)
+        _, before = self._bulks.get(key, (0, None))
+        piece = self._make_piece(value, key, before=before)
+        if piece.bulk is not None:
+            self._bulks[key] = id(value), piece.bulk
+        else:
+            self._bulks.pop(key, None)
+        return piece
+
+    def _drop_bulks(self) -> None:
+        """Keep nothing of globals that have been deleted, or bound to something else."""
+        for (module, name), (ident, _) in list(self._bulks.items()):
+            value = namespace(module).get(name, MISSING) if module else class_by_id(name)
+            if id(value) != ident:
+                self._bulks.pop((module, name), None)
+
+    def _make_piece(
+        self, value: object, key: Key | None, *, proven: bool = True, before: Bulk | None = None
+    ) -> _Piece:
+        piece, data, views = _make_piece(value, key, proven=proven)
+        if not data:
+            return piece
+        same = before if before is not None and before.says(data, views) else None
+        bulk = same or self._packer.bulk(data, views)
+        if bulk is not same:
+            self._drop_bulks()
+        return piece._replace(payload=(bulk.payload,), digest=bulk.digest, bulk=bulk)
+
+
+def _describe_key(key: Key) -> str:
+    module, name = key
+    if module:
+        return f"the global {name!r} of {module}"
+    return f"the class {getattr(class_by_id(name), '__qualname__', name)}"
+
+
+def _make_unavailable(key: Key, error: BaseException) -> _Piece:
+    value = namespace(key[0]).get(key[1], MISSING) if key[0] else MISSING
+    why = str(error)[:2000]
+    reason = f"{_describe_key(key)} cannot be used in a worker, as it cannot be pickled: {why}"
+    piece = _make_piece(Unavailable(reason), None)[0]._replace(available=False)
+    # A lock or a pool stays what it is. Something in a container may be replaced.
+    kind = type(value)
+    replaceable = kind in CONTAINERS or (kind.__module__ != "builtins" and not importable(kind))
+    if piece.proof is None or replaceable:
+        return piece._replace(proof=None)
+    piece.proof.bind([key])
+    return piece
+
+
+def _make_piece(
+    value: object, key: Key | None, *, proven: bool = True
+) -> tuple[_Piece, bytes, list[memoryview]]:
+    """A piece, without its payload if that is bulk: then it follows, with its buffers."""
+    # The proof comes first: what changes after it is seen at the next call.
+    proof = prove(value) if proven else None
+    pickler = DefinitionPickler(key)
+    payload = pickler.dumps(value)
+    refs = frozenset(pickler.refs)
+    if proof is not None:
+        proof.bind(refs if key is None else (*refs, key))
+    names = frozenset(pickler.names)
+    views, data = pickler.outside.views, b""
+    if len(payload) == 1 and (views or len(payload[0]) >= BULK):
+        data, payload = payload[0], ()
+    piece = _Piece(payload, _digest(*payload), refs, names, is_class(value), proof)
+    return piece, data, views
+
+
+def _reach(pieces: dict[Key, _Piece], start: Key) -> set[Key]:
+    """Return the entries whose objects this one holds, and itself.
+
+    Classes do not count. One that is sent again changes in place, so who holds it
+    need not be sent again.
+    """
+    reached = {start}
+    todo = list(pieces[start].refs)
+    while todo:
+        key = todo.pop()
+        if key not in reached and not pieces[key].is_class:
+            reached.add(key)
+            todo.extend(pieces[key].refs)
+    return reached
+
+
+def _grouped(pieces: dict[Key, _Piece]) -> dict[Key, _Piece]:
+    """Put objects that hold each other into one pickle.
+
+    References between entries are resolved one entry at a time. A class is there
+    to be referred to before its contents are, nothing else is.
+    """
+    holders = {key: _reach(pieces, key) for key, piece in pieces.items() if piece.refs}
+    grouped = dict(pieces)
+    for key, held in holders.items():
+        group = sorted(other for other in held if key in holders.get(other, ()))
+        if grouped[key] is not pieces[key] or not _is_cycle(pieces, key, group):
+            continue
+        pickler = DefinitionPickler(key, frozenset(group))
+        values = tuple(namespace(module).get(name) for module, name in group)
+        payload = (*pickler.dumps(values), pickle.dumps(group, 5), b"")
+        for member in group:
+            grouped[member] = pieces[member]._replace(
+                payload=payload, digest=_digest(*payload), refs=frozenset(pickler.refs), bulk=None
+            )
+    return grouped
+
+
+def _is_cycle(pieces: dict[Key, _Piece], key: Key, group: list[Key]) -> bool:
+    return not pieces[key].is_class and (len(group) > 1 or key in pieces[key].refs)

@@ -1,0 +1,216 @@
+"""The connection of a group with its supervisor process, on the group's side."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from typing import Final, TypeAlias
+
+import msgspec
+
+from ..system.interpreter import python_command, start_path
+from ..wire.protocol import Configure, FromSupervisor, GroupFailed, Reaped, Spawned, ToSupervisor
+
+__all__ = ["SEND_TIMEOUT", "TERM_GRACE", "Event", "SupervisorLink"]
+
+TERM_GRACE: Final = 0.5
+"""Seconds between SIGTERM and SIGKILL for a supervisor that did not heed `Quit`."""
+SEND_TIMEOUT: Final = 10.0
+"""Seconds in which a supervisor must take a command from a full socket."""
+
+Event: TypeAlias = Spawned | Reaped | GroupFailed
+
+_BOOT = (
+    "import sys; sys.path[:] = {path}; "
+    "from zmqexecutor.system import interpreter; interpreter.depth = interpreter.DEEPEST; "
+    "from zmqexecutor.supervision.supervisor_boot import main; main({fd}, {parent})()"
+)
+
+
+class SupervisorLink:
+    """One supervisor process and our end of the socket pair to it."""
+
+    def __init__(self, owner: object, config: Configure) -> None:
+        message = _encode(config)
+        self.ended = False
+        self.pids: set[int] = set()
+        self._events: list[Event] = []
+        self._partial = b""
+        self._decoder = msgspec.json.Decoder(FromSupervisor)
+        self._reading = threading.Lock()
+        self._writing = threading.Lock()
+        self.socket, theirs = socket.socketpair()
+        try:
+            self.socket.setblocking(False)
+            self.process = _spawn(theirs)
+        except BaseException:
+            self.socket.close()
+            raise
+        finally:
+            theirs.close()
+        # When the group is dropped, or the interpreter ends, the supervisor sees the
+        # end of file and cleans up by itself.
+        self._drop = weakref.finalize(owner, _hang_up, self.socket, os.getpid())
+        try:
+            self._send(message, SEND_TIMEOUT)
+        except BaseException as error:
+            self.kill()
+            code = self.wait(TERM_GRACE)
+            self.close()
+            if isinstance(error, RuntimeError) and code is not None and code >= 0:
+                raise RuntimeError(
+                    f"the supervisor process ended at once, with exit code {code}; is "
+                    f"{sys.executable!r} a Python interpreter that can import zmqexecutor?"
+                ) from None
+            raise
+
+    def send(self, message: ToSupervisor, timeout: float = SEND_TIMEOUT) -> None:
+        """Send a command.
+
+        Raises:
+            RuntimeError: the supervisor is gone, or has not taken it within `timeout` seconds.
+        """
+        self._send(_encode(message), timeout)
+
+    def _send(self, data: bytes, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        poll = select.poll()
+        with self._writing:
+            try:
+                poll.register(self.socket, select.POLLOUT)
+                while data:
+                    try:
+                        data = data[self.socket.send(data) :]
+                    except BlockingIOError:
+                        left = deadline - time.monotonic()
+                        if left <= 0 or not poll.poll(left * 1000):
+                            raise RuntimeError(
+                                f"supervisor process {self.process.pid} takes no commands since "
+                                f"{timeout} seconds; is it stopped? kill() ends the group"
+                            )
+            except (OSError, ValueError) as error:
+                raise RuntimeError(
+                    f"supervisor process {self.process.pid} has ended ({error}); "
+                    "start the group again"
+                ) from None
+
+    def receive(self) -> list[Event]:
+        """What has come, and what `wait_end` has read in the meantime."""
+        with self._reading:
+            self._read()
+            events, self._events = self._events, []
+        return events
+
+    def _read(self) -> None:
+        while not self.ended:
+            try:
+                data = self.socket.recv(65536)
+            except BlockingIOError:
+                return
+            except OSError:  # reset by a supervisor that was killed
+                data = b""
+            self.ended = not data
+            *lines, self._partial = (self._partial + data).split(b"\n")
+            for line in lines:
+                event = self._decoder.decode(line)
+                if isinstance(event, Spawned):
+                    self.pids.add(event.pid)
+                elif isinstance(event, Reaped):
+                    self.pids.discard(event.pid)
+                self._events.append(event)
+
+    def wait_readable(self, timeout: float | None) -> None:
+        """Until something has come, or for so many seconds."""
+        with self._reading:
+            if self.ended or self.socket.fileno() < 0:
+                return
+            # A descriptor of its own: another thread may close ours while we wait.
+            watched = self.socket.dup()
+        with watched:
+            poll = select.poll()
+            poll.register(watched, select.POLLIN)
+            poll.poll(None if timeout is None else max(0.0, timeout) * 1000)
+
+    def wait_end(self, timeout: float) -> bool:
+        """Whether the supervisor has ended within so many seconds; events are kept."""
+        deadline = time.monotonic() + timeout
+        while True:
+            with self._reading:
+                self._read()
+            left = deadline - time.monotonic()
+            if self.ended or left <= 0:
+                return self.ended
+            self.wait_readable(left)
+
+    def wait(self, timeout: float | None) -> int | None:
+        """The supervisor's exit code, or None if it has not ended in so many seconds."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def signal(self, signum: int) -> None:
+        """Signal the supervisor."""
+        if self.process.returncode is None:
+            _signal_leader(self.process.pid, signum)
+
+    def kill(self) -> None:
+        """SIGKILL for the supervisor, before it starts more, then for its processes."""
+        self.signal(signal.SIGKILL)
+        for pid in tuple(self.pids):
+            _signal_leader(pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Close our end of the link."""
+        with self._reading:
+            self._drop()
+
+
+def _signal_leader(pid: int, signum: int) -> None:
+    """Signal a process that leads its session, as all of ours do.
+
+    A process that meanwhile got the id of one that has ended hardly does.
+    """
+    try:
+        if os.getsid(pid) == pid:
+            os.kill(pid, signum)
+    except (ProcessLookupError, PermissionError):
+        pass
+
+
+def _hang_up(link: socket.socket, owner: int) -> None:
+    """End the connection, though forked children may hold copies of the descriptor."""
+    if os.getpid() == owner:
+        try:
+            link.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # the supervisor has ended
+    link.close()
+
+
+def _spawn(theirs: socket.socket) -> subprocess.Popen[bytes]:
+    """Start the supervisor with its end of the link."""
+    boot = _BOOT.format(path=ascii(start_path()), fd=theirs.fileno(), parent=os.getpid())
+    return subprocess.Popen(
+        python_command("-c", boot),
+        stdin=subprocess.DEVNULL,
+        pass_fds=[theirs.fileno()],
+        # A terminal's Ctrl-C and hang-up are for this program, which decides.
+        start_new_session=True,
+    )
+
+
+def _encode(message: ToSupervisor) -> bytes:
+    try:
+        return msgspec.json.encode(message) + b"\n"
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the command, its env, its working_dir and its directory must be valid text: {error}"
+        ) from None

@@ -1,0 +1,1 @@
+"""How the processes reach each other: messages, sockets, journals, shared memory."""

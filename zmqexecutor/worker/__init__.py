@@ -1,0 +1,1 @@
+"""A worker's process: it registers with a master, and runs jobs."""
