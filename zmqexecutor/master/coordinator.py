@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import CancelledError
 from typing import Final
 
 import msgspec
@@ -123,7 +124,7 @@ class Coordinator:
         )
         self._counts = Counts()
         self._clients = Clients(
-            submit=lambda task: self._scheduler.submit(task, time.monotonic()),
+            submit=lambda task: self.submit(task, time.monotonic()),
             tell_state=lambda: report(
                 self._counts, self._scheduler.lanes(), self.roster, self.channels
             ),
@@ -146,8 +147,8 @@ class Coordinator:
 
     def submit(self, task: Task, now: float) -> None:
         """A task has come."""
-        if self.broken:
-            task.fail(self.broken)
+        if self.broken or self._ended:  # its caller has looked a moment too early
+            task.fail(self.broken or CancelledError("the pool has been shut down"))
         else:
             self._scheduler.submit(task, now)
 
