@@ -146,7 +146,7 @@ class Account:
         print("VIOLATION:", text, flush=True)
 
 
-SUPERVISOR = "zmqexecutor[. ]supervisor"
+SUPERVISOR = "zmqexecutor supervisor|supervisor_boot"
 
 
 def children() -> list[psutil.Process]:

@@ -111,7 +111,10 @@ class Pool:
                 process.pid
                 for process in psutil.Process().children()
                 # Its title is "zmqexecutor supervisor" where Circus finds setproctitle.
-                if any(re.search("zmqexecutor[. ]supervisor", part) for part in _cmdline(process))
+                if any(
+                    re.search("zmqexecutor supervisor|supervisor_boot", part)
+                    for part in _cmdline(process)
+                )
             ]
             return len(found) == 1
 
