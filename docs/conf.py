@@ -35,8 +35,8 @@ napoleon_use_ivar = True
 # no network.
 nitpicky = True
 nitpick_ignore_regex = [
-    (r"py:.*", r"zmqexecutor\.\w+\.[PT]"),  # type variables
-    (r"py:class", r"zmqexecutor\.tasks\.TaskOptions"),  # made by `options` only
+    (r"py:.*", r"zmqexecutor\.[\w.]+\.[PT]"),  # type variables
+    (r"py:class", r"zmqexecutor\.master\.tasks\.TaskOptions"),  # made by `options` only
     (
         r"py:.*",
         r"(_pickle|builtins|collections|concurrent|multiprocessing|os|pathlib|types|typing)\..*",

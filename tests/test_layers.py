@@ -32,7 +32,7 @@ LAYERS = """
     supervision: terminal last_words prctl template launch process group supervisor
         supervisor_boot supervisor_link workers
     master: lean queues lanes scheduler tasks retries certificate fleet gatekeeper channels
-        peers offers recalls stops roster dispatch attendance clients coordinator inbox loop
+        peers offers recalls stops roster dispatch attendance clients inbox coordinator loop
         master
     : jobrunner futures mapping executor client
     commands: references circus_ini reports exits worker_commands client_commands

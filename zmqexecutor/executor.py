@@ -448,8 +448,7 @@ class ZmqExecutor(MappingExecutor):
                 "make a new one in the child"
             )
         if self._master.broken:
-            # Without the tracebacks of those who were told before.
-            raise self._master.broken.with_traceback(None)
+            raise BrokenPoolError(self._master.broken)
         if self._closed:
             raise RuntimeError("cannot schedule new futures after shutdown")
         if self._master.exiting:

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from .errors import ForkedExecutorError, JobFailedError, TaskTimeoutError
+from .errors import BrokenPoolError, ForkedExecutorError, JobFailedError, TaskTimeoutError
 from .keys import Keys
 from .master.attendance import check_wait
 from .master.channels import LOST_AFTER, joining_entrance
@@ -190,7 +190,7 @@ class JobRunner:
             if self._master is None:
                 raise RuntimeError("this JobRunner is not running; call start() first")
             if self._master.broken:
-                raise self._master.broken
+                raise BrokenPoolError(self._master.broken)
             self._master.submit(task)
         return future
 

@@ -186,16 +186,16 @@ def test_the_clock_on_the_wall_is_for_people_and_files() -> None:
     """Where the package reads it at all."""
     package = Path(zmqexecutor.__file__).parent
     readers = {
-        path.name: len(
+        str(path.relative_to(package)): len(
             re.findall(r"\btime\.time\(|\bdatetime\.now|\blocaltime\(", path.read_text())
         )
         for path in package.rglob("*.py")
     }
     assert {name: number for name, number in readers.items() if number} == {
-        "coordinator.py": 1,  # since when a worker is there, for people
-        "peers.py": 2,  # the same, and for how long
-        "buffers.py": 1,  # how long a free segment has been one
-        "process.py": 1,  # since when a process is there, which Circus shows
+        "master/coordinator.py": 1,  # since when a worker is there, for people
+        "master/peers.py": 2,  # the same, and for how long
+        "wire/buffers.py": 1,  # how long a free segment has been one
+        "supervision/process.py": 1,  # since when a process is there, which Circus shows
     }
 
 

@@ -47,7 +47,7 @@ class Counterpart(ZmqExecutor):
 
     @property
     def _broken(self) -> bool:
-        return self._master.broken is not None
+        return bool(self._master.broken)
 
     @property
     def _processes(self) -> dict[int, WorkerHandle]:

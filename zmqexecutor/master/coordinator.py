@@ -6,16 +6,17 @@
     tasks, requests ─────► submit, kill, ... ───┘
                                                  futures ◄─ finish ◄─ results, losses
 
-It has no thread, no poll and no wait of its own, which makes it possible to take its steps one by
-one in a test: `loop` calls it, in the master thread, with what has happened.
+It has no thread and no poll of its own, and waits for nothing before `see_out`, which makes it
+possible to take its steps one by one in a test: `loop` calls it, in the master thread, with what
+has happened.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import CancelledError
 from typing import Final
 
 import msgspec
@@ -30,6 +31,7 @@ from .channels import Channels, Entrance
 from .clients import Clients, Counts, report
 from .dispatch import Dispatcher
 from .fleet import WAIT_FOR_EXIT, Fleet, Group
+from .inbox import late_error
 from .offers import Offer
 from .peers import Peer
 from .recalls import Recalls
@@ -130,25 +132,25 @@ class Coordinator:
             ),
         )
         self._dying: list[Peer] = []  # workers elsewhere that were told to
-        self._answered: list[tuple[Task, protocol.Result, list[Frame]]] = []
+        self._answered: deque[tuple[Task, protocol.Result, list[Frame]]] = deque()
         self._swept: list[int] = []  # dead processes whose segments nobody needs after that
         self._cancelling = False  # nothing is tried again
         self._ended = False
         self.channels: list[Channels] = []
-        """Of the entrances, once they are open."""
+        """Of the entrances, once they are open. Any thread may look."""
         self.attendance = Attendance()
         """The workers that are ready. For any thread."""
         self.closing = False
         """Whether it ends when all is done. Any thread may look."""
-        self.broken: BrokenPoolError | None = None
+        self.broken = ""
         """Why no task can run any more, once that is so. Any thread may look."""
 
     # ------------------------------------------------------------------ steps
 
     def submit(self, task: Task, now: float) -> None:
         """A task has come."""
-        if self.broken or self._ended:  # its caller has looked a moment too early
-            task.fail(self.broken or CancelledError("the pool has been shut down"))
+        if self.broken or self._ended:
+            task.fail(late_error(self.broken))
         else:
             self._scheduler.submit(task, now)
 
@@ -317,8 +319,9 @@ class Coordinator:
         Workers have their next jobs by then, and the thread that waits for a future gets
         the interpreter's lock as soon as this one waits again.
         """
-        answered, self._answered = self._answered, []
-        for task, result, frames in answered:
+        answered = self._answered
+        while answered:
+            task, result, frames = answered.popleft()
             if (error := task.finish(result, frames)) is not None:
                 self._fail(task, error)
         while self._swept and self._segments:
@@ -348,7 +351,7 @@ class Coordinator:
     # -------------------------------------------------------- deaths, the group
 
     def start_group(self) -> None:
-        """Have the group started. It cannot take tasks before its workers have registered."""
+        """Have the group started; if it cannot be, the pool is broken."""
         self.fleet.start()
         if self.fleet.failure:  # of which no descriptor will tell
             self.break_off(self.fleet.failure)
@@ -410,8 +413,13 @@ class Coordinator:
 
     def _fail(self, task: Task, error: BaseException) -> None:
         """A task has failed: the end of it, unless it is to be tried again."""
-        last = self._ended or self._cancelling or self.broken
-        delay = None if last else task.retry_after(error)
+        delay = None
+        if not (self._ended or self._cancelling or self.broken):
+            try:
+                delay = task.retry_after(error)
+            except Exception as problem:  # of a class in the user's `retry_on`
+                problem.__cause__ = error
+                error = problem
         if delay is None:
             task.fail(error)
         else:
@@ -463,7 +471,7 @@ class Coordinator:
     # ---------------------------------------------------------------- the end
 
     def close_when_done(self, cancel: bool) -> None:
-        """Take no more tasks; `cancel` drops those not sent."""
+        """Be done when all tasks are; `cancel` drops those not sent."""
         self.closing = True
         self.attendance.tell()
         self._drop_unwanted()
@@ -481,8 +489,14 @@ class Coordinator:
         self._scheduler.drop_unwanted(time.monotonic())
 
     def end(self, reason: BaseException, kill: bool) -> None:
-        """Take no more tasks: queued ones are cancelled, those with workers fail."""
+        """Be done now: queued tasks are cancelled, those with workers fail.
+
+        Args:
+            reason: what they fail with.
+            kill: whether the group's processes are killed at once.
+        """
         self.closing = self._ended = True
+        self.attendance.tell()
         if kill:
             self.fleet.kill()
         for peer in self.roster:
@@ -495,12 +509,12 @@ class Coordinator:
 
     def break_off(self, reason: str) -> None:
         """No task can run any more: all that there are fail."""
-        if self.broken is None:
-            self.broken = BrokenPoolError(f"the pool cannot run tasks any more: {reason}")
+        self.broken = self.broken or f"the pool cannot run tasks any more: {reason}"
+        error = BrokenPoolError(self.broken)
         self.attendance.tell()
         for task in self._scheduler.cancel_queued():
-            task.fail(self.broken)
-        self._fail_held(self.broken)
+            task.fail(error)
+        self._fail_held(error)
         self.fleet.stop()
         self._watch_group()
 
@@ -514,13 +528,17 @@ class Coordinator:
         for task in self._retries.take_all():
             task.fail(reason)
 
-    def done(self) -> bool:
-        """Whether nothing is left to be done, and nothing will come."""
+    def done(self, unread: bool = False) -> bool:
+        """Whether there is nothing more to do, or to wait for.
+
+        Args:
+            unread: whether other threads have left something.
+        """
         if self._ended:
             return True
-        if not self.closing or self.fleet.waiting or self._retries:
+        if not self.closing or unread or self.fleet.waiting or self._retries:
             return False
-        return (len(self._scheduler) == 0 and self._scheduler.busy == 0) or self.broken is not None
+        return (len(self._scheduler) == 0 and self._scheduler.busy == 0) or self.broken != ""
 
     def see_out(self) -> None:
         """Let the group's workers go, if it is not too late for that, and stop the group."""

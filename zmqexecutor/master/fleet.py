@@ -178,6 +178,9 @@ class Fleet:
 
     def bury(self, task: Task, pid: int, seconds: float | None = None) -> None:
         """A worker died after it ran this task for so long; say how, once it is known."""
+        if (earlier := self._lost.pop(pid, None)) is not None:
+            # It had only lost its connection then, and registered again.
+            self._fail(earlier[0], pid, None, earlier[1])
         if pid in self._alive:
             self._lost[pid] = (task, seconds, time.monotonic() + WAIT_FOR_EXIT_STATUS)
         else:

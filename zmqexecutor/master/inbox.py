@@ -4,9 +4,10 @@
        └─────► items ──► wake-up ──► the master thread reads them in its next step
     call ────────┘
 
-What is left here before the inbox is closed is read; a task that comes later fails at
-once. Nothing is locked and nothing blocks: interrupts (Ctrl-C), signal handlers and
-finalizers may come in the middle of it, and may submit themselves.
+What is left here is read, until the inbox is closed: the tasks that are here then fail, and
+later ones at once, and calls are not made any more. Nothing is locked and nothing blocks:
+interrupts (Ctrl-C), signal handlers and finalizers may come in the middle of it, and may
+submit themselves.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ..wire.wakeup import Wakeup
 from .offers import Offer
 from .tasks import Task
 
-__all__ = ["Inbox"]
+__all__ = ["Inbox", "late_error"]
 
 
 class Inbox:
@@ -33,7 +34,7 @@ class Inbox:
         """An idle worker for the next task, while the master thread sleeps."""
         self._nap: list[None] = []  # not empty while it sleeps and nobody has woken it
         self._wakeup: Wakeup | None = Wakeup()  # None when it is closed
-        self._broken: BrokenPoolError | None = None
+        self._broken = ""
 
     # ------------------------------------------------- called by other threads
 
@@ -54,10 +55,12 @@ class Inbox:
             self._fail_late()  # the caller's check and the end have crossed
 
     def call(self, action: Callable[[], None]) -> None:
-        """Have the master thread call this, unless it has ended."""
+        """Have the master thread call this, unless the inbox is closed before."""
         if self._wakeup is not None:
             self.items.append(action)
             self.wake()
+            if self.closed:
+                self._fail_late()
 
     def wake(self) -> None:
         """Have the master thread take its next step now."""
@@ -72,11 +75,15 @@ class Inbox:
     def _fail_late(self) -> None:
         while True:
             try:
-                item = self.items.popleft()
+                item = self.items[0]
             except IndexError:
                 return
             if isinstance(item, Task):
-                item.fail(self._broken or CancelledError("the pool has been shut down"))
+                item.fail(late_error(self._broken))
+            try:
+                self.items.remove(item)  # only now: an interrupt before that loses nothing
+            except ValueError:
+                pass  # another thread has been here, too
 
     # -------------------------------------------- called by the master thread
 
@@ -98,8 +105,17 @@ class Inbox:
         """It does not sleep any more, and reads `items` before it does."""
         self._nap = []
 
-    def close(self, broken: BrokenPoolError | None) -> None:
-        """Let tasks that come from now on fail, for this reason if there is one."""
+    def close(self, broken: str) -> None:
+        """Fail the tasks that are here and that come from now on.
+
+        Args:
+            broken: why the pool cannot run tasks any more, or nothing if it has been shut down.
+        """
         self._broken = broken
         self._wakeup = None  # closed when no other thread is in the middle of using it
         self._fail_late()
+
+
+def late_error(broken: str) -> Exception:
+    """What a task fails with that came too late."""
+    return BrokenPoolError(broken) if broken else CancelledError("the pool has been shut down")

@@ -4,12 +4,13 @@
                       ▼                                                                  │
     sockets, bell, group, deaths: handlers ─► inbox ─► deadlines ─► decide ─► confirm ─► finish
 
-It owns the descriptors, and the sockets of all entrances. Everything that happens is told
-to the coordinator, one thing after the other.
+It opens the sockets of all entrances, reads them, and closes them. Everything that happens is
+told to the coordinator, one thing after the other.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import select
@@ -35,7 +36,7 @@ LONGEST_WAIT: Final = 3600.0
 
 
 class Loop:
-    """Used by the master thread only, but for `opened` and the inbox."""
+    """Used by the master thread only, but for what is said to be for any thread."""
 
     def __init__(
         self, options: MasterOptions, group: Group | None, cleanup: Callable[[], None]
@@ -45,7 +46,7 @@ class Loop:
         Args:
             options: what the master needs to know.
             group: the supervised group of workers that it looks after, if any.
-            cleanup: called when everything else is closed.
+            cleanup: called by `close`, when everything else is closed.
 
         Raises:
             OSError: too few file descriptors are left.
@@ -54,7 +55,8 @@ class Loop:
         """For any thread."""
         self.coordinator = Coordinator(options, group, self._watch_group)
         self.opened: Future[None] = Future()
-        """Done when the sockets are open, or cannot be opened. For any thread."""
+        """Done when all is open and started, or when that has failed and all is closed again.
+        For any thread."""
         self._options = options
         self._cleanup = cleanup
         self._bell: Bell | None = None  # of its own workers
@@ -70,21 +72,24 @@ class Loop:
         try:
             self._open()
         except BaseException as error:
-            self._close()
-            self.opened.set_exception(error)
+            try:
+                self.close()
+            finally:
+                self.opened.set_exception(error)
             return
         self.opened.set_result(None)
         try:
-            while self.inbox.items or not self.coordinator.done():
+            while not self.coordinator.done(unread=bool(self.inbox.items)):
                 self._step()
         except BaseException as error:  # a defect of ours: no future may hang for it
-            logger.exception("the master thread failed")
             self.coordinator.break_off(f"the master thread failed: {error!r}")
+            logger.exception("the master thread failed")  # which may raise, with a user's filter
         finally:
+            self.inbox.close(self.coordinator.broken)
             try:
                 self.coordinator.see_out()
             finally:
-                self._close()
+                self.close()
 
     # ------------------------------------------------------------------- steps
 
@@ -134,10 +139,14 @@ class Loop:
         items, coordinator, now = self.inbox.items, self.coordinator, time.monotonic()
         for _ in range(len(items)):
             item = items.popleft()
-            if isinstance(item, Task):
-                coordinator.submit(item, now)
-            else:
-                item()
+            try:
+                if isinstance(item, Task):
+                    coordinator.submit(item, now)
+                else:
+                    item()
+            except BaseException:
+                items.appendleft(item)  # a task fails with the others that are here
+                raise
 
     def _answer_bell(self) -> None:
         """Take the results of those workers that say that they have some."""
@@ -189,17 +198,19 @@ class Loop:
         """A connection was lost, of a worker perhaps. Any thread may call it."""
         self.inbox.call(lambda: self.coordinator.roster.look_soon(time.monotonic()))
 
-    def _close(self) -> None:
-        """Close everything, and break the cycles of references."""
-        self.coordinator.roster.close()
-        for channels in self.coordinator.channels:
-            channels.close()
-        if self._bell:
-            self._bell.close()
-        self.inbox.close(self.coordinator.broken)
-        self.coordinator.attendance.clear()
-        if self._options.segments:
-            self._options.segments.on_idle = int
-        self._cleanup()
-        self._handlers.clear()  # a traceback that somebody keeps may lead to it
-        self.coordinator.let_go()
+    def close(self) -> None:
+        """Close everything, whatever has been opened, and break the cycles of references."""
+        coordinator = self.coordinator
+        with contextlib.ExitStack() as last_first:  # each of them, even if another one raises
+            last_first.callback(coordinator.let_go)
+            last_first.callback(self._handlers.clear)  # a traceback that is kept may lead to it
+            last_first.callback(self._cleanup)
+            if self._options.segments:
+                self._options.segments.on_idle = int
+            if self._bell:
+                last_first.callback(self._bell.close)
+            for channels in coordinator.channels:
+                last_first.callback(channels.close)
+            last_first.callback(coordinator.roster.close)
+            last_first.callback(coordinator.attendance.clear)
+            last_first.callback(self.inbox.close, coordinator.broken)

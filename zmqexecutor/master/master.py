@@ -44,7 +44,7 @@ class Master:
         Args:
             options: what it needs to know.
             group: the supervised group of workers that it looks after, if any.
-            cleanup: called by the master thread when everything else is closed.
+            cleanup: called when everything else is closed, or could not be made.
 
         Raises:
             OSError: too few file descriptors are left.
@@ -73,10 +73,19 @@ class Master:
 
         Raises:
             OSError: an address cannot be used.
+            RuntimeError: the system has no room for another thread.
         """
-        self._thread.start()
-        _running.add(self)
-        self._loop.opened.result()
+        try:
+            try:
+                self._thread.start()
+            except RuntimeError:
+                self._loop.close()
+                raise
+            _running.add(self)
+            self._loop.opened.result()
+        except BaseException:  # an interrupt, perhaps, while the thread starts or when it runs
+            self._inbox.call(lambda: self._coordinator.close_when_done(cancel=False))
+            raise
 
     def equip(self, setup: bytes) -> None:
         """Say, once, what workers must prepare, for the entrances that have left it open."""
@@ -99,7 +108,7 @@ class Master:
 
     def _check_running(self) -> None:
         if self.broken:
-            raise self.broken.with_traceback(None)
+            raise BrokenPoolError(self.broken)
         if self._inbox.closed or self._coordinator.closing:
             raise RuntimeError("the pool has been shut down")
 
@@ -124,8 +133,8 @@ class Master:
             self._inbox.call(lambda: self._coordinator.forget_share(key))
 
     @property
-    def broken(self) -> BrokenPoolError | None:
-        """Why no task can run any more, once that is so."""
+    def broken(self) -> str:
+        """Why no task can run any more, once that is so; the text of a BrokenPoolError."""
         return self._coordinator.broken
 
     @property

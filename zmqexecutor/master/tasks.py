@@ -139,7 +139,10 @@ class Task(Job, eq=False, kw_only=True):
             self.kill()
             return False
         if not self.sent:
-            self.sent = self.future.set_running_or_notify_cancel()
+            try:
+                self.sent = self.future.set_running_or_notify_cancel()
+            except BaseException as problem:  # somebody else has completed it
+                _log_unless_done(problem)
             if not self.sent:
                 self._let_go()
         return self.sent
@@ -191,13 +194,13 @@ class Task(Job, eq=False, kw_only=True):
     def fail(self, error: BaseException) -> None:
         """Complete the future with an exception, unless it is done or was cancelled."""
         self._let_go()
-        if not self.sent:
-            self.sent = self.future.set_running_or_notify_cancel()
-        if self.sent:
-            try:
+        try:
+            if not self.sent:
+                self.sent = self.future.set_running_or_notify_cancel()
+            if self.sent:
                 self.future.set_exception(error)
-            except BaseException as problem:
-                _log_unless_done(problem)
+        except BaseException as problem:
+            _log_unless_done(problem)
 
     def cancel(self) -> None:
         """Cancel it while it is queued; one given back by a worker counts as running."""
@@ -231,5 +234,6 @@ def _log_unless_done(error: BaseException) -> None:
     By `kill`, say, while the result was on its way.
     """
     if not isinstance(error, InvalidStateError):
-        # A done-callback raised something, like SystemExit, that Future lets through.
-        logging.getLogger("concurrent.futures").error("a future's callback raised", exc_info=error)
+        # A done-callback raised something, like SystemExit, that Future lets through; or
+        # somebody else has completed a future that was waiting.
+        logging.getLogger("concurrent.futures").error("a future was not completed", exc_info=error)

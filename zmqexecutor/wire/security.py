@@ -275,7 +275,10 @@ def close(bound: zmq.Socket[bytes], address: str | None) -> None:
 
 def _unbind(bound: zmq.Socket[bytes], address: str) -> None:
     """Have a socket stop to listen; `close` alone leaves that to ZeroMQ's threads, for later."""
-    monitor = bound.get_monitor_socket(zmq.Event.CLOSED)
+    try:
+        monitor = bound.get_monitor_socket(zmq.Event.CLOSED)
+    except zmq.ZMQError:
+        return  # no descriptors are left to wait with
     try:
         bound.unbind(address)
         monitor.poll(UNBIND_WAIT)
