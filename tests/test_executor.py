@@ -51,6 +51,12 @@ def touch_and_wait_for(mine: str, other: str) -> bool:
     return eventually(lambda: Path(other).exists())
 
 
+def _one_when_there_is(path: str) -> int:
+    while not os.path.exists(path):
+        time.sleep(0.005)
+    return 1
+
+
 class TestSubmit:
     def test_result(self, executor: ZmqExecutor) -> None:
         future = executor.submit(pow, 2, 10)
@@ -145,7 +151,7 @@ class TestSubmit:
         assert [len(f.result(60)) for f in futures] == sizes * 3
 
     def test_a_callback_that_raises_or_submits(
-        self, executor: ZmqExecutor, caplog: pytest.LogCaptureFixture
+        self, executor: ZmqExecutor, caplog: pytest.LogCaptureFixture, tmp_path: Path
     ) -> None:
         more: Future[Future[int]] = Future()
 
@@ -159,8 +165,10 @@ class TestSubmit:
             def explode(_: object, raised: type[BaseException] = raised) -> None:
                 raise raised("in a callback")
 
-            future = executor.submit(pow, 1, 1)
-            future.add_done_callback(explode)
+            gate = tmp_path / raised.__name__
+            future = executor.submit(_one_when_there_is, str(gate))
+            future.add_done_callback(explode)  # before it is done: or it is called here
+            gate.touch()
             assert future.result(30) == 1
         assert executor.submit(pow, 2, 2).result(30) == 4
         assert eventually(lambda: len(caplog.records) >= 1)
