@@ -325,6 +325,33 @@ def test_quick_successive_commands_do_not_conflict(start: Start) -> None:
     assert not watch.group.alive
 
 
+SLOW_START = """
+import asyncio, zmqexecutor.supervision.group as group
+start = group.SupervisedGroup._start
+async def slow(self):
+    await asyncio.sleep(0.5)
+    await start(self)
+group.SupervisedGroup._start = slow
+"""
+
+
+def test_a_size_that_is_asked_for_while_circus_starts_holds_for_those_that_die_then(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_in_supervisors(monkeypatch, SLOW_START)
+    watch = start(numprocesses=3)
+    pids = sorted(watch.alive(3))
+    watch.group.scale(1, spare=True)
+    watch.heard()
+    for pid in pids[:2]:
+        os.kill(pid, signal.SIGTERM)
+        watch.next(Reaped, pid)
+    os.kill(pids[2], signal.SIGTERM)
+    watch.next(Reaped, pids[2])
+    watch.next(Spawned)
+    assert watch.count(Spawned) == 4
+
+
 def test_spare_processes_end_by_themselves(start: Start) -> None:
     watch = start(numprocesses=3)
     pids = sorted(watch.alive(3))

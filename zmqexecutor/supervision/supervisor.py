@@ -152,8 +152,9 @@ class Supervisor:
             sock=self._link, limit=LONGEST_MESSAGE
         )
         self._writer.write(self._unsent)
-        await self._configure()
+        # First: what is said while Circus starts holds for what dies meanwhile.
         obeying = asyncio.ensure_future(self._obey(reader))
+        await self._configure()
         try:
             await _first(self._quit.wait(), self._orphaned.wait())
             await self._end()
