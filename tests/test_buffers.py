@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from zmqexecutor.wire import buffers
+from zmqexecutor.wire import buffers, filling
 from zmqexecutor.wire.buffers import Lease, Segments
 from zmqexecutor.wire.protocol import Segment
 
@@ -162,10 +164,8 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("mebibytes", [1, 8, 64])
-def test_a_tiny_dev_shm_is_no_problem(tmp_path: Path, mebibytes: int) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(IN_A_TINY_FILE_SYSTEM)
+def run_in_a_tiny_dev_shm(script: Path, mebibytes: int) -> tuple[str, str]:
+    """Run a script where /dev/shm has so much memory; what it wrote to its two streams."""
     mount = f"mount -t tmpfs -o size={mebibytes}m tmpfs /dev/shm"
     if not shutil.which("unshare") or subprocess.call(
         ["unshare", "-m", "sh", "-c", mount], stderr=subprocess.DEVNULL
@@ -178,4 +178,88 @@ def test_a_tiny_dev_shm_is_no_problem(tmp_path: Path, mebibytes: int) -> None:
         timeout=100,
         check=False,
     )
-    assert (done.stdout, done.stderr) == ("done\n", "")
+    return done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("mebibytes", [1, 8, 64])
+def test_a_tiny_dev_shm_is_no_problem(tmp_path: Path, mebibytes: int) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(IN_A_TINY_FILE_SYSTEM)
+    assert run_in_a_tiny_dev_shm(script, mebibytes) == ("done\n", "")
+
+
+@pytest.mark.parametrize(("first", "second"), [(32, 32), (29, 30), (16, 40)])
+def test_large_buffers_into_a_segment_that_is_used_again(
+    segments: Segments, monkeypatch: pytest.MonkeyPatch, first: int, second: int
+) -> None:
+    filled: list[bool] = []
+
+    def fill(*args: Any) -> bool:
+        filled.append(filling.fill(*args))
+        return filled[-1]
+
+    monkeypatch.setattr(buffers, "fill", fill)
+    segments.give_back(stored(segments, size=first << 20).name)
+    assert filled == []  # the memory was new
+    contents = [os.urandom(100), os.urandom((second << 20) - 4321), os.urandom(99)]
+    segment = segments.store([memoryview(part) for part in contents[1:]], first=contents[:1])
+    assert segment is not None
+    assert filled == ([True] if second <= first + 1 else [])
+    assert [bytes(view) for view in segments.open(segment)] == contents
+
+
+@pytest.mark.parametrize("offset", [0, 64, 4096, 5_000_000])
+@pytest.mark.parametrize("before", ["there", "shorter", "empty"])
+def test_filling_copies_every_byte_to_its_place(offset: int, before: str) -> None:
+    data = os.urandom(filling.FILLED_BY_TWO + 12345)
+    size = {"there": offset + len(data) + 10, "shorter": offset + 100, "empty": 0}[before]
+    with tempfile.TemporaryFile(dir="/dev/shm", buffering=0) as file:
+        file.write(b"#" * size)
+        assert filling.fill(file.fileno(), memoryview(data), offset)
+        file.seek(0)
+        whole = file.read()
+    assert whole[offset : offset + len(data)] == data
+    assert whole[:offset] == (b"#" * size)[:offset].ljust(offset, b"\0")
+    assert whole[offset + len(data) :] == b"#" * (size - offset - len(data))
+
+
+def test_filling_needs_no_second_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    data = os.urandom(20_000_000)
+    with tempfile.TemporaryFile(dir="/dev/shm", buffering=0) as file:
+        assert filling.fill(file.fileno(), memoryview(data), 0)
+        file.seek(0)
+        assert file.read() == data
+
+
+def test_without_numpy_segments_are_written(
+    segments: Segments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "numpy")
+    segments.give_back(stored(segments, size=32 << 20).name)
+    data = os.urandom(32 << 20)
+    assert not filling.fill(-1, memoryview(data), 0)
+    segment = segments.store([memoryview(data)])
+    assert segment is not None
+    assert bytes(segments.open(segment)[0]) == data
+
+
+FILLING_WHERE_MEMORY_IS_SHORT = """
+import os, tempfile
+import numpy
+from zmqexecutor.wire.filling import fill
+
+for size, room in ((30 << 20, False), (6 << 20, True)):
+    with tempfile.TemporaryFile(dir="/dev/shm", buffering=0) as file:
+        data = os.urandom(size)
+        print(fill(file.fileno(), memoryview(data), 0) is room)
+"""
+
+
+def test_filling_where_memory_is_short_is_no_signal(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(FILLING_WHERE_MEMORY_IS_SHORT)
+    assert run_in_a_tiny_dev_shm(script, 8) == ("True\nTrue\n", "")

@@ -25,7 +25,8 @@ LAYERS = """
     : worker_errors errors
     system: machine limits interpreter directories
     : keys
-    wire: protocol codecs wakeup journal shortcuts security handshakes buffers
+    wire: protocol codecs wakeup journal shortcuts security handshakes filling
+        buffers
     payload: namespaces byvalue shares bulk picklers bindings packing proofs definitions
         serialization inheritance setups
     worker: handler targets registration worker calls

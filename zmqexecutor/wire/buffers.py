@@ -13,7 +13,8 @@ segment, and a process that dies leaves no state behind but files, whose names t
 who made them.
 
 - Segments are filled by `write`, which lets other threads run, raises when memory
-  is short (writing to a mapping would be a SIGBUS), and needs no descriptor later.
+  is short (writing to a mapping would be a SIGBUS), and needs no descriptor later; large
+  ones that are used again as filling.py says.
 - They are mapped copy-on-write: the views are writable, and what is written stays in
   the process, even if it forks. Pages that have not been written do show what is written
   to the file later. So a segment is free only when no process has it mapped: if one
@@ -34,6 +35,8 @@ import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
+
+from .filling import FILLED_BY_TWO, fill
 
 if TYPE_CHECKING:
     from .protocol import Segment
@@ -130,18 +133,21 @@ class Segments:
         if first:
             sizes.insert(0, sum(map(len, first)))
         offsets, size = _layout(sizes)
-        name = (reused and self._take(size)) or self._make_room(size)
+        taken = self._take(size) if reused else ""
+        name = taken or self._make_room(size)
         if not name:
             return None
         path = os.path.join(self._used, name)
         try:
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
                 end = 0
                 for piece in first:
                     end = _write(file, memoryview(piece), end)
                 for view, offset in zip(views, offsets[bool(first) :], strict=True):
-                    _write(file, view, offset)
+                    large = taken and view.nbytes >= FILLED_BY_TWO
+                    if not (large and fill(file, view, offset)):
+                        _write(file, view, offset)
             finally:
                 os.close(file)
         except OSError:  # memory is short after all
