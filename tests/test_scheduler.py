@@ -28,6 +28,7 @@ from zmqexecutor.master.scheduler import (
     LONGEST_AHEAD,
     PURGE,
     STALL,
+    TRAVEL,
     Decision,
     Deserted,
     Expire,
@@ -103,8 +104,13 @@ class Desk:
             allowance=allowance,
         )
 
-    def submit(self, kind: str, count: int = 1, service: str = DEFAULT_SERVICE) -> list[NamedJob]:
-        jobs = [NamedJob(name=self._names + i, kind=kind, service=service) for i in range(count)]
+    def submit(
+        self, kind: str, count: int = 1, service: str = DEFAULT_SERVICE, size: int = 0
+    ) -> list[NamedJob]:
+        jobs = [
+            NamedJob(name=self._names + i, kind=kind, service=service, size=size)
+            for i in range(count)
+        ]
         self._names += count
         for job in jobs:
             self.scheduler.submit(job, self.now)
@@ -198,6 +204,28 @@ def test_a_batch_of_a_short_kind_is_as_long_as_ahead_allows(seconds: float) -> N
     assert batch == jobs[: len(batch)]
     assert AHEAD / 2 <= len(batch) * seconds <= AHEAD * 1.000001
     assert worker.load == pytest.approx(len(batch) * seconds)
+
+
+@pytest.mark.parametrize("size", [20_000, 150_000, 450_000])
+def test_what_takes_long_to_send_is_not_sent_in_large_batches(size: int) -> None:
+    desk = Desk()
+    worker = desk.worker("a")
+    desk.teach(worker, "tiny", TINY)
+    jobs = desk.submit("tiny", 1000, size=size)
+    batch = sent_to(desk.decide(), worker)
+    assert batch == jobs[: len(batch)]
+    assert AHEAD / 2 <= len(batch) * size * TRAVEL <= AHEAD
+    desk.answer_all(worker)
+    assert worker.load == 0
+
+
+@pytest.mark.parametrize(("share", "ahead"), [(0.9, 1), (1.1, 0)])
+def test_one_large_job_is_sent_ahead_while_there_are_plenty(share: float, ahead: int) -> None:
+    desk = Desk()
+    worker = desk.worker("a")
+    desk.teach(worker, "tiny", TINY)
+    jobs = desk.submit("tiny", 9, size=int(share * LONGEST_AHEAD / TRAVEL))
+    assert sent_to(desk.decide(), worker) == jobs[: 1 + ahead]
 
 
 def test_a_message_has_at_most_the_largest_batch() -> None:

@@ -318,6 +318,7 @@ class ZmqExecutor(MappingExecutor):
             return future
         task = Task(
             kind=call.shared.key,
+            size=len(call.data) if not call.buffers else call.nbytes,
             priority=options.priority,
             service=call_service(options.service) if options.service else CALLS,
             future=future,

@@ -177,6 +177,7 @@ class JobRunner:
         future: LeanFuture[Data] = LeanFuture()
         task = Task(
             kind=service,
+            size=len(encoded),
             future=future,
             data=encoded,
             decode=_Decoder(job_id, codec),

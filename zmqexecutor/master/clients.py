@@ -118,6 +118,7 @@ class Clients:
         future: LeanFuture[Result] = LeanFuture()
         task = Task(
             kind=call.service,
+            size=len(call.data),
             future=future,
             data=call.data,
             decode=_as_it_came,

@@ -25,6 +25,8 @@ class Job(msgspec.Struct, eq=False, kw_only=True):
 
     kind: Hashable
     """Jobs of one kind are expected to take about the same time."""
+    size: int = 0
+    """Bytes that have to be sent."""
     priority: int = 0
     service: str = DEFAULT_SERVICE
     queued_at: float = 0.0

@@ -16,11 +16,11 @@ The life of a job:
 A worker holds the job that it runs and, behind it, jobs sent ahead so that it
 never waits for the master between two short ones. It is given about a
 millisecond's worth (`AHEAD`), judged by how long jobs of the same kind took
-lately. While there are plenty it is also given one job of up to `LONGEST_AHEAD`;
-those of an unknown kind, or longer ones, are sent one at a time. When a worker with
-jobs ahead shows no progress for `STALL` seconds, or twice the time that it was
-expected to need, they are recalled: one of them would otherwise wait behind a job
-that turned out to be long.
+lately, and how much there is to send. While there are plenty it is also given one job
+of up to `LONGEST_AHEAD`; those of an unknown kind, or longer ones, are sent one at a
+time. When a worker with jobs ahead shows no progress for `STALL` seconds, or twice the
+time that it was expected to need, they are recalled: one of them would otherwise wait
+behind a job that turned out to be long.
 
 No more than `wanted` workers are active, that is, sent jobs. A worker near the end
 of its life (its allowance of jobs, or worn out) gets a successor that is started
@@ -74,6 +74,8 @@ PURGE: Final = 6.0
 """Seconds after which unwanted jobs are looked for that wait without any worker."""
 WEIGHT_OF_LATEST: Final = 0.3
 """Weight of the latest duration in the moving average of its kind."""
+TRAVEL: Final = 1e-9
+"""Seconds that a byte of a job is expected to take on its way, which count as work."""
 
 
 J = TypeVar("J", bound=Job)
@@ -481,7 +483,7 @@ class Scheduler(Generic[J]):
             limit = min(limit, worker.allowance)
         while (front := queue.front) and len(batch) < limit:
             job = front[0]
-            expected = durations.get(job.kind, _UNKNOWN)
+            expected = durations.get(job.kind, _UNKNOWN) + job.size * TRAVEL
             if batch:
                 if expected > AHEAD / 2 or load + expected > AHEAD:
                     break
@@ -665,4 +667,4 @@ class Scheduler(Generic[J]):
                 del self._lanes[lane.service]
 
     def _expected(self, job: J) -> float:
-        return self._durations.get(job.kind, _UNKNOWN)
+        return self._durations.get(job.kind, _UNKNOWN) + job.size * TRAVEL

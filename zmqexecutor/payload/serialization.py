@@ -84,6 +84,11 @@ class Call(msgspec.Struct, frozen=True):
     shares: tuple[Share, ...] = ()
     """Shared objects that it uses, which `CallRunner.load_share` has to know."""
 
+    @property
+    def nbytes(self) -> int:
+        """How much has to be sent, without what is in a segment or known."""
+        return len(self.data) + sum(view.nbytes for view in self.buffers)
+
 
 class Outcome(msgspec.Struct, frozen=True):
     """What became of a call: a result if ok, else an exception."""
