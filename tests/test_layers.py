@@ -23,7 +23,7 @@ SOURCES = {
 # Each module may import those before it; the folders are layers, and so are their modules.
 LAYERS = """
     : worker_errors errors
-    system: machine limits interpreter directories
+    system: machine memory limits interpreter directories
     : keys
     wire: protocol codecs wakeup journal shortcuts security handshakes filling
         buffers

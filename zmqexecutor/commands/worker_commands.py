@@ -12,6 +12,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
 from ..system.interpreter import python_command
+from ..system.memory import keep_freed_memory
 from ..wire.protocol import DEFAULT_SERVICE
 from ..worker_errors import RegistrationError
 from . import references
@@ -36,6 +37,7 @@ def worker(arguments: Namespace) -> int:
     if arguments.check:
         return 0
     _end_gently(made.stop, signal.SIGINT, signal.SIGTERM)
+    keep_freed_memory()
     try:
         made.run()
     except Exception as error:

@@ -19,6 +19,7 @@ from ..payload.shares import is_share
 from ..system import interpreter
 from ..system.limits import teller
 from ..system.machine import resident_memory
+from ..system.memory import keep_freed_memory
 from ..wire import buffers, security
 from ..wire.buffers import Segments
 from ..wire.protocol import CALLS, Frame, Job
@@ -153,6 +154,7 @@ def main(endpoint: str, journals: str, rlimits: Mapping[str, int], depth: int) -
     for name in [name for name in script if not name.startswith("__")]:
         del script[name]
     _tell_of_crashes()
+    keep_freed_memory()
     handler = CallHandler(journals, rlimits)
     worker = Worker.with_handler(endpoint, handler, journals=journals, patience=0)
     try:
@@ -204,6 +206,8 @@ def serve(
     )
     interpreter.depth += 1
     _tell_of_crashes()
+    keep_freed_memory()
+    keep_freed_memory()
     handler = CallHandler(None, {}, [call_service(name) for name in services] or [CALLS])
     worker = Worker.with_handler(
         endpoint, handler, journals=None, patience=patience, once=True, keys=access.keys
