@@ -7,11 +7,13 @@ from typing import Any
 
 import __main__
 from benchmarks import tasks
-from benchmarks.base import Bench, Figure, Figures, Workload, median_time, try_once
+from benchmarks.base import Bench, Figure, Figures, Workload, clock, median_time, try_once
 from benchmarks.peers import PEERS, NotOfferedError
 
 SIZES = {"64k": 1 / 16, "1M": 1.0, "10M": 10.0, "100M": 100.0}
 """In MiB."""
+MANY = 200
+"""Arrays that are given to the pool at once."""
 DIRECTIONS: dict[str, tuple[Callable[..., Any], str, int]] = {
     "argument": (tasks.length, "as argument", 1),
     "result": (tasks.give, "as result", 1),
@@ -35,6 +37,27 @@ def _bandwidth(direction: str, mebibytes: float, as_bytes: bool = False) -> Call
             raise ValueError(f"{len(result)} bytes came back, not {size}")
         seconds = median_time(bench, lambda: bench.pool.call(task, argument))
         return {"bandwidth": mebibytes * ways / seconds}
+
+    return run
+
+
+def _many(task: Callable[..., Any], kibibytes: int) -> Callable[[Bench], Figures]:
+    def run(bench: Bench) -> Figures:
+        """So many at once that none of them waits for another's way."""
+        import numpy as np
+
+        size = kibibytes * 1024
+        count = bench.sized(MANY, 4)
+        work: Any = [size] * count
+        if task is not tasks.give:
+            work = [np.full(size, number % 256, dtype=np.uint8) for number in range(count)]
+        list(bench.pool.map(task, work[: 2 * bench.workers], 1))
+        start = clock()
+        results = list(bench.pool.map(task, work, 1))
+        seconds = clock() - start
+        if len(results) != count:
+            raise ValueError(f"{len(results)} results of {count} tasks")
+        return {"seconds": seconds / count}
 
     return run
 
@@ -83,6 +106,18 @@ WORKLOADS.append(
         _ALL,
     )
 )
+WORKLOADS += [
+    Workload(
+        f"many-{direction}s-{size}k",
+        "Many arrays at once",
+        (Figure("seconds", f"{size} KiB {title}, each", "µs"),),
+        _many(task, size),
+        tuple(name for name, peer in PEERS.items() if not peer.limit),
+    )
+    for direction, (task, title, _) in DIRECTIONS.items()
+    if direction != "both"
+    for size in (16, 64, 150, 600)
+]
 WORKLOADS += [
     Workload(
         f"global-{size}M",

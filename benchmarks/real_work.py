@@ -82,6 +82,15 @@ WORKLOADS = [
         _timed(tasks.block_product, lambda bench: _blocks(bench.sized(24, 2))),
     ),
     _work(
+        "arithmetic",
+        "array arithmetic",
+        _timed(
+            tasks.arithmetic,
+            lambda bench: [(s, 100_000) for s in range(bench.sized(300, 2))],
+            "numpy",
+        ),
+    ),
+    _work(
         "monte-carlo",
         "Monte Carlo",
         _timed(tasks.points_in_circle, lambda b: [(s, 20_000) for s in range(b.sized(600, 2))]),

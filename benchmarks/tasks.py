@@ -124,6 +124,16 @@ def block_product(blocks: tuple[Any, Any]) -> Any:
     return rows @ columns
 
 
+def arithmetic(job: tuple[int, int]) -> float:
+    """A formula over arrays of `count` numbers, with as many for what is in between."""
+    import numpy as np
+
+    seed, count = job
+    x = np.arange(seed, seed + count, dtype=np.float64)
+    y = 1 / (1 + x)
+    return float((np.sqrt(x * y) + (x - 2 * y) ** 2).sum())
+
+
 def points_in_circle(job: tuple[int, int]) -> int:
     """How many of `count` random points of the unit square are in the circle."""
     seed, count = job

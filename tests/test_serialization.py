@@ -24,7 +24,14 @@ import pytest
 
 from zmqexecutor.errors import SerializationError
 from zmqexecutor.payload.proofs import prove
-from zmqexecutor.payload.serialization import OUT_OF_BAND, Call, CallPickler, CallRunner, Outcome
+from zmqexecutor.payload.serialization import (
+    OUT_OF_BAND,
+    RESULT_OUT_OF_BAND,
+    Call,
+    CallPickler,
+    CallRunner,
+    Outcome,
+)
 
 
 class Pair:
@@ -394,7 +401,7 @@ def test_a_read_only_array_stays_so_and_is_not_copied(pair: Pair) -> None:
 
 
 def test_writable_memory_is_used_in_place(pair: Pair) -> None:
-    call = pair.pickler.dump_call(first, (np.zeros(BIG),), {})
+    call = pair.pickler.dump_call(first, (np.zeros(RESULT_OUT_OF_BAND // 8),), {})
     memory = bytearray(call.buffers[0])
     pair.runner.load_function(call.shared.key, call.shared.data)
     outcome = pair.runner.run(call.shared.key, call.data, [memory])

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from zmqexecutor import ZmqExecutor
-from zmqexecutor.wire.shortcuts import LARGEST_LETTER, Bell, BellRope, Mailbox, Post
+from zmqexecutor.wire.protocol import Frame
+from zmqexecutor.wire.shortcuts import LARGEST_LETTER, MOST_BUFFERS, Bell, BellRope, Mailbox, Post
 
 from .conftest import eventually, start_without_template
 
@@ -97,19 +98,61 @@ def test_only_the_user_may_ring(bell: Bell, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- the mailbox
 
 
+def read(mailbox: Mailbox) -> list[bytes] | None:
+    """The next message and its buffers."""
+    if (letter := mailbox.read()) is None:
+        return None
+    return [bytes(part) for part in (letter[0], *letter[1])]
+
+
 def test_letters_come_whole_and_in_order(mailbox: Mailbox) -> None:
     post = Post(mailbox.path)
     assert mailbox.read() is None
     assert post.send(b"one")
-    assert post.send(b"x" * LARGEST_LETTER)
-    assert bytes(mailbox.read() or b"") == b"one"
-    assert bytes(mailbox.read() or b"") == b"x" * LARGEST_LETTER
+    largest = b"x" * (LARGEST_LETTER - 1)
+    assert post.send(largest)
+    assert read(mailbox) == [b"one"]
+    assert read(mailbox) == [largest]
     assert mailbox.read() is None
+
+
+@pytest.mark.parametrize(
+    "buffers",
+    [
+        [b"a"],
+        [b"", b"abc", b""],
+        [bytearray(b"x" * 70_000), memoryview(b"y" * 300_000), b"z"],
+        [bytes([number]) for number in range(MOST_BUFFERS)],
+    ],
+    ids=["one", "empty", "large", "many"],
+)
+def test_buffers_come_with_their_letter(mailbox: Mailbox, buffers: list[Frame]) -> None:
+    post = Post(mailbox.path)
+    assert post.send(b"the message", buffers)
+    assert post.send(b"the next")
+    assert read(mailbox) == [b"the message", *map(bytes, buffers)]
+    assert read(mailbox) == [b"the next"]
+
+
+def test_buffers_are_the_readers_own(mailbox: Mailbox) -> None:
+    post = Post(mailbox.path)
+    assert post.send(b"one", [b"111"])
+    assert post.send(b"two", [b"222"])
+    (_, first), (_, second) = mailbox.read() or (b"", []), mailbox.read() or (b"", [])
+    assert (first, second) == ([bytearray(b"111")], [bytearray(b"222")])
+
+
+@pytest.mark.parametrize("buffers", [[b"x"] * (MOST_BUFFERS + 1), [b"x" * LARGEST_LETTER]])
+def test_too_many_or_too_large_buffers_take_another_way(
+    mailbox: Mailbox, buffers: list[bytes]
+) -> None:
+    assert not Post(mailbox.path).send(b"", buffers)
+    assert not readable(mailbox)
 
 
 def test_what_is_too_large_takes_another_way(mailbox: Mailbox) -> None:
     post = Post(mailbox.path)
-    assert not post.send(b"x" * (LARGEST_LETTER + 1))
+    assert not post.send(b"x" * LARGEST_LETTER)
     assert not readable(mailbox)
 
 
@@ -119,7 +162,7 @@ def test_a_full_mailbox_takes_no_more_until_it_is_read(mailbox: Mailbox) -> None
     while post.send(b"x"):
         sent += 1
     assert sent > 1
-    assert [bytes(mailbox.read() or b"") for _ in range(sent)] == [b"x"] * sent
+    assert [read(mailbox) for _ in range(sent)] == [[b"x"]] * sent
     assert mailbox.read() is None
     assert post.send(b"y")
 

@@ -65,15 +65,15 @@ class Offer:
     def send(self, task: Task) -> bool:
         """Send the task; False if the master must be woken to do it."""
         key = task.shared.key if task.shared else b""
-        job = Job(self._seq, task.id, task.data, task.codec, key)
-        self.sent = self.peer.post(Jobs(self._confirmed, [job], number=self._number))
+        job = Job(self._seq, task.id, task.data, task.codec, key, len(task.buffers))
+        jobs = Jobs(self._confirmed, [job], number=self._number)
+        self.sent = self.peer.post(jobs, task.buffers)
         return self.sent
 
     def _is_small(self, task: Task) -> bool:
         """Whether the worker needs only this task's data, and nobody looks at the time."""
         return (
             task.lease is None
-            and not task.buffers
             and not task.shares
             and task.options.timeout is None
             and (task.shared is None or self.peer.knows(task.shared))

@@ -158,7 +158,7 @@ class Peer:
             return self.channels.send_work(self.identity, frame, buffers)
         self._number += 1
         frame = encode(Jobs(self.confirmed, jobs, shared, forget, self._number))
-        if not buffers and self._post.send(frame):
+        if self._post.send(frame, buffers):
             return True
         return self.channels.send_work(self.identity, frame, buffers)
 
@@ -176,13 +176,13 @@ class Peer:
         """That of the next message with jobs."""
         return self._number + 1
 
-    def post(self, message: Jobs) -> bool:
+    def post(self, message: Jobs, buffers: Sequence[Frame]) -> bool:
         """Put a message into its mailbox, uncounted; False if it does not go in.
 
         Another thread may call it, even when this worker has been given up.
         """
         post = self._post
-        return post is not None and post.send(encode(message))
+        return post is not None and post.send(encode(message), buffers)
 
     def posted(self) -> None:
         """Count the message that another thread has sent."""

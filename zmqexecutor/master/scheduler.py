@@ -74,7 +74,7 @@ PURGE: Final = 6.0
 """Seconds after which unwanted jobs are looked for that wait without any worker."""
 WEIGHT_OF_LATEST: Final = 0.3
 """Weight of the latest duration in the moving average of its kind."""
-TRAVEL: Final = 1e-9
+TRAVEL: Final = 2.5e-9
 """Seconds that a byte of a job is expected to take on its way, which count as work."""
 
 

@@ -19,8 +19,8 @@ gets into one is told in `definitions`. Master and worker carry bytes:
 - *Data* is a plain pickle, which `pickle.loads` reads at C speed. Numbers and short
   text alone are marshalled instead, in a third of the time: the arguments if there are
   no kwargs, or the result. Both ends are of the same version of Python.
-- *Buffers* are the memory of big arrays (pickle protocol 5), at least 192 KiB each;
-  what is smaller stays in the data. One byte for each buffer, after the pickle in
+- *Buffers* are the memory of big arrays (pickle protocol 5), at least 32 KiB each, 192 in
+  results; what is smaller stays in the data. One byte for each buffer, after the pickle in
   the data, says whether it is read-only. Arguments are copied when the call is
   made: the caller may go on to change them. Results are not: send them before
   the next call runs.
@@ -60,11 +60,10 @@ if TYPE_CHECKING:
 
 __all__ = ["OUT_OF_BAND", "Buffer", "Call", "CallPickler", "CallRunner", "Outcome"]
 
-OUT_OF_BAND = 192 * 1024
-"""Buffers of at least this many bytes travel beside the data, not in it.
-
-What is smaller arrives sooner with the data, which a mailbox takes: see `shortcuts`.
-"""
+OUT_OF_BAND: Final = 32 * 1024
+"""Buffers of arguments of at least this many bytes travel beside the data, not in it."""
+RESULT_OUT_OF_BAND: Final = 192 * 1024
+"""The same for results. What is smaller arrives sooner in the data, which a journal takes."""
 
 Buffer = bytes | bytearray | memoryview
 """What buffers may be when they arrive. Read-only ones are copied where an array
@@ -171,15 +170,19 @@ def _loads(data: Buffer, buffers: Sequence[Buffer]) -> Any:
     return pickle.loads(
         data,
         buffers=[
-            buffer if readonly or not memoryview(buffer).readonly else bytearray(buffer)
+            memoryview(buffer).toreadonly() if readonly else _writable(buffer)
             for buffer, readonly in zip(buffers, flags, strict=True)
         ],
     )
 
 
-def _take_buffer(into: list[memoryview], buffer: pickle.PickleBuffer) -> bool:
+def _writable(buffer: Buffer) -> Buffer:
+    return bytearray(buffer) if memoryview(buffer).readonly else buffer
+
+
+def _take_buffer(into: list[memoryview], least: int, buffer: pickle.PickleBuffer) -> bool:
     view = buffer.raw()
-    if view.nbytes < OUT_OF_BAND:
+    if view.nbytes < least:
         return True  # keep it in the data
     into.append(view)
     return False
@@ -195,7 +198,7 @@ def _take_any_buffer(into: list[memoryview], buffer: pickle.PickleBuffer) -> boo
 
 
 class _Pieces:
-    """What a pickler writes to. A pickle of less than `OUT_OF_BAND` bytes is one piece.
+    """What a pickler writes to. A pickle of less than 64 KiB is one piece.
 
     Big bytes are a piece as they are: they are not copied before they go into a segment.
     """
@@ -219,13 +222,18 @@ class _ReusedPickler(Generic[_P]):
     """
 
     def __init__(
-        self, kind: Callable[[_Pieces, Callable[[pickle.PickleBuffer], bool]], _P], copy: bool
+        self,
+        kind: Callable[[_Pieces, Callable[[pickle.PickleBuffer], bool]], _P],
+        out_of_band: int,
+        *,
+        copy: bool,
     ) -> None:
         file = _Pieces()
         self._pieces = file.pieces
         self._buffers: list[memoryview] = []
+        self._out_of_band = out_of_band
         self._copy = copy
-        self.pickler = kind(file, functools.partial(_take_buffer, self._buffers))
+        self.pickler = kind(file, functools.partial(_take_buffer, self._buffers, out_of_band))
         self._dump = self.pickler.dump
         self._clear_memo = self.pickler.clear_memo
 
@@ -233,7 +241,7 @@ class _ReusedPickler(Generic[_P]):
         """Pickle an object; `take_keys` has to follow."""
         pieces = self._pieces
         self._dump(obj)
-        if self._buffers or len(pieces) > 1 or len(pieces[0]) >= OUT_OF_BAND:
+        if self._buffers or len(pieces) > 1 or len(pieces[0]) >= self._out_of_band:
             packed = self._pack(segments)
         else:
             packed = _Packed(pieces[0])
@@ -246,7 +254,7 @@ class _ReusedPickler(Generic[_P]):
         self._buffers.clear()
         pieces.append(bytes(view.readonly for view in views))
         size = sum(map(len, pieces))
-        beside = size >= OUT_OF_BAND
+        beside = size >= self._out_of_band
         total = sum(view.nbytes for view in views) + (size if beside else 0)
         if segments is not None and total >= IN_SEGMENT:
             segment = segments.store(views, first=pieces if beside else ())
@@ -376,7 +384,7 @@ class CallPickler:
         try:
             pickler = self._spare.pop()
         except IndexError:
-            pickler = _ReusedPickler(ArgumentPickler, copy=True)
+            pickler = _ReusedPickler(ArgumentPickler, OUT_OF_BAND, copy=True)
         segments = self.packer.segments
         packed = pickler.dumps((args, kwargs), segments)
         # From here on it ends with this lease, whatever happens.
@@ -626,7 +634,7 @@ class CallRunner:
         try:
             pickler = self._spare.pop()
         except IndexError:
-            pickler = _ReusedPickler(ResultPickler, copy=False)
+            pickler = _ReusedPickler(ResultPickler, RESULT_OUT_OF_BAND, copy=False)
         dumped = pickler.dumps(result, self.segments)
         pickler.take_keys()
         self._spare.append(pickler)

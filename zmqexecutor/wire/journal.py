@@ -57,7 +57,7 @@ from collections.abc import Iterator
 
 __all__ = ["JournalReader", "JournalWriter"]
 
-CAPACITY = 512 * 1024
+CAPACITY = 1024 * 1024
 """Bytes of results that may wait for confirmation."""
 LARGEST_ENTRY = CAPACITY // 4
 """Results of more bytes than this are not kept; see `JournalWriter.append`."""

@@ -401,7 +401,7 @@ class Worker:
         if self._mail and self._mailbox:
             self._mail = False
             if (letter := self._mailbox.read()) is not None:
-                self._take(protocol.decode_jobs(letter), [])
+                self._take(protocol.decode_jobs(letter[0]), letter[1])
         if self._work_used:
             try:
                 message = protocol.decode_jobs(self._work.recv(zmq.DONTWAIT))
