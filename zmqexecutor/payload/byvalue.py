@@ -322,30 +322,6 @@ GUARDS: Final[dict[type, Callable[[Any], Reduced]]] = {
 """What a program keeps beside its globals to guard them, and how to make a new one."""
 
 
-class _Reducers(dict[type, Callable[[Any], Reduced]]):
-    """A dispatch table: ours and cloudpickle's, then copyreg's, then multiprocessing's.
-
-    multiprocessing's come last, since its reduction of bound methods would undo
-    cloudpickle's, and only if the program has imported it.
-    """
-
-    def __missing__(self, kind: type) -> Callable[[Any], Reduced]:
-        reducer = copyreg.dispatch_table.get(kind)
-        if reducer is None:
-            reduction: Any = sys.modules.get("multiprocessing.reduction")
-            if reduction is None:
-                raise KeyError(kind)
-            reducer = reduction.ForkingPickler._extra_reducers[kind]
-        return reducer
-
-    def has_one_for(self, kind: type) -> bool:
-        """Say whether instances of this class are reduced by a function from here."""
-        try:
-            return self[kind] is not None
-        except KeyError:
-            return False
-
-
 _FILENAME = 10  # of the arguments of `types.CodeType`, since Python 3.10
 
 
@@ -359,18 +335,38 @@ def _reduce_code(code: types.CodeType) -> Reduced:
     return make, (*arguments[:_FILENAME], filename, *arguments[_FILENAME + 1 :])
 
 
-REDUCERS: Final = _Reducers(
-    {
-        **cp.Pickler._dispatch_table,
-        io.TextIOWrapper: _reduce_text_file,
-        types.CellType: _reduce_cell,
-        types.CodeType: _reduce_code,
-        functools.cached_property: _reduce_cached_property,
-        functools.singledispatchmethod: _reduce_singledispatchmethod,
-        functools._lru_cache_wrapper: reduce_lru_cache,
-        **dict.fromkeys(_TYPING_ARGUMENTS, _reduce_typing),
-    }
-)
+REDUCERS: Final[dict[type, Callable[[Any], Reduced]]] = {
+    **cp.Pickler._dispatch_table,
+    io.TextIOWrapper: _reduce_text_file,
+    types.CellType: _reduce_cell,
+    types.CodeType: _reduce_code,
+    functools.cached_property: _reduce_cached_property,
+    functools.singledispatchmethod: _reduce_singledispatchmethod,
+    functools._lru_cache_wrapper: reduce_lru_cache,
+    **dict.fromkeys(_TYPING_ARGUMENTS, _reduce_typing),
+}
+"""Ours, and cloudpickle's."""
+
+
+def reducer_of(kind: type) -> Callable[[Any], Reduced] | None:
+    """What reduces instances of this class; None if it is for pickle to find out.
+
+    Ours and cloudpickle's come first, then copyreg's, which pickle knows. multiprocessing's come
+    last, since its reduction of bound methods would undo cloudpickle's, and only if the
+    program has imported it.
+    """
+    reducer = REDUCERS.get(kind)
+    if reducer is None and (reduction := sys.modules.get("multiprocessing.reduction")) is not None:
+        reducer = reduction.ForkingPickler._extra_reducers.get(kind)
+        if reducer is not None and kind in copyreg.dispatch_table:
+            return None
+    return reducer
+
+
+def reduce(obj: Any) -> Reduced:
+    """What `reducer_of` its class says; NotImplemented if that is nothing."""
+    reducer = reducer_of(type(obj))
+    return NotImplemented if reducer is None else reducer(obj)
 
 
 class Unavailable:

@@ -69,7 +69,7 @@ class ValuePickler(pickle.Pickler, ABC):
         names: globals that code in the pickle uses.
     """
 
-    dispatch_table = byvalue.REDUCERS
+    # It has no `dispatch_table`, since `byvalue.reduce` is asked; so pickle looks into copyreg's.
     _finish_class = staticmethod(byvalue.set_class_state)
 
     def __init__(
@@ -108,7 +108,7 @@ class ValuePickler(pickle.Pickler, ABC):
         elif kind is SharedObject:
             return self._share(obj)
         else:
-            return NotImplemented
+            return byvalue.reduce(obj)
         self.by_value = True
         reference = self.reference(obj)
         return make(obj) if reference is None else reference
@@ -316,7 +316,7 @@ class DefinitionPickler(ArgumentPickler):
         if kind is types.FunctionType or issubclass(kind, type):
             return super().reducer_override(obj)
         if kind is types.CodeType or kind is types.CellType:
-            return NotImplemented
+            return byvalue.reduce(obj)
         if isinstance(obj, types.ModuleType):
             return cp._module_reduce(obj)
         if self._root is None and obj is not self._callable:
@@ -324,7 +324,7 @@ class DefinitionPickler(ArgumentPickler):
         reference = self.reference(obj)
         if reference is None and kind in byvalue.GUARDS:
             return byvalue.GUARDS[kind](obj)
-        return reference or NotImplemented
+        return reference or byvalue.reduce(obj)
 
 
 class ResultPickler(ValuePickler):

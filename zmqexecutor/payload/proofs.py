@@ -29,7 +29,7 @@ from typing import Any, Final, TypeAlias
 
 from cloudpickle import cloudpickle as cp
 
-from .byvalue import REDUCERS
+from .byvalue import reducer_of
 from .namespaces import (
     MISSING,
     Key,
@@ -422,6 +422,7 @@ def _has_plain_state(kind: type) -> bool:
         and not hasattr(kind, "__getnewargs__")
         and not hasattr(kind, "__getnewargs_ex__")
         and not issubclass(kind, (list, dict))
-        and not REDUCERS.has_one_for(kind)
+        and kind not in copyreg.dispatch_table
+        and reducer_of(kind) is None
         and all(base is object or base.__flags__ & _HEAP_TYPE for base in kind.__mro__)
     )

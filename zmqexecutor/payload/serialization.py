@@ -69,6 +69,8 @@ Buffer = bytes | bytearray | memoryview
 """What buffers may be when they arrive. Read-only ones are copied where an array
 has to be writable; writable ones are used in place, so their giver gives them up."""
 
+_FEW_OBJECTS: Final = 4096
+"""Bytes of a pickle that has no more objects than a pickler forgets at little cost."""
 _NO_KEYS: frozenset[Key] = frozenset()
 
 
@@ -218,8 +220,13 @@ _P = TypeVar("_P", bound=ValuePickler)
 class _ReusedPickler(Generic[_P]):
     """A pickler that is made once; making one costs more than pickling (1, "a").
 
-    After an exception it is not used again. Between two uses it keeps nothing.
+    After an exception it is not used again, nor once it was used for many objects: the
+    table in which it notes what it has seen keeps its size, and to clear a large one
+    would cost every later call more than a new pickler does. Between two uses it keeps
+    nothing.
     """
+
+    reusable = True
 
     def __init__(
         self,
@@ -241,11 +248,13 @@ class _ReusedPickler(Generic[_P]):
         """Pickle an object; `take_keys` has to follow."""
         pieces = self._pieces
         self._dump(obj)
+        self.reusable = len(pieces) == 1 and len(pieces[0]) <= _FEW_OBJECTS
         if self._buffers or len(pieces) > 1 or len(pieces[0]) >= self._out_of_band:
             packed = self._pack(segments)
         else:
             packed = _Packed(pieces[0])
-        self._clear_memo()
+        if self.reusable:
+            self._clear_memo()
         pieces.clear()
         return packed
 
@@ -391,7 +400,8 @@ class CallPickler:
         lease = segments.lease(packed.segment) if segments and packed.segment else None
         keys = pickler.take_keys()
         used = pickler.pickler.take_shares() if pickler.pickler.shares else ()
-        self._spare.append(pickler)
+        if pickler.reusable:
+            self._spare.append(pickler)
         return _Arguments(packed.data, packed.buffers, lease, keys, used)
 
     def dump_share(self, obj: object) -> Share:
@@ -637,7 +647,8 @@ class CallRunner:
             pickler = _ReusedPickler(ResultPickler, RESULT_OUT_OF_BAND, copy=False)
         dumped = pickler.dumps(result, self.segments)
         pickler.take_keys()
-        self._spare.append(pickler)
+        if pickler.reusable:
+            self._spare.append(pickler)
         return dumped
 
 
