@@ -663,3 +663,60 @@ def test_a_task_that_is_refused_while_it_is_pickled_leaves_nothing() -> None:
             assert sum(isinstance(found, Task) for found in gc.get_objects()) == before
         finally:
             gc.enable()
+
+
+# --------------------------------------------------------------- globals and map
+
+
+def test_a_map_sees_globals_as_they_were_when_it_was_called(
+    run_script: Callable[..., Any],
+) -> None:
+    done = run_script(
+        """
+        from zmqexecutor import ZmqExecutor
+
+        table = [1]
+
+        def times(x):
+            return x * table[0]
+
+        class Scale:
+            def by(self, x):
+                return x * table[0]
+
+        def changing(executor, seen):
+            for number in (5, 6, 7):
+                table[0] = number
+                seen.append(executor.submit(times, 1).result())
+                yield 1
+
+        class Counting(ZmqExecutor):
+            submitted = 0
+
+            def submit(self, fn, /, *args, **kwargs):
+                self.submitted += 1
+                return super().submit(fn, *args, **kwargs)
+
+        with ZmqExecutor(1) as pool:
+            for executor in (pool, pool.options(name="view")):
+                for value in (2, 3):
+                    table[0] = value
+                    assert list(executor.map(times, [1, 2])) == [value, 2 * value]
+                    assert list(executor.map(times, [1, 2], chunksize=2)) == [value, 2 * value]
+                    assert list(executor.map(Scale().by, [1, 2])) == [value, 2 * value]
+                seen = []
+                # Submitted at once: as at the first. Other calls see what has changed.
+                assert list(executor.map(times, changing(executor, seen))) == [5, 5, 5]
+                assert seen == [5, 6, 7]
+                # Submitted as results are consumed: each sees what has changed.
+                seen = []
+                mapped = executor.map(times, changing(executor, seen), buffersize=1)
+                assert (list(mapped), seen) == ([5, 6, 7], [5, 6, 7])
+        with Counting(1) as pool:
+            assert list(pool.map(times, [1, 2, 3])) == [7, 14, 21]
+            assert list(pool.map(times, [1, 2, 3], chunksize=2)) == [7, 14, 21]
+            assert pool.submitted == 5
+        print("done")
+        """
+    )
+    assert (done.stdout, done.stderr) == ("done\n", "")

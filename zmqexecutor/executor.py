@@ -7,6 +7,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
@@ -24,7 +25,7 @@ from .master.master import Master
 from .master.peers import WorkerInfo
 from .master.tasks import PLAIN, Task, TaskOptions, make_options
 from .payload.inheritance import inheritable
-from .payload.serialization import CallPickler
+from .payload.serialization import CallPickler, Made
 from .payload.setups import Initializer, Setup, boot_code, call_service, main_of_workers
 from .payload.shares import Share, SharedObject
 from .supervision.workers import Workers
@@ -308,11 +309,12 @@ class ZmqExecutor(MappingExecutor):
         fn: Callable[..., T],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        made: Made | None = None,
     ) -> TaskFuture[T]:
         self._check_open()
         future: TaskFuture[T] = TaskFuture()
         try:
-            call = self._pickler.dump_call(fn, args, kwargs)
+            call = self._pickler.dump_call(fn, args, kwargs, made)
         except SerializationError as error:
             future.set_exception(error)
             return future
@@ -340,6 +342,17 @@ class ZmqExecutor(MappingExecutor):
             future.belongs_to(self._master_reference, task)
             self._master.submit(task)
         return future
+
+    def _submitter(self, fn: Callable[..., T]) -> Callable[..., Future[T]]:
+        if getattr(self.submit, "__func__", None) is not ZmqExecutor.submit:
+            return super()._submitter(fn)  # somebody has put a submit of theirs in its place
+        return self._submitter_with(PLAIN, fn)
+
+    def _submitter_with(
+        self, options: TaskOptions, fn: Callable[..., T]
+    ) -> Callable[..., Future[T]]:
+        made: Made = {}
+        return lambda *args: self._submit(options, fn, args, {}, made)
 
     def _equip(self) -> None:
         """Have workers prepare for the first task.
@@ -470,6 +483,9 @@ class ExecutorView(MappingExecutor):
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> TaskFuture[T]:
         """As `ZmqExecutor.submit`, with the options of this view."""
         return self._executor._submit(self._options, fn, args, kwargs)
+
+    def _submitter(self, fn: Callable[..., T]) -> Callable[..., Future[T]]:
+        return self._executor._submitter_with(self._options, fn)
 
     def options(self, **changes: Any) -> ExecutorView:
         """Return a view that has these options (see `ZmqExecutor.options`) and its own others."""

@@ -31,6 +31,9 @@ class MappingExecutor(Executor):
     ) -> Iterator[T]:
         """Return an iterator over `map(fn, *iterables)`, computed in the workers.
 
+        Without a `buffersize`, all calls find the globals of the script as the first does:
+        they are looked at once, and not for each call.
+
         Args:
             fn: called with as many arguments as there are iterables.
             iterables: where the arguments come from; the shortest one ends it.
@@ -58,14 +61,19 @@ class MappingExecutor(Executor):
         deadline = None if timeout is None else time.monotonic() + timeout
         arguments = zip(*iterables)  # noqa: B905  (the shortest one ends it)
         results = _results_as_they_come if unordered else _results
+        # What is submitted later must see what has changed by then.
+        submitter = partial(partial, self.submit) if buffersize else self._submitter
         if chunksize == 1:
-            return results((self.submit(fn, *args) for args in arguments), deadline, buffersize)
+            return results(itertools.starmap(submitter(fn), arguments), deadline, buffersize)
         run = partial(_run_chunk, fn)
         # What errors call the task.
         vars(run)["__qualname__"] = getattr(fn, "__qualname__", None) or type(fn).__name__
         chunks = iter(lambda: tuple(itertools.islice(arguments, chunksize)), ())
-        submitted: Iterator[Future[list[T]]] = (self.submit(run, chunk) for chunk in chunks)
-        return _flattened(results(submitted, deadline, buffersize))
+        return _flattened(results(map(submitter(run), chunks), deadline, buffersize))
+
+    def _submitter(self, fn: Callable[..., T]) -> Callable[..., Future[T]]:
+        """What submits all calls of a `map`, one after the other, and at once."""
+        return partial(self.submit, fn)
 
 
 def _run_chunk(fn: Callable[..., T], chunk: Sequence[tuple[Any, ...]]) -> list[T]:

@@ -41,14 +41,14 @@ import pickle
 import traceback
 import types
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 
 from ..wire.buffers import IN_SEGMENT, Lease, Segments
 from . import shares
 from .bindings import Received
-from .definitions import DefinitionError, Definitions
+from .definitions import Definition, DefinitionError, Definitions
 from .namespaces import Entry, Key
 from .packing import Packer
 from .picklers import ArgumentPickler, ResultPickler, ValuePickler
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from ..wire.protocol import Result, Segment, Shared
     from ..worker_errors import SerializationError
 
-__all__ = ["OUT_OF_BAND", "Buffer", "Call", "CallPickler", "CallRunner", "Outcome"]
+__all__ = ["OUT_OF_BAND", "Buffer", "Call", "CallPickler", "CallRunner", "Made", "Outcome"]
 
 OUT_OF_BAND: Final = 32 * 1024
 """Buffers of arguments of at least this many bytes travel beside the data, not in it."""
@@ -68,6 +68,9 @@ RESULT_OUT_OF_BAND: Final = 192 * 1024
 Buffer = bytes | bytearray | memoryview
 """What buffers may be when they arrive. Read-only ones are copied where an array
 has to be writable; writable ones are used in place, so their giver gives them up."""
+
+Made: TypeAlias = dict[frozenset[Key], Definition]
+"""Definitions of one function, by what else their calls refer to."""
 
 _FEW_OBJECTS: Final = 4096
 """Bytes of a pickle that has no more objects than a pickler forgets at little cost."""
@@ -352,9 +355,20 @@ class CallPickler:
         self._spare: list[_ReusedPickler[ArgumentPickler]] = []
 
     def dump_call(
-        self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        made: Made | None = None,
     ) -> Call:
         """Pickle a call.
+
+        Args:
+            fn: what is called.
+            args: with these arguments,
+            kwargs: and these.
+            made: definitions of the same function, for calls of which no later one needs to
+                see what has changed since the first.
 
         Raises:
             SerializationError: something of it cannot be pickled; the message
@@ -370,7 +384,11 @@ class CallPickler:
                 arguments = self._dump_arguments(args, kwargs)
             else:
                 arguments = _Arguments(marshal.dumps(args))
-            definition = self._definitions.define(fn, arguments.keys)
+            definition = made.get(arguments.keys) if made else None
+            if definition is None:
+                definition = self._definitions.define(fn, arguments.keys)
+                if made is not None:
+                    made[arguments.keys] = definition
         except KeyboardInterrupt:
             raise
         except BaseException as error:
