@@ -343,15 +343,16 @@ class ZmqExecutor(MappingExecutor):
             self._master.submit(task)
         return future
 
-    def _submitter(self, fn: Callable[..., T]) -> Callable[..., Future[T]]:
+    def _submitter(self, fn: Callable[..., T], *, at_once: bool) -> Callable[..., Future[T]]:
         if getattr(self.submit, "__func__", None) is not ZmqExecutor.submit:
-            return super()._submitter(fn)  # somebody has put a submit of theirs in its place
-        return self._submitter_with(PLAIN, fn)
+            return partial(self.submit, fn)  # somebody has put a submit of theirs in its place
+        return self._submitter_with(PLAIN, fn, at_once)
 
     def _submitter_with(
-        self, options: TaskOptions, fn: Callable[..., T]
+        self, options: TaskOptions, fn: Callable[..., T], at_once: bool
     ) -> Callable[..., Future[T]]:
-        made: Made = {}
+        # What is submitted later must see what has changed by then.
+        made: Made | None = {} if at_once else None
         return lambda *args: self._submit(options, fn, args, {}, made)
 
     def _equip(self) -> None:
@@ -484,8 +485,8 @@ class ExecutorView(MappingExecutor):
         """As `ZmqExecutor.submit`, with the options of this view."""
         return self._executor._submit(self._options, fn, args, kwargs)
 
-    def _submitter(self, fn: Callable[..., T]) -> Callable[..., Future[T]]:
-        return self._executor._submitter_with(self._options, fn)
+    def _submitter(self, fn: Callable[..., T], *, at_once: bool) -> Callable[..., Future[T]]:
+        return self._executor._submitter_with(self._options, fn, at_once)
 
     def options(self, **changes: Any) -> ExecutorView:
         """Return a view that has these options (see `ZmqExecutor.options`) and its own others."""

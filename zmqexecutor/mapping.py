@@ -61,19 +61,22 @@ class MappingExecutor(Executor):
         deadline = None if timeout is None else time.monotonic() + timeout
         arguments = zip(*iterables)  # noqa: B905  (the shortest one ends it)
         results = _results_as_they_come if unordered else _results
-        # What is submitted later must see what has changed by then.
-        submitter = partial(partial, self.submit) if buffersize else self._submitter
+        at_once = buffersize is None
+        # Generators let go of the executor when all is submitted.
         if chunksize == 1:
-            return results(itertools.starmap(submitter(fn), arguments), deadline, buffersize)
+            submit = self._submitter(fn, at_once=at_once)
+            return results((submit(*args) for args in arguments), deadline, buffersize)
         run = partial(_run_chunk, fn)
         # What errors call the task.
         vars(run)["__qualname__"] = getattr(fn, "__qualname__", None) or type(fn).__name__
         chunks = iter(lambda: tuple(itertools.islice(arguments, chunksize)), ())
-        return _flattened(results(map(submitter(run), chunks), deadline, buffersize))
+        submit_chunk = self._submitter(run, at_once=at_once)
+        submitted = (submit_chunk(chunk) for chunk in chunks)
+        return _flattened(results(submitted, deadline, buffersize))
 
-    def _submitter(self, fn: Callable[..., T]) -> Callable[..., Future[T]]:
-        """What submits all calls of a `map`, one after the other, and at once."""
-        return partial(self.submit, fn)
+    def _submitter(self, fn: Callable[..., T], *, at_once: bool) -> Callable[..., Future[T]]:
+        """What submits calls of `fn` for a `map`: one right after the other, or some later."""
+        raise NotImplementedError
 
 
 def _run_chunk(fn: Callable[..., T], chunk: Sequence[tuple[Any, ...]]) -> list[T]:
