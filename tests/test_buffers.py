@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy  # noqa: F401  (its copies let other threads run: see filling.py)
 import pytest
 
 from zmqexecutor.wire import buffers, filling
@@ -235,16 +236,33 @@ def test_filling_needs_no_second_thread(monkeypatch: pytest.MonkeyPatch) -> None
         assert file.read() == data
 
 
+@pytest.mark.parametrize("blocked", [False, True])
 def test_without_numpy_segments_are_written(
-    segments: Segments, monkeypatch: pytest.MonkeyPatch
+    segments: Segments, monkeypatch: pytest.MonkeyPatch, blocked: bool
 ) -> None:
-    monkeypatch.delitem(sys.modules, "numpy")
+    if blocked:
+        monkeypatch.setitem(sys.modules, "numpy", None)
+    else:
+        monkeypatch.delitem(sys.modules, "numpy")
     segments.give_back(stored(segments, size=32 << 20).name)
     data = os.urandom(32 << 20)
     assert not filling.fill(-1, memoryview(data), 0)
     segment = segments.store([memoryview(data)])
     assert segment is not None
     assert bytes(segments.open(segment)[0]) == data
+
+
+def test_an_interrupt_leaves_no_segment(
+    segments: Segments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(*_: object) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(buffers, "fill", fill)
+    segments.give_back(stored(segments, size=32 << 20).name)
+    with pytest.raises(KeyboardInterrupt):
+        stored(segments, size=32 << 20)
+    assert os.listdir(segments._used) == []
 
 
 FILLING_WHERE_MEMORY_IS_SHORT = """

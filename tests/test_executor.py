@@ -673,7 +673,11 @@ def test_a_map_sees_globals_as_they_were_when_it_was_called(
 ) -> None:
     done = run_script(
         """
+        from functools import partial
+        from unittest.mock import Mock, patch
+
         from zmqexecutor import ZmqExecutor
+        from zmqexecutor.master.tasks import PLAIN
 
         table = [1]
 
@@ -688,6 +692,24 @@ def test_a_map_sees_globals_as_they_were_when_it_was_called(
             for number in (5, 6, 7):
                 table[0] = number
                 seen.append(executor.submit(times, 1).result())
+                yield 1
+
+        def call(fn):
+            return fn()
+
+        def redefined():
+            for number in range(3):
+                exec(f"def passed(): return {number}", globals())
+                yield passed
+
+        numbers = []
+
+        def add(numbers, number):
+            return sum(numbers) + number
+
+        def growing():
+            for number in (1, 2, 3):
+                numbers.append(number)
                 yield 1
 
         class Counting(ZmqExecutor):
@@ -708,6 +730,10 @@ def test_a_map_sees_globals_as_they_were_when_it_was_called(
                 # Submitted at once: as at the first. Other calls see what has changed.
                 assert list(executor.map(times, changing(executor, seen))) == [5, 5, 5]
                 assert seen == [5, 6, 7]
+                # What is passed counts as it is when it is passed, under the same name too.
+                assert list(executor.map(call, redefined())) == [0, 1, 2]
+                assert list(executor.map(partial(add, numbers), growing())) == [2, 4, 7]
+                numbers.clear()
                 # Submitted as results are consumed: each sees what has changed.
                 seen = []
                 mapped = executor.map(times, changing(executor, seen), buffersize=1)
@@ -716,6 +742,13 @@ def test_a_map_sees_globals_as_they_were_when_it_was_called(
             assert list(pool.map(times, [1, 2, 3])) == [7, 14, 21]
             assert list(pool.map(times, [1, 2, 3], chunksize=2)) == [7, 14, 21]
             assert pool.submitted == 5
+            pool.submit = wrapped = Mock(side_effect=pool.submit)
+            assert list(pool.map(times, [1, 2])) == [7, 14]
+            assert wrapped.call_count == 2
+        with ZmqExecutor(1) as pool, patch.object(ZmqExecutor, "submit", autospec=True) as submit:
+            submit.side_effect = lambda self, fn, *args: pool._submit(PLAIN, fn, args, {})
+            assert list(pool.map(times, [1, 2])) == [7, 14]
+            assert submit.call_count == 2
         print("done")
         """
     )

@@ -34,12 +34,25 @@ def faults_of_using(mebibytes: float) -> int:
     return faults
 
 
+def pid_after_using(mebibytes: float) -> int:
+    faults_of_using(mebibytes)
+    return os.getpid()
+
+
 @needs_glibc
 @pytest.mark.parametrize("mebibytes", [0.2, 1, 8])
 def test_a_worker_uses_freed_memory_again(mebibytes: float) -> None:
     pages = BLOCKS * mebibytes * MEBIBYTE / resource.getpagesize()
     with ZmqExecutor(1) as executor:
         assert executor.submit(faults_of_using, mebibytes).result() < pages / 10
+
+
+@needs_glibc
+def test_what_a_worker_keeps_does_not_wear_it_out() -> None:
+    with ZmqExecutor(1, max_worker_memory=60 * MEBIBYTE) as executor:
+        # 70 MiB at a time, of which next to nothing stays.
+        used = {executor.submit(pid_after_using, 14).result() for _ in range(6)}
+    assert len(used) == 1
 
 
 @needs_glibc

@@ -255,18 +255,24 @@ def test_a_mailbox_that_takes_no_more(pool: Watched, monkeypatch: pytest.MonkeyP
     assert len(pool.sent) == len(woken) == 1
 
 
-def test_two_that_want_it_at_once(pool: Watched) -> None:
+def test_two_that_want_it_at_once(pool: Watched, tmp_path: Path) -> None:
     """One of them gets it; the other's task goes the usual way, and can still be cancelled."""
+    pool.executor.submit(note, os.devnull).result(60)  # the worker has the function
     offer = pool.offer()
     pool.executor._master._inbox._nap.clear()  # nobody wakes the master meanwhile
-    first = pool.executor.submit(time.sleep, 0)
-    (task,) = pool.sent
-    assert first.running()
-    assert not offer.take(task)
-    second: Future[object] = pool.executor.submit(abs, -5)
-    assert not second.running()
-    pool.executor._master._inbox.wake()
+    pool.sent.clear()
+    first = pool.executor.submit(note, os.devnull, str(tmp_path / "go"))
+    try:
+        (task,) = pool.sent
+        assert first.running()
+        assert not offer.take(task)
+        second: Future[object] = pool.executor.submit(abs, -5)
+        assert not second.running()
+        pool.executor._master._inbox.wake()
+    finally:
+        (tmp_path / "go").touch()
     assert second.result(60) == 5
+    first.result(60)
 
 
 def test_a_thread_that_comes_second_leaves_the_future_as_it_was(

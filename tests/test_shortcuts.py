@@ -142,7 +142,11 @@ def test_buffers_are_the_readers_own(mailbox: Mailbox) -> None:
     assert (first, second) == ([bytearray(b"111")], [bytearray(b"222")])
 
 
-@pytest.mark.parametrize("buffers", [[b"x"] * (MOST_BUFFERS + 1), [b"x" * LARGEST_LETTER]])
+@pytest.mark.parametrize(
+    "buffers",
+    [[b"x"] * (MOST_BUFFERS + 1), [b"x" * LARGEST_LETTER], [bytes(1 << 32)]],  # never touched
+    ids=["many", "large", "4 GiB"],
+)
 def test_too_many_or_too_large_buffers_take_another_way(
     mailbox: Mailbox, buffers: list[bytes]
 ) -> None:

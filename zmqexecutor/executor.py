@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Final, ParamSpec, TypeVar
 
 import msgspec
 
@@ -24,8 +24,9 @@ from .master.coordinator import MasterOptions
 from .master.master import Master
 from .master.peers import WorkerInfo
 from .master.tasks import PLAIN, Task, TaskOptions, make_options
+from .payload.definitions import Definition
 from .payload.inheritance import inheritable
-from .payload.serialization import CallPickler, Made
+from .payload.serialization import CallPickler
 from .payload.setups import Initializer, Setup, boot_code, call_service, main_of_workers
 from .payload.shares import Share, SharedObject
 from .supervision.workers import Workers
@@ -309,7 +310,7 @@ class ZmqExecutor(MappingExecutor):
         fn: Callable[..., T],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        made: Made | None = None,
+        made: list[Definition] | None = None,
     ) -> TaskFuture[T]:
         self._check_open()
         future: TaskFuture[T] = TaskFuture()
@@ -343,16 +344,17 @@ class ZmqExecutor(MappingExecutor):
             self._master.submit(task)
         return future
 
-    def _submitter(self, fn: Callable[..., T], *, at_once: bool) -> Callable[..., Future[T]]:
-        if getattr(self.submit, "__func__", None) is not ZmqExecutor.submit:
-            return partial(self.submit, fn)  # somebody has put a submit of theirs in its place
-        return self._submitter_with(PLAIN, fn, at_once)
+    def _submitter(self, fn: Callable[..., T], *, same: bool) -> Callable[..., Future[T]]:
+        bound: Any = self.submit
+        ours = getattr(bound, "__func__", None) is _SUBMIT and bound.__self__ is self
+        if not ours:  # somebody has put theirs in its place
+            return partial(self.submit, fn)
+        return self._submitter_with(PLAIN, fn, same)
 
     def _submitter_with(
-        self, options: TaskOptions, fn: Callable[..., T], at_once: bool
+        self, options: TaskOptions, fn: Callable[..., T], same: bool
     ) -> Callable[..., Future[T]]:
-        # What is submitted later must see what has changed by then.
-        made: Made | None = {} if at_once else None
+        made: list[Definition] | None = [] if same else None
         return lambda *args: self._submit(options, fn, args, {}, made)
 
     def _equip(self) -> None:
@@ -470,6 +472,9 @@ class ZmqExecutor(MappingExecutor):
             raise RuntimeError("cannot schedule new futures after interpreter shutdown")
 
 
+_SUBMIT: Final = ZmqExecutor.submit
+
+
 class ExecutorView(MappingExecutor):
     """A `ZmqExecutor` seen with certain options; made by its `options`.
 
@@ -485,8 +490,8 @@ class ExecutorView(MappingExecutor):
         """As `ZmqExecutor.submit`, with the options of this view."""
         return self._executor._submit(self._options, fn, args, kwargs)
 
-    def _submitter(self, fn: Callable[..., T], *, at_once: bool) -> Callable[..., Future[T]]:
-        return self._executor._submitter_with(self._options, fn, at_once)
+    def _submitter(self, fn: Callable[..., T], *, same: bool) -> Callable[..., Future[T]]:
+        return self._executor._submitter_with(self._options, fn, same)
 
     def options(self, **changes: Any) -> ExecutorView:
         """Return a view that has these options (see `ZmqExecutor.options`) and its own others."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from functools import partial
 from queue import Empty, SimpleQueue
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, TypeVar
 
 __all__ = ["MappingExecutor"]
@@ -31,8 +32,9 @@ class MappingExecutor(Executor):
     ) -> Iterator[T]:
         """Return an iterator over `map(fn, *iterables)`, computed in the workers.
 
-        Without a `buffersize`, all calls find the globals of the script as the first does:
-        they are looked at once, and not for each call.
+        Without a `buffersize`, all calls of a function find the globals of the script, and the
+        variables that it closes over, as the first does: they are looked at once, not for each
+        call. Arguments are taken as they are when their call is submitted.
 
         Args:
             fn: called with as many arguments as there are iterables.
@@ -61,21 +63,22 @@ class MappingExecutor(Executor):
         deadline = None if timeout is None else time.monotonic() + timeout
         arguments = zip(*iterables)  # noqa: B905  (the shortest one ends it)
         results = _results_as_they_come if unordered else _results
-        at_once = buffersize is None
+        # Submitted at once, the calls are of one and the same function, unless it has a state.
+        same = buffersize is None and isinstance(fn, (FunctionType, BuiltinFunctionType))
         # Generators let go of the executor when all is submitted.
         if chunksize == 1:
-            submit = self._submitter(fn, at_once=at_once)
+            submit = self._submitter(fn, same=same)
             return results((submit(*args) for args in arguments), deadline, buffersize)
         run = partial(_run_chunk, fn)
         # What errors call the task.
         vars(run)["__qualname__"] = getattr(fn, "__qualname__", None) or type(fn).__name__
         chunks = iter(lambda: tuple(itertools.islice(arguments, chunksize)), ())
-        submit_chunk = self._submitter(run, at_once=at_once)
+        submit_chunk = self._submitter(run, same=same)
         submitted = (submit_chunk(chunk) for chunk in chunks)
         return _flattened(results(submitted, deadline, buffersize))
 
-    def _submitter(self, fn: Callable[..., T], *, at_once: bool) -> Callable[..., Future[T]]:
-        """What submits calls of `fn` for a `map`: one right after the other, or some later."""
+    def _submitter(self, fn: Callable[..., T], *, same: bool) -> Callable[..., Future[T]]:
+        """What submits calls of `fn` for a `map`: by the `same` definition, or each as it is."""
         raise NotImplementedError
 
 

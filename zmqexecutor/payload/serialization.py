@@ -41,7 +41,7 @@ import pickle
 import traceback
 import types
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
 
 import msgspec
 
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from ..wire.protocol import Result, Segment, Shared
     from ..worker_errors import SerializationError
 
-__all__ = ["OUT_OF_BAND", "Buffer", "Call", "CallPickler", "CallRunner", "Made", "Outcome"]
+__all__ = ["OUT_OF_BAND", "Buffer", "Call", "CallPickler", "CallRunner", "Outcome"]
 
 OUT_OF_BAND: Final = 32 * 1024
 """Buffers of arguments of at least this many bytes travel beside the data, not in it."""
@@ -68,9 +68,6 @@ RESULT_OUT_OF_BAND: Final = 192 * 1024
 Buffer = bytes | bytearray | memoryview
 """What buffers may be when they arrive. Read-only ones are copied where an array
 has to be writable; writable ones are used in place, so their giver gives them up."""
-
-Made: TypeAlias = dict[frozenset[Key], Definition]
-"""Definitions of one function, by what else their calls refer to."""
 
 _FEW_OBJECTS: Final = 4096
 """Bytes of a pickle that has no more objects than a pickler forgets at little cost."""
@@ -359,7 +356,7 @@ class CallPickler:
         fn: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        made: Made | None = None,
+        made: list[Definition] | None = None,
     ) -> Call:
         """Pickle a call.
 
@@ -367,8 +364,9 @@ class CallPickler:
             fn: what is called.
             args: with these arguments,
             kwargs: and these.
-            made: definitions of the same function, for calls of which no later one needs to
-                see what has changed since the first.
+            made: has the definition of the function, or takes it, for calls of which no later
+                one needs to see what has changed since the first. Those that pass objects
+                of the script do: what they pass may be another one under the same name.
 
         Raises:
             SerializationError: something of it cannot be pickled; the message
@@ -384,11 +382,12 @@ class CallPickler:
                 arguments = self._dump_arguments(args, kwargs)
             else:
                 arguments = _Arguments(marshal.dumps(args))
-            definition = made.get(arguments.keys) if made else None
-            if definition is None:
+            if made and not arguments.keys:
+                definition = made[0]
+            else:
                 definition = self._definitions.define(fn, arguments.keys)
-                if made is not None:
-                    made[arguments.keys] = definition
+                if made is not None and not arguments.keys:
+                    made.append(definition)
         except KeyboardInterrupt:
             raise
         except BaseException as error:

@@ -153,6 +153,9 @@ class Segments:
         except OSError:  # memory is short after all
             self._remove(path)
             return None
+        except BaseException:  # an interrupt
+            self._remove(path)
+            raise
         return Segment(name, sizes)
 
     def lease(self, segment: Segment) -> Lease:

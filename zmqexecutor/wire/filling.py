@@ -46,7 +46,7 @@ def fill(file: int, view: memoryview, offset: int) -> bool:
         return False
     try:
         filling = _Filling(file, view, offset)
-    except OSError:
+    except (OSError, ImportError):  # of numpy too, which may be there and say that it is not
         return False
     helper = threading.Thread(target=filling.run, name="zmqexecutor copy", daemon=True)
     try:

@@ -177,12 +177,11 @@ class Post:
                     return False
                 self._socket.send(b"\0" + message)
             else:
-                if len(buffers) > MOST_BUFFERS:
-                    return False
                 sizes = [memoryview(buffer).nbytes for buffer in buffers]
-                head = bytes([len(sizes)]) + array.array("I", sizes).tobytes()
-                if len(head) + len(message) + sum(sizes) > LARGEST_LETTER:
+                size = 1 + len(sizes) * _NUMBER + len(message) + sum(sizes)
+                if len(sizes) > MOST_BUFFERS or size > LARGEST_LETTER:
                     return False
+                head = bytes([len(sizes)]) + array.array("I", sizes).tobytes()
                 self._socket.sendmsg([head, message, *buffers])
         except OSError:  # full, too large for this system, or the worker is gone
             return False

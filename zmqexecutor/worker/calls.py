@@ -64,6 +64,8 @@ class CallHandler:
             raise RegistrationError("the master at this endpoint is a JobRunner, and has no calls")
         setup = msgspec.msgpack.decode(data, type=Setup)
         setup.take_over()
+        if not setup.max_memory:  # what is kept would count
+            keep_freed_memory()
         if setup.initializer is not None:
             self._initialize(setup.initializer)
         self._max_memory = setup.max_memory
@@ -154,7 +156,6 @@ def main(endpoint: str, journals: str, rlimits: Mapping[str, int], depth: int) -
     for name in [name for name in script if not name.startswith("__")]:
         del script[name]
     _tell_of_crashes()
-    keep_freed_memory()
     handler = CallHandler(journals, rlimits)
     worker = Worker.with_handler(endpoint, handler, journals=journals, patience=0)
     try:
@@ -206,8 +207,6 @@ def serve(
     )
     interpreter.depth += 1
     _tell_of_crashes()
-    keep_freed_memory()
-    keep_freed_memory()
     handler = CallHandler(None, {}, [call_service(name) for name in services] or [CALLS])
     worker = Worker.with_handler(
         endpoint, handler, journals=None, patience=patience, once=True, keys=access.keys
