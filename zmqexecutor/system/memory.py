@@ -23,7 +23,8 @@ def keep_freed_memory() -> None:
     array that a task makes costs a page fault for every 4 KiB. So it frees a block, which
     it never touched, of nearly the largest size of which glibc takes notice.
 
-    From then on the process may keep 64 MiB that it has freed. Who has set `MALLOC_TRIM_THRESHOLD_`
+    From then on the process may keep 64 MiB that it has freed. Workers with a
+    `max_worker_memory`, for which that would count, do without it. Who has set `MALLOC_TRIM_THRESHOLD_`
     or another of these variables has it their way: glibc learns nothing then. Other C
     libraries do not either.
     """
