@@ -348,7 +348,7 @@ class ZmqExecutor(MappingExecutor):
         bound: Any = self.submit
         ours = getattr(bound, "__func__", None) is _SUBMIT and bound.__self__ is self
         if not ours:  # somebody has put theirs in its place
-            return partial(self.submit, fn)
+            return super()._submitter(fn, same=same)
         return self._submitter_with(PLAIN, fn, same)
 
     def _submitter_with(

@@ -77,9 +77,14 @@ class MappingExecutor(Executor):
         submitted = (submit_chunk(chunk) for chunk in chunks)
         return _flattened(results(submitted, deadline, buffersize))
 
-    def _submitter(self, fn: Callable[..., T], *, same: bool) -> Callable[..., Future[T]]:
-        """What submits calls of `fn` for a `map`: by the `same` definition, or each as it is."""
-        raise NotImplementedError
+    def _submitter(
+        self,
+        fn: Callable[..., T],
+        *,
+        same: bool,  # noqa: ARG002  (for those that can make use of it)
+    ) -> Callable[..., Future[T]]:
+        """What submits the calls of `fn` for a `map`; if `same`, none sees a later state of it."""
+        return partial(self.submit, fn)
 
 
 def _run_chunk(fn: Callable[..., T], chunk: Sequence[tuple[Any, ...]]) -> list[T]:

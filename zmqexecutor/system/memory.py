@@ -24,9 +24,9 @@ def keep_freed_memory() -> None:
     it never touched, of nearly the largest size of which glibc takes notice.
 
     From then on the process may keep 64 MiB that it has freed. Workers with a
-    `max_worker_memory`, for which that would count, do without it. Who has set `MALLOC_TRIM_THRESHOLD_`
-    or another of these variables has it their way: glibc learns nothing then. Other C
-    libraries do not either.
+    `max_worker_memory`, for which that would count, do without it. Who has set
+    `MALLOC_TRIM_THRESHOLD_` or another of these variables has it their way: glibc learns
+    nothing then. Other C libraries do not either.
     """
     try:
         bytes(_LARGEST_LEARNED - 64 * 1024)
