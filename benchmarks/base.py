@@ -21,7 +21,7 @@ class Scale:
 
     Attributes:
         rounds: how often all is repeated.
-        life_rounds: the same, for workloads that make pools of their own.
+        slow_rounds: the same, for workloads that take long.
         seconds: for how long a rate is taken, roughly; slow pools are given fewer tasks.
         submits: the most tasks of one rate.
         cell: the time limit of one peer in one workload, in seconds.
@@ -33,7 +33,7 @@ class Scale:
     """
 
     rounds: int
-    life_rounds: int
+    slow_rounds: int
     seconds: float
     submits: int
     cell: float
@@ -46,7 +46,7 @@ class Scale:
 
 SCALES = {
     "tiny": Scale(1, 1, 0.02, 50, 30, 0.01, 100, 2, 8, 1),
-    "quick": Scale(2, 1, 0.06, 5_000, 3, 0.05, 10_000, 4, 200, 10),
+    "quick": Scale(2, 1, 0.04, 5_000, 3, 0.05, 10_000, 4, 200, 10),
     "full": Scale(3, 3, 0.6, 10_000, 20, 0.5, 1_000_000, 64, 1000, 100),
 }
 
@@ -111,8 +111,9 @@ class Workload:
         run: takes the figures once.
         peers: those that take part; empty for all that are no limits.
         own_pool: whether it makes pools itself, so that there must be no other one.
+        slow: whether it takes long, as those do that make pools.
         rounds: at most so many rounds.
-        cell: a time limit of its own in seconds, 0 for the scale's.
+        cell: a time limit of its own in seconds at full scale, 0 for the scale's.
     """
 
     name: str
@@ -121,8 +122,12 @@ class Workload:
     run: Callable[[Bench], Figures]
     peers: tuple[str, ...] = ()
     own_pool: bool = False
+    slow: bool = False
     rounds: int = 99
     cell: float = 0
+
+    def rounds_at(self, scale: Scale) -> int:
+        return min(self.rounds, scale.slow_rounds if self.slow or self.own_pool else scale.rounds)
 
     def concerns(self, peer: str) -> bool:
         return peer in self.peers if self.peers else not PEERS[peer].limit

@@ -7,7 +7,7 @@ from typing import Any
 
 import __main__
 from benchmarks import tasks
-from benchmarks.base import Bench, Figure, Figures, Workload, clock, median_time, try_once
+from benchmarks.base import SCALES, Bench, Figure, Figures, Workload, clock, median_time, try_once
 from benchmarks.peers import PEERS, NotOfferedError
 
 SIZES = {"64k": 1 / 16, "1M": 1.0, "10M": 10.0, "100M": 100.0}
@@ -46,7 +46,7 @@ def _many(task: Callable[..., Any], kibibytes: int) -> Callable[[Bench], Figures
         """So many at once that none of them waits for another's way."""
         import numpy as np
 
-        if bench.scale.part < 1 and kibibytes != 150:
+        if bench.scale.part < SCALES["full"].part and kibibytes != 150:
             raise NotOfferedError("-")
         size = kibibytes * 1024
         count = bench.sized(MANY, 4)
@@ -95,6 +95,7 @@ WORKLOADS = [
         (Figure("bandwidth", f"{size}iB" if size[-1] == "M" else "64 KiB", "MiB/s"),),
         _bandwidth(direction, mebibytes),
         _ALL,
+        slow=mebibytes > 1,
     )
     for direction, (_, title, _) in DIRECTIONS.items()
     for size, mebibytes in SIZES.items()
@@ -106,6 +107,7 @@ WORKLOADS.append(
         (Figure("bandwidth", "10MiB", "MiB/s"),),
         _bandwidth("argument", 10, as_bytes=True),
         _ALL,
+        slow=True,
     )
 )
 WORKLOADS += [

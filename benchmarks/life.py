@@ -93,7 +93,7 @@ def _recycling(bench: Bench) -> Figures:
     """How many times longer tasks of 10 ms take if a worker is replaced after each 25."""
     if not bench.peer.recycles:
         raise NotOfferedError("no option")
-    count = bench.sized(400, 120)  # some replacements, at any scale
+    count = bench.sized(400, 80)  # some replacements, at any scale
 
     def seconds(options: dict[str, Any]) -> float:
         pool = bench.peer.make(bench.workers, **options)
@@ -224,7 +224,7 @@ WORKLOADS = [
         (Figure("seconds", "killed to next result", "ms"),),
         _recovery,
         own_pool=True,
-        cell=8,
+        cell=5,
     ),
     Workload(
         "recycling",
@@ -232,7 +232,7 @@ WORKLOADS = [
         (Figure("ratio", "25 tasks a worker, time to none", "x"),),
         _recycling,
         own_pool=True,
-        cell=8,
+        cell=5,
     ),
 ]
 WORKLOADS += [
@@ -246,6 +246,7 @@ WORKLOADS += [
         ),
         _pending(count),
         TWO,
+        slow=count > 1000,
         rounds=1 if count > 100_000 else 99,
         cell=180 if count > 100_000 else 0,
     )

@@ -151,7 +151,7 @@ def run(
                 workload
                 for workload in workloads
                 if workload.concerns(peer)
-                and number < min(workload.rounds, scale.life_rounds if workload.own_pool else 99)
+                and number < workload.rounds_at(scale)
                 and workload.name not in samples.notes.get(peer, {})
             ]
             start = time.perf_counter()
@@ -196,5 +196,5 @@ def _one_round(
 
 def _limit(peer: str, workload: Workload, scale: Scale) -> float:
     """Seconds; those that start servers have a second start of them in their time."""
-    limit = workload.cell or scale.cell
+    limit = workload.cell if workload.cell and scale is SCALES["full"] else scale.cell
     return limit + 20 if workload.own_pool and PEERS[peer].heavy else limit

@@ -10,13 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 import msgspec
 
 from .errors import BrokenPoolError, ForkedExecutorError, SerializationError
 from .futures import TaskFuture
-from .keys import Keys
 from .mapping import MappingExecutor
 from .master.attendance import check_wait
 from .master.channels import LOST_AFTER, Entrance, joining_entrance
@@ -38,6 +37,9 @@ from .system.machine import usable_cpus
 from .wire import security
 from .wire.buffers import Segments
 from .wire.protocol import CALLS
+
+if TYPE_CHECKING:
+    from .keys import Keys
 
 __all__ = ["ExecutorView", "ZmqExecutor"]
 

@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 
 from .errors import BrokenPoolError, ForkedExecutorError, JobFailedError, TaskTimeoutError
-from .keys import Keys
 from .master.attendance import check_wait
 from .master.channels import LOST_AFTER, joining_entrance
 from .master.coordinator import MasterOptions
@@ -23,6 +22,9 @@ from .master.peers import WorkerInfo
 from .master.tasks import Task
 from .wire import codecs, security
 from .wire.protocol import DEFAULT_SERVICE, Frame, Result
+
+if TYPE_CHECKING:
+    from .keys import Keys
 
 __all__ = ["JobRunner"]
 

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import msgspec
 import zmq
@@ -15,7 +15,9 @@ from ..errors import ProtocolError
 from ..system import directories
 from ..wire import protocol, security
 from ..wire.protocol import Frame
-from .gatekeeper import Gatekeeper
+
+if TYPE_CHECKING:
+    from .gatekeeper import Gatekeeper
 
 __all__ = ["LOST_AFTER", "Channels", "Entrance", "joining_entrance"]
 
@@ -143,6 +145,8 @@ class Channels:
         self.used: set[zmq.Socket[bytes]] = {self.control, self.work}
         try:
             if keys is not None:
+                from .gatekeeper import Gatekeeper  # of no use to a pool on one host
+
                 sockets = {"endpoint": self.control, "work address": self.work}
                 self._gatekeeper = Gatekeeper(self._context, keys, sockets, on_lost)
             self._bound[self.control] = security.bind(self.control, endpoint)
