@@ -28,7 +28,7 @@ LAYERS = """
     wire: protocol codecs wakeup journal shortcuts security handshakes filling
         buffers
     payload: namespaces byvalue shares bulk picklers bindings packing proofs definitions
-        serialization inheritance setups
+        values failures serialization inheritance setups
     worker: handler targets registration worker calls
     supervision: terminal last_words prctl template launch process group supervisor
         supervisor_boot supervisor_link workers
@@ -85,6 +85,8 @@ MAY_PICKLE = {
     "payload.bindings",
     "payload.proofs",
     "payload.definitions",
+    "payload.values",
+    "payload.failures",
     "payload.serialization",
 }
 SUPERVISION = {"circus", "tornado"}

@@ -24,14 +24,8 @@ import pytest
 
 from zmqexecutor.errors import SerializationError
 from zmqexecutor.payload.proofs import prove
-from zmqexecutor.payload.serialization import (
-    OUT_OF_BAND,
-    RESULT_OUT_OF_BAND,
-    Call,
-    CallPickler,
-    CallRunner,
-    Outcome,
-)
+from zmqexecutor.payload.serialization import Call, CallPickler, CallRunner, Outcome
+from zmqexecutor.payload.values import OUT_OF_BAND, RESULT_OUT_OF_BAND
 
 
 class Pair:

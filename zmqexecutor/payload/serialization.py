@@ -1,6 +1,6 @@
 """Callables, arguments, results and exceptions, to payloads and back.
 
-This is the only place that knows what is inside a payload. How code of the script
+Nothing outside of this package knows what is inside a payload. How code of the script
 gets into one is told in `definitions`. Master and worker carry bytes:
 
     the user's process                                a worker
@@ -16,20 +16,8 @@ gets into one is told in `definitions`. Master and worker carry bytes:
 - A *definition* is a pickled callable with the globals of the script that it can
   reach. It has the digest of its content as its id, travels once to each worker,
   and is unpickled there before its first call.
-- *Data* is a plain pickle, which `pickle.loads` reads at C speed. Numbers and short
-  text alone are marshalled instead, in a third of the time: the arguments if there are
-  no kwargs, or the result. Both ends are of the same version of Python.
-- *Buffers* are the memory of big arrays (pickle protocol 5), at least 32 KiB each, 192 in
-  results; what is smaller stays in the data. One byte for each buffer, after the pickle in
-  the data, says whether it is read-only. Arguments are copied when the call is
-  made: the caller may go on to change them. Results are not: send them before
-  the next call runs.
-- A pickle that is itself that big, of big bytes for example, is the first buffer, and
-  the data is empty.
-- Where there are `Segments`, buffers are copied into one of them, results too.
-- Every failure ends up as the outcome of its call, an exception that the user's
-  process can load whatever its own pickle does: the text of the traceback
-  travels beside it.
+- *Data* and *buffers* are what `values` makes of arguments and results.
+- Every failure ends up as the outcome of its call, in data that `failures` makes.
 """
 
 from __future__ import annotations
@@ -38,40 +26,49 @@ import functools
 import io
 import marshal
 import pickle
-import traceback
 import types
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ..wire.buffers import IN_SEGMENT, Lease, Segments
+from ..wire.buffers import Lease, Segments
 from . import shares
 from .bindings import Received
 from .definitions import Definition, DefinitionError, Definitions
+from .failures import (
+    HINT,
+    PICKLING,
+    RUNNING,
+    UNPICKLING,
+    describe,
+    dump_exception,
+    load_exception,
+    serialization_error,
+)
 from .namespaces import Entry, Key
 from .packing import Packer
-from .picklers import ArgumentPickler, ResultPickler, ValuePickler
+from .picklers import ArgumentPickler, ResultPickler
 from .shares import Contents, Share
+from .values import (
+    NO_KEYS,
+    OUT_OF_BAND,
+    PICKLED,
+    RESULT_OUT_OF_BAND,
+    Buffer,
+    Packed,
+    Pieces,
+    ReusedPickler,
+    are_plain,
+    loads,
+    take_any_buffer,
+)
 
 if TYPE_CHECKING:
     from ..wire.protocol import Result, Segment, Shared
     from ..worker_errors import SerializationError
 
-__all__ = ["OUT_OF_BAND", "Buffer", "Call", "CallPickler", "CallRunner", "Outcome"]
-
-OUT_OF_BAND: Final = 32 * 1024
-"""Buffers of arguments of at least this many bytes travel beside the data, not in it."""
-RESULT_OUT_OF_BAND: Final = 192 * 1024
-"""The same for results. What is smaller arrives sooner in the data, which a journal takes."""
-
-Buffer = bytes | bytearray | memoryview
-"""What buffers may be when they arrive. Read-only ones are copied where an array
-has to be writable; writable ones are used in place, so their giver gives them up."""
-
-_FEW_OBJECTS: Final = 4096
-"""Bytes of a pickle that has no more objects than a pickler forgets at little cost."""
-_NO_KEYS: frozenset[Key] = frozenset()
+__all__ = ["Call", "CallPickler", "CallRunner", "Outcome"]
 
 
 class Call(msgspec.Struct, frozen=True):
@@ -100,239 +97,15 @@ class Outcome(msgspec.Struct, frozen=True):
     segment: Segment | None = None
 
 
-class _Packed(msgspec.Struct, frozen=True):
-    """A pickle and its buffers: in `segment`, if there is one."""
-
-    data: bytes
-    buffers: Sequence[memoryview] = ()
-    segment: Segment | None = None
-
-
 class _Arguments(msgspec.Struct, frozen=True):
     """A call's arguments: their pickle, the lease on its segment, what they refer to."""
 
     data: bytes
     buffers: Sequence[memoryview] = ()
     lease: Lease | None = None
-    keys: frozenset[Key] = _NO_KEYS
+    keys: frozenset[Key] = NO_KEYS
     shares: tuple[Share, ...] = ()
 
-
-_NUMBERS: Final = frozenset((int, float, complex, bool, type(None)))
-_TEXT: Final = frozenset((str, bytes))
-_SHORT_TEXT: Final = 10_000
-"""Characters or bytes; longer text is pickled, and may travel beside the data."""
-_PICKLED: Final = (b"\x80", b"")
-"""How data begins that was not marshalled. The pickle may be beside it."""
-
-
-def _are_plain(values: tuple[object, ...]) -> bool:
-    """Whether they are marshalled: exactly of types that hold nothing else."""
-    for value in values:
-        kind = type(value)
-        if kind not in _NUMBERS and (kind not in _TEXT or len(value) >= _SHORT_TEXT):  # type: ignore[arg-type]
-            return False
-    return True
-
-
-class _Failure(NamedTuple):
-    """The data of an outcome that is not ok, pickled as a plain tuple.
-
-    Attributes:
-        text: the traceback, as the worker saw it.
-        message: if not empty, what went wrong beside the task: the exception
-            is a SerializationError with this message, caused by the pickled one.
-        exception: the pickled exception, or nothing if it could not be pickled.
-        raised: whether the task raised it.
-    """
-
-    text: str
-    message: str
-    exception: bytes
-    raised: bool
-
-
-# ---------------------------------------------------------------------- buffers
-
-
-def _snapshot(view: memoryview) -> memoryview:
-    owner: Any = view.obj
-    while owner is not None and not isinstance(owner, bytes):
-        owner = getattr(owner, "base", None)  # an array made over bytes, say
-    return view if owner is not None else memoryview(bytes(view))
-
-
-def _loads(data: Buffer, buffers: Sequence[Buffer]) -> Any:
-    if not data and buffers:
-        data, *buffers = buffers
-    if not buffers:
-        return pickle.loads(data)
-    # Flags of read-only buffers follow the pickle, which ends where it says so.
-    flags = bytes(data[-len(buffers) :])
-    return pickle.loads(
-        data,
-        buffers=[
-            memoryview(buffer).toreadonly() if readonly else _writable(buffer)
-            for buffer, readonly in zip(buffers, flags, strict=True)
-        ],
-    )
-
-
-def _writable(buffer: Buffer) -> Buffer:
-    return bytearray(buffer) if memoryview(buffer).readonly else buffer
-
-
-def _take_buffer(into: list[memoryview], least: int, buffer: pickle.PickleBuffer) -> bool:
-    view = buffer.raw()
-    if view.nbytes < least:
-        return True  # keep it in the data
-    into.append(view)
-    return False
-
-
-def _take_any_buffer(into: list[memoryview], buffer: pickle.PickleBuffer) -> bool:
-    # Small ones too: what is beside the pickle is read-only for those who share it.
-    view = buffer.raw()
-    if not view.nbytes:
-        return True
-    into.append(view)
-    return False
-
-
-class _Pieces:
-    """What a pickler writes to. A pickle of less than 64 KiB is one piece.
-
-    Big bytes are a piece as they are: they are not copied before they go into a segment.
-    """
-
-    def __init__(self) -> None:
-        self.pieces: list[bytes] = []
-
-    def write(self, piece: bytes | bytearray | pickle.PickleBuffer) -> None:
-        # Of a bytearray the size is in the pickle already, and another thread may change it;
-        # a smaller array comes as a PickleBuffer.
-        self.pieces.append(piece if isinstance(piece, bytes) else bytes(piece))
-
-
-_P = TypeVar("_P", bound=ValuePickler)
-
-
-class _ReusedPickler(Generic[_P]):
-    """A pickler that is made once; making one costs more than pickling (1, "a").
-
-    After an exception it is not used again, nor once it was used for many objects: the
-    table in which it notes what it has seen keeps its size, and to clear a large one
-    would cost every later call more than a new pickler does. Between two uses it keeps
-    nothing.
-    """
-
-    reusable = True
-
-    def __init__(
-        self,
-        kind: Callable[[_Pieces, Callable[[pickle.PickleBuffer], bool]], _P],
-        out_of_band: int,
-        *,
-        copy: bool,
-    ) -> None:
-        file = _Pieces()
-        self._pieces = file.pieces
-        self._buffers: list[memoryview] = []
-        self._out_of_band = out_of_band
-        self._copy = copy
-        self.pickler = kind(file, functools.partial(_take_buffer, self._buffers, out_of_band))
-        self._dump = self.pickler.dump
-        self._clear_memo = self.pickler.clear_memo
-
-    def dumps(self, obj: object, segments: Segments | None = None) -> _Packed:
-        """Pickle an object; `take_keys` has to follow."""
-        pieces = self._pieces
-        self._dump(obj)
-        self.reusable = len(pieces) == 1 and len(pieces[0]) <= _FEW_OBJECTS
-        if self._buffers or len(pieces) > 1 or len(pieces[0]) >= self._out_of_band:
-            packed = self._pack(segments)
-        else:
-            packed = _Packed(pieces[0])
-        if self.reusable:
-            self._clear_memo()
-        pieces.clear()
-        return packed
-
-    def _pack(self, segments: Segments | None) -> _Packed:
-        pieces, views = self._pieces, self._buffers[:]
-        self._buffers.clear()
-        pieces.append(bytes(view.readonly for view in views))
-        size = sum(map(len, pieces))
-        beside = size >= self._out_of_band
-        total = sum(view.nbytes for view in views) + (size if beside else 0)
-        if segments is not None and total >= IN_SEGMENT:
-            segment = segments.store(views, first=pieces if beside else ())
-            if segment is not None:
-                return _Packed(b"" if beside else b"".join(pieces), (), segment)
-        if self._copy:
-            views = [_snapshot(view) for view in views]
-        pickled = b"".join(pieces)
-        return _Packed(b"", [memoryview(pickled), *views]) if beside else _Packed(pickled, views)
-
-    def take_keys(self) -> frozenset[Key]:
-        """Return what the last pickle refers to, and forget it."""
-        pickler = self.pickler
-        if not pickler.by_value:
-            return _NO_KEYS
-        keys = frozenset(pickler.refs | pickler.names)
-        pickler.reset()
-        return keys
-
-
-# --------------------------------------------------------------- exceptions
-
-
-def _describe(error: BaseException) -> str:
-    try:
-        return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    except BaseException:  # its __str__ may do anything
-        return type(error).__name__
-
-
-def _format(error: BaseException) -> str:
-    """Return the traceback as text, without the frame of the one who caught it."""
-    trace = error.__traceback__
-    if trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    try:
-        return "".join(traceback.format_exception(type(error), error, trace))
-    except BaseException:  # memory or stack may have run out, a __str__ may do anything
-        return f"{type(error).__name__}\n"
-
-
-def _remote_traceback(text: str) -> Exception:
-    # Not at the top: the module takes 20 ms to import, which a worker does not need.
-    from concurrent.futures import process
-
-    remote: Callable[[str], Exception] = process._RemoteTraceback  # type: ignore[assignment]
-    return remote(f'\n"""\n{text}"""')
-
-
-def _serialization_error(message: str, error: BaseException) -> SerializationError:
-    """Return a SerializationError caused by the given one.
-
-    The cause loses its traceback, whose frames would keep arguments alive, and
-    gets it as text, as a task's exception does.
-    """
-    from ..worker_errors import SerializationError
-
-    if error.__cause__ is None and error.__traceback__ is not None:
-        error.__cause__ = _remote_traceback(_format(error))
-    error.__traceback__ = None
-    wrapped = SerializationError(message)
-    wrapped.__cause__ = error
-    return wrapped
-
-
-_HINT = (
-    "Send what it is made from (a path, a name, settings) and make it in the task, "
-    "or once for each worker in an initializer."
-)
 
 # ------------------------------------------------------------------- the parent
 
@@ -349,7 +122,7 @@ class CallPickler:
         self.packer = Packer(segments)
         self._definitions = Definitions(self.packer)
         # Not one for each thread: pickling may submit, so one thread may need two.
-        self._spare: list[_ReusedPickler[ArgumentPickler]] = []
+        self._spare: list[ReusedPickler[ArgumentPickler]] = []
 
     def dump_call(
         self,
@@ -378,7 +151,7 @@ class CallPickler:
             args = (fn.__self__, *args)
             fn = fn.__func__
         try:
-            if kwargs or not _are_plain(args):
+            if kwargs or not are_plain(args):
                 arguments = self._dump_arguments(args, kwargs)
             else:
                 arguments = _Arguments(marshal.dumps(args))
@@ -410,7 +183,7 @@ class CallPickler:
         try:
             pickler = self._spare.pop()
         except IndexError:
-            pickler = _ReusedPickler(ArgumentPickler, OUT_OF_BAND, copy=True)
+            pickler = ReusedPickler(ArgumentPickler, OUT_OF_BAND, copy=True)
         segments = self.packer.segments
         packed = pickler.dumps((args, kwargs), segments)
         # From here on it ends with this lease, whatever happens.
@@ -429,8 +202,8 @@ class CallPickler:
         """
         views: list[memoryview] = []
         try:
-            file = _Pieces()
-            pickler = ArgumentPickler(file, functools.partial(_take_any_buffer, views))
+            file = Pieces()
+            pickler = ArgumentPickler(file, functools.partial(take_any_buffer, views))
             pickler.dump(obj)
             keys = frozenset(pickler.refs | pickler.names)
             needs = pickler.take_shares()
@@ -439,7 +212,7 @@ class CallPickler:
             raise
         except BaseException as error:
             what = f"An object of type {type(obj).__qualname__} cannot be shared"
-            failure = _serialization_error(f"{what}: {_describe(error)}. {_HINT}", error)
+            failure = serialization_error(f"{what}: {describe(error)}. {HINT}", error)
         else:
             self._check_pool(needs)
             return share
@@ -465,45 +238,17 @@ class CallPickler:
             SerializationError: it cannot be unpickled here; the cause says why.
         """
         if not outcome.ok:
-            raise self._load_exception(outcome.data)
+            raise load_exception(outcome.data)
         try:
             if outcome.segment is not None and self.packer.segments is not None:
                 buffers = self.packer.segments.open(outcome.segment, owned=True)
-            if outcome.data[:1] not in _PICKLED:
+            if outcome.data[:1] not in PICKLED:
                 return marshal.loads(outcome.data)
-            return _loads(outcome.data, buffers)
+            return loads(outcome.data, buffers)
         except BaseException as error:
-            message = f"The result cannot be unpickled: {_describe(error)}."
-            failure = _serialization_error(message, error)
+            message = f"The result cannot be unpickled: {describe(error)}."
+            failure = serialization_error(message, error)
         raise failure
-
-    def _load_exception(self, data: Buffer) -> BaseException:
-        """Return the exception in the data of an outcome that is not ok. Never raises."""
-        text, message, pickled, raised = _Failure(*pickle.loads(data))
-        cause: BaseException = _remote_traceback(text)
-        if pickled:
-            try:
-                error = pickle.loads(pickled)
-                if not isinstance(error, BaseException):
-                    raise TypeError(f"unpickling made {type(error)!r} of an exception")
-            except BaseException as problem:
-                failure = _serialization_error(
-                    f"The task's exception cannot be unpickled: {_describe(problem)}. "
-                    f"The traceback in the worker was:\n\n{text}",
-                    problem,
-                )
-                failure.task_raised = raised
-                return failure
-            error.__cause__ = cause
-            if not message:
-                return error
-            cause = error
-        from ..worker_errors import SerializationError
-
-        failure = SerializationError(message)
-        failure.__cause__ = cause
-        failure.task_raised = raised
-        return failure
 
 
 def _explain(
@@ -516,9 +261,9 @@ def _explain(
         error = error.error
     else:
         what = _culprit(args, kwargs) or "the object it is a method of"
-    return _serialization_error(
+    return serialization_error(
         f"The call of {name}() cannot be sent to a worker: {what} cannot be pickled "
-        f"({_describe(error)}). {_HINT}",
+        f"({describe(error)}). {HINT}",
         error,
     )
 
@@ -565,11 +310,6 @@ class _Function:
         self.version = received.version
 
 
-_UNPICKLE = "The call cannot be unpickled in the worker"
-_RUN = ""
-_PICKLE = "The task's result cannot be pickled"
-
-
 class CallRunner:
     """The worker's side: runs calls, and pickles what comes of them.
 
@@ -591,7 +331,7 @@ class CallRunner:
         self._note = note
         self._functions: dict[bytes, _Function] = {}
         self._received = Received()
-        self._spare: list[_ReusedPickler[ResultPickler]] = []
+        self._spare: list[ReusedPickler[ResultPickler]] = []
 
     def load_function(self, function_id: bytes, function: Buffer) -> None:
         """Take the definition that calls will name by this id.
@@ -635,58 +375,35 @@ class CallRunner:
         segment: Segment | None = None,
     ) -> Outcome:
         """Run a call. Never raises, whatever the task does."""
-        stage = _UNPICKLE
+        stage = UNPICKLING
         try:
             function = self._functions[function_id]
             if function.version != self._received.version:
                 function.refresh(self._received)
             if segment is not None and self.segments is not None:
                 buffers = self.segments.open(segment)
-            if data[:1] not in _PICKLED:
+            if data[:1] not in PICKLED:
                 args, kwargs = marshal.loads(data), {}
             else:
-                args, kwargs = _loads(data, buffers)
+                args, kwargs = loads(data, buffers)
                 buffers = ()
-            stage = _RUN
+            stage = RUNNING
             result = function.call(*args, **kwargs)  # type: ignore[misc]  # refreshed above
-            stage = _PICKLE
-            if _are_plain((result,)):
+            stage = PICKLING
+            if are_plain((result,)):
                 return Outcome(True, marshal.dumps(result))
             dumped = self._dump_result(result)
             return Outcome(True, dumped.data, dumped.buffers, dumped.segment)
         except BaseException as error:
-            return Outcome(False, _dump_failure(stage, error, self._note))
+            return Outcome(False, dump_exception(stage, error, self._note))
 
-    def _dump_result(self, result: object) -> _Packed:
+    def _dump_result(self, result: object) -> Packed:
         try:
             pickler = self._spare.pop()
         except IndexError:
-            pickler = _ReusedPickler(ResultPickler, RESULT_OUT_OF_BAND, copy=False)
+            pickler = ReusedPickler(ResultPickler, RESULT_OUT_OF_BAND, copy=False)
         dumped = pickler.dumps(result, self.segments)
         pickler.take_keys()
         if pickler.reusable:
             self._spare.append(pickler)
         return dumped
-
-
-def _dump_failure(stage: str, error: BaseException, note: Callable[[BaseException], str]) -> bytes:
-    text = _format(error)
-    error.__traceback__ = None  # its frames hold the arguments
-    text += note(error)
-    message = ""
-    # sys.exit() while the result is pickled is the task's own doing, like an error in it.
-    if stage == _UNPICKLE or (stage == _PICKLE and isinstance(error, Exception)):
-        message = f"{stage}: {_describe(error)}."
-    pickled = b""
-    try:
-        with io.BytesIO() as file:
-            ResultPickler(file).dump(error)
-            pickled = file.getvalue()
-    except BaseException as problem:
-        if not message:
-            message = (
-                f"The task raised {_describe(error)}, an exception of {type(error)!r} "
-                f"that cannot be pickled ({_describe(problem)}). "
-                f"The traceback in the worker was:\n\n{text}"
-            )
-    return pickle.dumps((text, message, pickled, stage == _RUN), 5)

@@ -1,0 +1,212 @@
+"""Values to data and buffers, and back.
+
+- *Data* is a plain pickle, which `pickle.loads` reads at C speed. Numbers and short
+  text alone are marshalled instead, in a third of the time: the arguments if there are
+  no kwargs, or the result. Both ends are of the same version of Python.
+- *Buffers* are the memory of big arrays (pickle protocol 5), at least 32 KiB each, 192 in
+  results; what is smaller stays in the data. One byte for each buffer, after the pickle in
+  the data, says whether it is read-only. Arguments are copied when the call is
+  made: the caller may go on to change them. Results are not: send them before
+  the next call runs.
+- A pickle that is itself that big, of big bytes for example, is the first buffer, and
+  the data is empty.
+- Where there are `Segments`, buffers are copied into one of them, results too.
+"""
+
+from __future__ import annotations
+
+import functools
+import pickle
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+
+import msgspec
+
+from ..wire.buffers import IN_SEGMENT, Segments
+from .namespaces import Key
+from .picklers import ValuePickler
+
+if TYPE_CHECKING:
+    from ..wire.protocol import Segment
+
+__all__ = [
+    "NO_KEYS",
+    "OUT_OF_BAND",
+    "PICKLED",
+    "RESULT_OUT_OF_BAND",
+    "Buffer",
+    "Packed",
+    "Pieces",
+    "ReusedPickler",
+    "are_plain",
+    "loads",
+    "take_any_buffer",
+]
+
+OUT_OF_BAND: Final = 32 * 1024
+"""Buffers of arguments of at least this many bytes travel beside the data, not in it."""
+RESULT_OUT_OF_BAND: Final = 192 * 1024
+"""The same for results. What is smaller arrives sooner in the data, which a journal takes."""
+
+Buffer = bytes | bytearray | memoryview
+"""What buffers may be when they arrive. Read-only ones are copied where an array
+has to be writable; writable ones are used in place, so their giver gives them up."""
+
+_FEW_OBJECTS: Final = 4096
+"""Bytes of a pickle that has no more objects than a pickler forgets at little cost."""
+NO_KEYS: frozenset[Key] = frozenset()
+
+_NUMBERS: Final = frozenset((int, float, complex, bool, type(None)))
+_TEXT: Final = frozenset((str, bytes))
+_SHORT_TEXT: Final = 10_000
+"""Characters or bytes; longer text is pickled, and may travel beside the data."""
+PICKLED: Final = (b"\x80", b"")
+"""How data begins that was not marshalled. The pickle may be beside it."""
+
+
+def are_plain(values: tuple[object, ...]) -> bool:
+    """Whether they are marshalled: exactly of types that hold nothing else."""
+    for value in values:
+        kind = type(value)
+        if kind not in _NUMBERS and (kind not in _TEXT or len(value) >= _SHORT_TEXT):  # type: ignore[arg-type]
+            return False
+    return True
+
+
+class Packed(msgspec.Struct, frozen=True):
+    """A pickle and its buffers: in `segment`, if there is one."""
+
+    data: bytes
+    buffers: Sequence[memoryview] = ()
+    segment: Segment | None = None
+
+
+def _snapshot(view: memoryview) -> memoryview:
+    owner: Any = view.obj
+    while owner is not None and not isinstance(owner, bytes):
+        owner = getattr(owner, "base", None)  # an array made over bytes, say
+    return view if owner is not None else memoryview(bytes(view))
+
+
+def loads(data: Buffer, buffers: Sequence[Buffer]) -> Any:
+    """Return the value of some data that was pickled, and its buffers."""
+    if not data and buffers:
+        data, *buffers = buffers
+    if not buffers:
+        return pickle.loads(data)
+    # Flags of read-only buffers follow the pickle, which ends where it says so.
+    flags = bytes(data[-len(buffers) :])
+    return pickle.loads(
+        data,
+        buffers=[
+            memoryview(buffer).toreadonly() if readonly else _writable(buffer)
+            for buffer, readonly in zip(buffers, flags, strict=True)
+        ],
+    )
+
+
+def _writable(buffer: Buffer) -> Buffer:
+    return bytearray(buffer) if memoryview(buffer).readonly else buffer
+
+
+def _take_buffer(into: list[memoryview], least: int, buffer: pickle.PickleBuffer) -> bool:
+    view = buffer.raw()
+    if view.nbytes < least:
+        return True  # keep it in the data
+    into.append(view)
+    return False
+
+
+def take_any_buffer(into: list[memoryview], buffer: pickle.PickleBuffer) -> bool:
+    """Put a buffer beside the pickle, small ones too: there it is read-only for those who share."""
+    view = buffer.raw()
+    if not view.nbytes:
+        return True
+    into.append(view)
+    return False
+
+
+class Pieces:
+    """What a pickler writes to. A pickle of less than 64 KiB is one piece.
+
+    Big bytes are a piece as they are: they are not copied before they go into a segment.
+    """
+
+    def __init__(self) -> None:
+        self.pieces: list[bytes] = []
+
+    def write(self, piece: bytes | bytearray | pickle.PickleBuffer) -> None:
+        """Take a part of the pickle; called by the pickler."""
+        # Of a bytearray the size is in the pickle already, and another thread may change it;
+        # a smaller array comes as a PickleBuffer.
+        self.pieces.append(piece if isinstance(piece, bytes) else bytes(piece))
+
+
+_P = TypeVar("_P", bound=ValuePickler)
+
+
+class ReusedPickler(Generic[_P]):
+    """A pickler that is made once; making one costs more than pickling (1, "a").
+
+    After an exception it is not used again, nor once it was used for many objects: the
+    table in which it notes what it has seen keeps its size, and to clear a large one
+    would cost every later call more than a new pickler does. Between two uses it keeps
+    nothing.
+    """
+
+    reusable = True
+
+    def __init__(
+        self,
+        kind: Callable[[Pieces, Callable[[pickle.PickleBuffer], bool]], _P],
+        out_of_band: int,
+        *,
+        copy: bool,
+    ) -> None:
+        file = Pieces()
+        self._pieces = file.pieces
+        self._buffers: list[memoryview] = []
+        self._out_of_band = out_of_band
+        self._copy = copy
+        self.pickler = kind(file, functools.partial(_take_buffer, self._buffers, out_of_band))
+        self._dump = self.pickler.dump
+        self._clear_memo = self.pickler.clear_memo
+
+    def dumps(self, obj: object, segments: Segments | None = None) -> Packed:
+        """Pickle an object; `take_keys` has to follow."""
+        pieces = self._pieces
+        self._dump(obj)
+        self.reusable = len(pieces) == 1 and len(pieces[0]) <= _FEW_OBJECTS
+        if self._buffers or len(pieces) > 1 or len(pieces[0]) >= self._out_of_band:
+            packed = self._pack(segments)
+        else:
+            packed = Packed(pieces[0])
+        if self.reusable:
+            self._clear_memo()
+        pieces.clear()
+        return packed
+
+    def _pack(self, segments: Segments | None) -> Packed:
+        pieces, views = self._pieces, self._buffers[:]
+        self._buffers.clear()
+        pieces.append(bytes(view.readonly for view in views))
+        size = sum(map(len, pieces))
+        beside = size >= self._out_of_band
+        total = sum(view.nbytes for view in views) + (size if beside else 0)
+        if segments is not None and total >= IN_SEGMENT:
+            segment = segments.store(views, first=pieces if beside else ())
+            if segment is not None:
+                return Packed(b"" if beside else b"".join(pieces), (), segment)
+        if self._copy:
+            views = [_snapshot(view) for view in views]
+        pickled = b"".join(pieces)
+        return Packed(b"", [memoryview(pickled), *views]) if beside else Packed(pickled, views)
+
+    def take_keys(self) -> frozenset[Key]:
+        """Return what the last pickle refers to, and forget it."""
+        pickler = self.pickler
+        if not pickler.by_value:
+            return NO_KEYS
+        keys = frozenset(pickler.refs | pickler.names)
+        pickler.reset()
+        return keys
