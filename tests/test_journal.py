@@ -18,17 +18,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from zmqexecutor.wire import journal as journal_module
 from zmqexecutor.wire.journal import (
     CAPACITY,
-    LARGEST_ENTRY,
     LARGEST_MARKER,
+    LEAST_CAPACITY,
+    PART,
     JournalReader,
     JournalWriter,
 )
 
 OVERHEAD = 8
 """Bytes that an entry takes beside its result."""
+LARGEST_ENTRY = CAPACITY // PART
 LARGEST_RESULT = LARGEST_ENTRY - OVERHEAD
 
 
@@ -190,6 +191,36 @@ def test_entries_that_wrap_around_the_end_are_read_whole(pair: Pair) -> None:
     assert pair.writer.position > 3 * CAPACITY
 
 
+@pytest.mark.parametrize(
+    ("mebibytes", "capacity"),
+    [(8, LEAST_CAPACITY), (64, 128 * 1024), (300, 512 * 1024), (512, CAPACITY), (9000, CAPACITY)],
+)
+def test_a_journal_is_a_small_part_of_its_file_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mebibytes: int, capacity: int
+) -> None:
+    real = os.statvfs(tmp_path)
+    fields = list(real[:10])
+    fields[1:3] = 4096, mebibytes * 256  # the unit, and how many of them there are
+    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result(fields))
+    pair = Pair(tmp_path)
+    try:
+        assert os.stat(pair.writer.path).st_size == 64 + capacity
+        assert not pair.writer.append(b"x" * (capacity // PART - OVERHEAD + 1))
+        for number in range(3 * PART):  # three times around
+            result = bytes([number]) * (capacity // PART - OVERHEAD)
+            assert pair.writer.append(result)
+            assert list(pair.reader.read()) == [result]
+            pair.writer.confirm(pair.reader.position)
+        pair.writer.append(b"x" * 1000)
+        appended = 1
+        while pair.writer.append(b"x" * 1000):
+            appended += 1
+        assert appended == (capacity - LARGEST_MARKER) // (1000 + OVERHEAD)
+        assert len(list(pair.reader.read())) == appended
+    finally:
+        pair.close()
+
+
 @pytest.mark.parametrize("before_the_end", range(1, OVERHEAD + 2))
 def test_the_end_of_the_ring_may_cut_an_entry_anywhere(pair: Pair, before_the_end: int) -> None:
     left = CAPACITY - before_the_end
@@ -316,7 +347,16 @@ def test_the_reader_refuses_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"zmqexjn1", bytes(64 + CAPACITY), b"zmqexjn0" + bytes(56 + CAPACITY)]
+    "content",
+    [
+        b"",
+        b"zmqexjn1",
+        bytes(64 + CAPACITY),
+        b"zmqexjn0" + bytes(56 + CAPACITY),
+        b"zmqexjn2" + bytes(56 + LEAST_CAPACITY - 1),
+        b"zmqexjn2" + bytes(56 + CAPACITY + 1),
+    ],
+    ids=["empty", "short", "zeros", "version", "too small", "too large"],
 )
 def test_the_reader_refuses_what_is_not_a_journal(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "file"
@@ -485,4 +525,3 @@ def test_no_interleaving_loses_or_repeats_a_result(
 def test_the_ring_is_a_whole_number_of_largest_entries() -> None:
     # Several tests above rely on it.
     assert CAPACITY % LARGEST_ENTRY == 0
-    assert journal_module.CAPACITY == 4 * LARGEST_ENTRY

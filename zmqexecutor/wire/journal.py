@@ -58,9 +58,13 @@ from collections.abc import Iterator
 __all__ = ["JournalReader", "JournalWriter"]
 
 CAPACITY = 1024 * 1024
-"""Bytes of results that may wait for confirmation."""
-LARGEST_ENTRY = CAPACITY // 4
-"""Results of more bytes than this are not kept; see `JournalWriter.append`."""
+"""Bytes of results that may wait for confirmation, where there is room."""
+LEAST_CAPACITY = 64 * 1024
+"""The same on a very small file system."""
+SHARE = 512
+"""What part of the file system a journal may be: containers often have 64 MiB for all."""
+PART = 4
+"""A result that takes more than one part of so many of the capacity is not kept."""
 LARGEST_MARKER = 128
 """Bytes for which there is always room; see `JournalWriter.mark`."""
 
@@ -83,6 +87,15 @@ def _checksum(result: bytes, position: int) -> int:
     return zlib.crc32(result, (position + 1) & 0xFFFFFFFF)
 
 
+def _capacity(directory: str) -> int:
+    status = os.statvfs(directory)
+    most = status.f_frsize * status.f_blocks // SHARE
+    capacity = CAPACITY
+    while capacity > max(most, LEAST_CAPACITY):
+        capacity //= 2
+    return capacity
+
+
 def _header(memory: mmap.mmap) -> tuple[memoryview[int], memoryview[float]]:
     """Its words as numbers, and as times."""
     with memoryview(memory) as whole, whole[:_HEADER] as header:
@@ -101,15 +114,17 @@ class JournalWriter:
         Raises:
             OSError: there is no room for it.
         """
+        self.capacity = _capacity(directory)
+        size = _HEADER + self.capacity
         descriptor, self.path = tempfile.mkstemp(prefix="journal-", dir=directory)
         try:
             # Reserve the space: a full file system must show here, as an error,
             # and not later, as a SIGBUS at the first write to a page.
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(descriptor, 0, _HEADER + CAPACITY)
+                os.posix_fallocate(descriptor, 0, size)
             else:
-                os.write(descriptor, bytes(_HEADER + CAPACITY))
-            self._map = mmap.mmap(descriptor, _HEADER + CAPACITY)
+                os.write(descriptor, bytes(size))
+            self._map = mmap.mmap(descriptor, size)
         except BaseException:
             os.unlink(self.path)
             raise
@@ -145,11 +160,12 @@ class JournalWriter:
 
     def append(self, result: bytes) -> bool:
         """Keep an encoded result, and say whether there was room for it."""
-        return self._append(result, LARGEST_ENTRY, CAPACITY - LARGEST_MARKER)
+        capacity = self.capacity
+        return self._append(result, capacity // PART, capacity - LARGEST_MARKER)
 
     def mark(self, marker: bytes) -> None:
         """Note a result that is only in a message; until that is confirmed, no other follows."""
-        if not self._append(marker, LARGEST_MARKER, CAPACITY):
+        if not self._append(marker, LARGEST_MARKER, self.capacity):
             raise ValueError("a result follows one that was not confirmed")
 
     def _append(self, result: bytes, largest: int, capacity: int) -> bool:
@@ -166,8 +182,8 @@ class JournalWriter:
         self._confirmed = max(self._confirmed, min(position, self.position))
 
     def _write(self, position: int, data: bytes) -> None:
-        start = position % CAPACITY
-        first = min(len(data), CAPACITY - start)
+        start = position % self.capacity
+        first = min(len(data), self.capacity - start)
         self._map[_HEADER + start : _HEADER + start + first] = data[:first]
         if first < len(data):
             self._map[_HEADER : _HEADER + len(data) - first] = data[first:]
@@ -201,9 +217,10 @@ class JournalReader:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
                 raise PermissionError(f"{path} is not a file of this user")
-            if status.st_size != _HEADER + CAPACITY:
+            self._capacity = status.st_size - _HEADER
+            if not LEAST_CAPACITY <= self._capacity <= CAPACITY:
                 raise ValueError(f"{path} is not a journal of this version")
-            self._map = mmap.mmap(descriptor, _HEADER + CAPACITY)
+            self._map = mmap.mmap(descriptor, status.st_size)
         finally:
             os.close(descriptor)
         if self._map[: len(_MAGIC)] != _MAGIC:
@@ -252,7 +269,7 @@ class JournalReader:
         """The encoded results after `position`, which moves as they are taken."""
         start = self.position
         size = self._words[_END] - start
-        if not 0 < size <= CAPACITY:
+        if not 0 < size <= self._capacity:
             return
         data = self._bytes(start, size)
         at, head, unpack = 0, _entry.size, _entry.unpack_from
@@ -267,8 +284,8 @@ class JournalReader:
             at = end
 
     def _bytes(self, position: int, size: int) -> bytes:
-        start = position % CAPACITY
-        first = min(size, CAPACITY - start)
+        start = position % self._capacity
+        first = min(size, self._capacity - start)
         data = self._map[_HEADER + start : _HEADER + start + first]
         if first < size:
             data += self._map[_HEADER : _HEADER + size - first]
