@@ -208,7 +208,13 @@ class TestRealDeaths:
     ) -> None:
         """With a file for the kernel's count; to run out of memory is not for a test."""
         count = tmp_path / "count"
-        count.write_text("5")
+
+        def set_count(kills: int) -> None:
+            new = count.with_suffix(".new")
+            new.write_text(str(kills))
+            new.replace(count)  # the supervisor may read it at any time
+
+        set_count(5)
         run_in_supervisors(
             monkeypatch,
             "from zmqexecutor.supervision import group; "
@@ -216,11 +222,11 @@ class TestRealDeaths:
         )
         with ZmqExecutor(1) as executor:
             for kills, cause in ((5, "kill -9"), (6, "the kernel killed it")):
-                executor.submit(count.write_text, str(kills)).result(30)
+                executor.submit(set_count, kills).result(30)
                 error = executor.submit(os.kill, 0, signal.SIGKILL).exception(30)
                 assert isinstance(error, WorkerLostError)
                 assert cause in error.cause
-            count.write_text("7")
+            set_count(7)
             error = executor.submit(os.abort).exception(30)
             assert isinstance(error, WorkerLostError)
             assert "the kernel" not in error.cause
