@@ -25,7 +25,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog=f"Peers: {', '.join(PEERS)}. Workloads: {', '.join(w.name for w in WORKLOADS)}. "
         "Groups are named by the heads of their tables.",
     )
-    parser.add_argument("--quick", action="store_true", help="about two minutes")
+    parser.add_argument("--quick", action="store_true", help="less than two minutes")
     parser.add_argument("--scale", choices=SCALES, help="how much is done (default: full)")
     parser.add_argument(
         "--only",
@@ -108,11 +108,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     peers = [peer for peer in options.peers if peer not in missing]
     if not peers:
         sys.exit("none of these peers can run here: " + "; ".join(missing.values()))
-    scale = SCALES[options.scale]
-    about["run"] = (
-        f"{options.scale}, {options.workers} workers, {scale.rounds} rounds: median ± half of "
-        f"the range; {scale.cell:g} s for one peer in one workload, unless it has more"
-    )
     for peer, reason in missing.items():
         about[f"left out, {peer}"] = reason
     if options.scale == "quick" and any(PEERS[name].heavy for name in set(PEERS) - set(peers)):
@@ -121,6 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{', '.join(heavy)} (they start servers; name them in --only)"
         )
     samples = measure.run(peers, options.workloads, options.scale, options.workers, show_progress)
+    about["run"] = (
+        f"{options.scale}, {options.workers} workers, rounds: {samples.rounds}, "
+        "median ± half of the range; "
+        f"{SCALES[options.scale].cell:g} s for one peer in one workload, unless it has more"
+    )
     found = report.tables(samples, peers, options.workloads)
     about["took"] = f"{time.perf_counter() - start:.0f} s"
     for key, content in about.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -20,7 +21,8 @@ class Scale:
     """How much is done.
 
     Attributes:
-        rounds: how often all is repeated.
+        rounds: how often all is repeated, at most.
+        patience: seconds after which no further round begins.
         slow_rounds: the same, for workloads that take long.
         seconds: for how long a rate is taken, roughly; slow pools are given fewer tasks.
         submits: the most tasks of one rate.
@@ -33,6 +35,7 @@ class Scale:
     """
 
     rounds: int
+    patience: float
     slow_rounds: int
     seconds: float
     submits: int
@@ -45,9 +48,9 @@ class Scale:
 
 
 SCALES = {
-    "tiny": Scale(1, 1, 0.02, 50, 30, 0.01, 100, 2, 8, 1),
-    "quick": Scale(2, 1, 0.04, 5_000, 3, 0.05, 10_000, 4, 200, 10),
-    "full": Scale(3, 3, 0.6, 10_000, 20, 0.5, 1_000_000, 64, 1000, 100),
+    "tiny": Scale(1, 60, 1, 0.02, 50, 30, 0.01, 100, 2, 8, 1),
+    "quick": Scale(2, 65, 1, 0.04, 5_000, 3, 0.05, 10_000, 4, 200, 10),
+    "full": Scale(3, math.inf, 3, 0.6, 10_000, 20, 0.5, 1_000_000, 64, 1000, 100),
 }
 
 

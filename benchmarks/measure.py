@@ -42,12 +42,14 @@ class Samples:
         notes: peer, then workload: why there is no value.
         reasons: the same, at length.
         seconds: peer, then how long all of it took.
+        rounds: how many there were.
     """
 
     values: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     notes: dict[str, dict[str, str]] = field(default_factory=dict)
     reasons: dict[str, dict[str, str]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    rounds: int = 0
 
     def add(self, peer: str, workload: Workload, reply: dict[str, Any]) -> None:
         for key, value in reply.get("figures", {}).items():
@@ -144,7 +146,11 @@ def run(
     """Take every figure, once in each round."""
     scale = SCALES[scale_name]
     samples = Samples()
+    begin = time.perf_counter()
     for number in range(scale.rounds):
+        if time.perf_counter() - begin > scale.patience:
+            break  # a slow machine
+        samples.rounds += 1
         shift = number % len(peers)
         for peer in [*peers[shift:], *peers[:shift]]:
             todo = [
