@@ -23,7 +23,7 @@ class Scale:
     Attributes:
         rounds: how often all is repeated, at most.
         patience: seconds after which no further round begins.
-        slow_rounds: the same, for workloads that take long.
+        slow_rounds: how often what takes long is repeated, at most.
         seconds: for how long a rate is taken, roughly; slow pools are given fewer tasks.
         submits: the most tasks of one rate.
         cell: the time limit of one peer in one workload, in seconds.
