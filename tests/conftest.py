@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from zmqexecutor import Workers, ZmqExecutor
-from zmqexecutor.supervision import supervisor_link
+from zmqexecutor.supervision import supervisor_process
 from zmqexecutor.system import directories
 
 DEADLINE = 15.0
@@ -45,9 +45,9 @@ def eventually(condition: Callable[[], object], timeout: float = DEADLINE) -> bo
 
 def run_in_supervisors(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     """Have every supervisor run this before anything of ours but the module search path."""
-    head, ours, tail = supervisor_link._BOOT.partition("from zmqexecutor.")
+    head, ours, tail = supervisor_process._BOOT.partition("from zmqexecutor.")
     escaped = repr(code).replace("{", "{{").replace("}", "}}")
-    monkeypatch.setattr(supervisor_link, "_BOOT", f"{head}exec({escaped}); {ours}{tail}")
+    monkeypatch.setattr(supervisor_process, "_BOOT", f"{head}exec({escaped}); {ours}{tail}")
 
 
 def start_without_template(monkeypatch: pytest.MonkeyPatch) -> None:

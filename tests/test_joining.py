@@ -26,7 +26,7 @@ from zmqexecutor import (
     WorkerLostError,
     ZmqExecutor,
 )
-from zmqexecutor import executor as executor_module
+from zmqexecutor import pool as pool_module
 from zmqexecutor.wire import protocol
 
 from .conftest import eventually
@@ -268,7 +268,7 @@ def test_a_cancelled_task_that_no_worker_has_seen_keeps_nobody(endpoint: str) ->
     future = executor.submit(abs, -1)
     executor.shutdown(wait=False)
     assert future.cancel()
-    assert executor._master.join(60)
+    assert executor._pool.master.join(60)
 
 
 # ------------------------------------------------------------ special workers
@@ -291,7 +291,7 @@ def test_nobody_is_special_enough(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(executor_module, "PATIENCE", 0.2)
+    monkeypatch.setattr(pool_module, "PATIENCE", 0.2)
     with ZmqExecutor(1, endpoint=endpoint) as executor:
         future = executor.options(service="gpu").submit(abs, -1)
         assert executor.submit(abs, -2).result(60) == 2

@@ -23,19 +23,19 @@ SOURCES = {
 # Each module may import those before it; the folders are layers, and so are their modules.
 LAYERS = """
     : worker_errors errors
-    system: machine memory limits interpreter directories
+    system: machine memory limits interpreter directories shutdown
     : keys
-    wire: protocol codecs wakeup journal shortcuts security handshakes filling
+    wire: liveness protocol codecs wakeup journal shortcuts security handshakes filling
         buffers
     payload: namespaces byvalue shares bulk picklers bindings packing proofs definitions
         values failures serialization inheritance setups
     worker: handler targets registration worker calls
     supervision: terminal last_words prctl template launch process group supervisor
-        supervisor_boot supervisor_link workers
+        supervisor_boot supervisor_process supervisor_link workers
     master: lean queues lanes scheduler tasks retries certificate fleet gatekeeper channels
         peers offers recalls stops roster dispatch attendance clients inbox coordinator loop
         master
-    : jobrunner futures mapping executor client
+    : jobrunner futures mapping settings opening pool executor client
     commands: references circus_ini reports exits worker_commands client_commands
         keygen_command
     : __init__
@@ -91,7 +91,7 @@ MAY_PICKLE = {
 }
 SUPERVISION = {"circus", "tornado"}
 MAY_SUPERVISE = {"supervision.process", "supervision.group", "supervision.supervisor"}
-FACES = {"jobrunner", "executor", "futures", "mapping", "client"}
+FACES = {"jobrunner", "executor", "settings", "opening", "pool", "futures", "mapping", "client"}
 NOT_FOR_WORKERS = {
     module
     for module in MODULES
@@ -248,6 +248,12 @@ def test_the_package_alone_loads_none_of_its_modules() -> None:
 def test_a_public_name_loads_no_circus_tornado_or_numpy(name: str) -> None:
     loaded = loaded_by(f"import {PACKAGE}; {PACKAGE}.{name}")
     assert not loaded & {"circus", "tornado", "numpy"}
+
+
+def test_an_executor_can_be_imported_without_what_takes_long() -> None:
+    """Its supervisor is started by then, and imports it at the same time as the program does."""
+    loaded = loaded_by(f"from {PACKAGE} import ZmqExecutor")
+    assert not loaded & {"zmq", "msgspec", "cloudpickle", "multiprocessing", "asyncio", "inspect"}
 
 
 def test_every_public_name_can_be_had() -> None:

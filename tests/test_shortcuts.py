@@ -232,7 +232,7 @@ def test_a_pool_without_short_cuts_does_the_same(
     lines = [line for name, line in code.items() if missing in (name, "both")]
     start_without_template(monkeypatch)
     monkeypatch.setattr(
-        "zmqexecutor.executor.boot_code",
+        "zmqexecutor.pool.boot_code",
         lambda path, main: "\n".join(
             [
                 f"import sys; sys.path[:] = {list(path)!r}",
@@ -280,7 +280,7 @@ def keep_the_interpreter(seconds: int) -> int:
 def test_no_result_waits_for_a_long_job_behind_it(attempt: int) -> None:
     with ZmqExecutor(1) as executor:
         list(executor.map(keep_the_interpreter, [0] * 200, timeout=60))
-        (peer,) = executor._master._coordinator.attendance._ready.values()
+        (peer,) = executor._pool.master._coordinator.attendance._ready.values()
         state = peer.state
         assert state is not None
         os.kill(peer.hello.pid, signal.SIGSTOP)

@@ -1,50 +1,38 @@
-"""`ZmqExecutor`: a drop-in replacement for `ProcessPoolExecutor`."""
+"""`ZmqExecutor`: a drop-in ProcessPoolExecutor.
+
+It checks what it is asked for, starts a supervisor process, and has its engine (`pool`) opened
+meanwhile. What is imported here has to be there before the supervisor can start: only that,
+and nothing that takes long.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-import threading
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
-import msgspec
-
-from .errors import BrokenPoolError, ForkedExecutorError, SerializationError
 from .futures import TaskFuture
 from .mapping import MappingExecutor
-from .master.attendance import check_wait
-from .master.channels import LOST_AFTER, Entrance, joining_entrance
-from .master.coordinator import MasterOptions
-from .master.master import Master
-from .master.peers import WorkerInfo
-from .master.tasks import PLAIN, Task, TaskOptions, make_options
-from .payload.definitions import Definition
-from .payload.inheritance import inheritable
-from .payload.serialization import CallPickler
-from .payload.setups import Initializer, Setup, boot_code, call_service, main_of_workers
-from .payload.shares import Share, SharedObject
-from .supervision.workers import Workers
+from .opening import Opening
+from .settings import PoolSettings
+from .supervision.supervisor_process import SupervisorProcess
 from .system import interpreter
-from .system.directories import PrivateDirectory
-from .system.interpreter import python_command, start_path
-from .system.limits import check_rlimits
-from .system.machine import usable_cpus
-from .wire import security
-from .wire.buffers import Segments
-from .wire.protocol import CALLS
+from .wire.liveness import LOST_AFTER
 
 if TYPE_CHECKING:
     from .keys import Keys
+    from .master.peers import WorkerInfo
+    from .master.tasks import TaskOptions
+    from .payload.definitions import Definition
+    from .payload.shares import SharedObject
+    from .pool import Pool
 
 __all__ = ["ExecutorView", "ZmqExecutor"]
-
-PATIENCE = 10.0
-"""Seconds after which it is said that tasks wait for workers that nobody has started."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -121,7 +109,8 @@ class ZmqExecutor(MappingExecutor):
                 address cannot be used.
             TypeError: an argument has the wrong type.
             SerializationError: the initializer or its arguments cannot be pickled.
-            OSError: there is no place for the pool's private directory.
+            OSError: there is no place for the pool's private directory. The first executor of
+                a program is opened while this has returned; then `submit` raises it.
             RuntimeError: executors are nested too deep.
         """
         if interpreter.depth >= interpreter.DEEPEST:
@@ -131,99 +120,29 @@ class ZmqExecutor(MappingExecutor):
                 "then imports the module too. Make the executor in a function, or below "
                 "`if __name__ == '__main__':`"
             )
-        self._max_workers = _check_max_workers(max_workers, endpoint)
-        joining = None
-        if endpoint is not None:
-            access = security.Access.decide(
-                endpoint,
-                "master",
-                keys,
-                allow_plaintext_tcp_from_anyone=allow_plaintext_tcp_from_anyone,
-                allow_plaintext_loopback=False,
-            )
-            joining = joining_entrance(endpoint, work_address, lost_after, access)
-        elif work_address is not None:
-            raise ValueError("work_address is the second address of an endpoint: give that too")
-        elif keys is not None or allow_plaintext_tcp_from_anyone:
-            raise ValueError("keys are for an endpoint on tcp://: give that too")
-        if initializer is not None and not callable(initializer):
-            raise TypeError("initializer must be a callable")
-        if max_tasks_per_child is not None:
-            if not isinstance(max_tasks_per_child, int):
-                raise TypeError("max_tasks_per_child must be an integer")
-            if max_tasks_per_child <= 0:
-                raise ValueError("max_tasks_per_child must be >= 1")
-        if max_worker_memory is not None:
-            if isinstance(max_worker_memory, bool) or not isinstance(max_worker_memory, int):
-                raise TypeError("max_worker_memory must be an integer, in bytes")
-            if max_worker_memory <= 0:
-                raise ValueError("max_worker_memory must be > 0 bytes")
-        self._max_worker_memory = max_worker_memory or 0
-        rlimits = check_rlimits(worker_rlimits)
-        self._pickler = CallPickler()
-        self._pickler.packer.elsewhere = endpoint is not None
-        self._lock = threading.RLock()  # a finalizer or a signal handler may submit, too
-        self._closed = False
-        self._pid = os.getpid()
+        settings = PoolSettings.checked(
+            max_workers,
+            initializer=initializer,
+            initargs=initargs,
+            max_tasks_per_child=max_tasks_per_child,
+            max_worker_memory=max_worker_memory,
+            worker_rlimits=worker_rlimits,
+            endpoint=endpoint,
+            work_address=work_address,
+            lost_after=lost_after,
+            keys=keys,
+            allow_plaintext_tcp_from_anyone=allow_plaintext_tcp_from_anyone,
+        )
         # Workers that start later look in this process for what these are made of.
         self._initargs = initargs
-        self._initializer = _pack_initializer(self._pickler, initializer, initargs)
-        self._pickler.clear()  # from now on there may be segments
-        self._equipped = False
-        if joining is not None:
-            setup = Setup.for_others(self._initializer, max_memory=self._max_worker_memory)
-            joining = msgspec.structs.replace(
-                joining,
-                setup=msgspec.msgpack.encode(setup),
-                python=".".join(map(str, sys.version_info[:2])),
-            )
-        options = MasterOptions(
-            [joining] if joining else [],
-            max_workers=self._max_workers,
-            service=CALLS,
-            allowance=max_tasks_per_child,
-            patience=PATIENCE if joining else None,
-            lenient=True,
-            finish_at_exit=True,
-        )
-        self._joinable = joining is not None
-        if self._max_workers:
-            self._master = self._with_group(options, rlimits or {})
-        else:
-            self._decode = CallPickler().load
-            self._master = Master(options, cleanup=self._pickler.clear)
-        self._master.start()
-        self._master_reference = weakref.ref(self._master)
-        self._pickler.packer.on_share = partial(_look_after, self._master_reference)
-        # A forgotten executor's workers finish what is pending, and go away.
-        weakref.finalize(self, self._master.close).atexit = False
+        self._max_workers = settings.max_workers
+        self._joinable = endpoint is not None
+        self._opening = _open(settings)
 
-    def _with_group(self, options: MasterOptions, rlimits: dict[str, int]) -> Master:
-        """The master of a pool that has workers of its own, in a private directory."""
-        directory = PrivateDirectory()
-        segments = self._pickler.packer.segments = Segments.create(directory.path)
-        self._decode = CallPickler(segments).load
-        endpoint = f"ipc://{directory.path}/control"
-        work = f"ipc://{directory.path}/work"
-        bell = f"{directory.path}/bell"
-        own = Entrance(endpoint, work, setup=None, group_only=True, bell=bell)
-        main = main_of_workers(endpoint, directory.path, rlimits)
-        group = Workers(
-            python_command("-c", boot_code(start_path(), main)),
-            1,
-            directory=directory.path,
-            remove_directory=True,
-            rlimits=rlimits,
-        )
-        if not rlimits:  # some of them count from a program's start
-            group.preloaded = main
-        return Master(
-            msgspec.structs.replace(
-                options, entrances=[own, *options.entrances], segments=segments
-            ),
-            group,
-            cleanup=partial(_clean_up, self._pickler, directory),
-        )
+    @property
+    def _pool(self) -> Pool:
+        """The engine; it is waited for."""
+        return self._opening.result()
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> TaskFuture[T]:
         """Schedule `fn(*args, **kwargs)` in a worker, and return its future.
@@ -235,7 +154,7 @@ class ZmqExecutor(MappingExecutor):
             BrokenPoolError: the pool cannot run tasks any more.
             ForkedExecutorError: the executor was made before this process was forked.
         """
-        return self._submit(PLAIN, fn, args, kwargs)
+        return self._submit(fn, args, kwargs)
 
     def options(
         self,
@@ -275,6 +194,9 @@ class ZmqExecutor(MappingExecutor):
             TypeError: an argument has the wrong type.
             ValueError: an argument is out of range.
         """
+        from .master.tasks import make_options
+        from .payload.setups import call_service
+
         options = make_options(
             timeout, retries, retry_on, retry_delay, priority, name, kill_on_cancel, service
         )
@@ -301,79 +223,25 @@ class ZmqExecutor(MappingExecutor):
             SerializationError: it cannot be pickled.
             RuntimeError, BrokenPoolError, ForkedExecutorError: as `submit`.
         """
-        self._check_open()
-        share = self._pickler.dump_share(obj)
-        _look_after(self._master_reference, share)
-        return SharedObject(share, obj)
+        return self._pool.share(obj)
 
-    def _submit(
-        self,
-        options: TaskOptions,
-        fn: Callable[..., T],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        made: list[Definition] | None = None,
-    ) -> TaskFuture[T]:
-        self._check_open()
-        future: TaskFuture[T] = TaskFuture()
-        try:
-            call = self._pickler.dump_call(fn, args, kwargs, made)
-        except SerializationError as error:
-            future.set_exception(error)
-            return future
-        task = Task(
-            kind=call.shared.key,
-            size=len(call.data) if not call.buffers else call.nbytes,
-            priority=options.priority,
-            service=call_service(options.service) if options.service else CALLS,
-            future=future,
-            data=call.data,
-            decode=self._decode,
-            name=options.name or getattr(fn, "__qualname__", None) or type(fn).__name__,
-            shared=call.shared,
-            buffers=call.buffers,
-            lease=call.lease,
-            shares=call.shares,
-            options=options,
-        )
-        with self._lock:
-            if self._closed:
-                self._check_open()
-            if not self._equipped:
-                self._equip()
-            # Not before: of a task that is refused the future must keep nothing.
-            future.belongs_to(self._master_reference, task)
-            self._master.submit(task)
-        return future
+    def _submit(self, *call: Any, **others: Any) -> TaskFuture[Any]:
+        """Called once: from then on the engine's own method is in its place."""
+        submit = vars(self)["_submit"] = self._pool.submit
+        return submit(*call, **others)
 
     def _submitter(self, fn: Callable[..., T], *, same: bool) -> Callable[..., Future[T]]:
         bound: Any = self.submit
         ours = getattr(bound, "__func__", None) is _SUBMIT and bound.__self__ is self
         if not ours:  # somebody has put theirs in its place
             return super()._submitter(fn, same=same)
-        return self._submitter_with(PLAIN, fn, same)
+        return self._submitter_with(fn, same)
 
     def _submitter_with(
-        self, options: TaskOptions, fn: Callable[..., T], same: bool
+        self, fn: Callable[..., T], same: bool, *options: TaskOptions
     ) -> Callable[..., Future[T]]:
         made: list[Definition] | None = [] if same else None
-        return lambda *args: self._submit(options, fn, args, {}, made)
-
-    def _equip(self) -> None:
-        """Have workers prepare for the first task.
-
-        Not before: as with the standard library, what the program changes up to its first
-        task (sys.path, directory, environment) is seen there.
-        """
-        if self._equipped:
-            return
-        setup = Setup.of_this_process(
-            self._initializer,
-            segments=self._pickler.packer.segments is not None,
-            max_memory=self._max_worker_memory,
-        )
-        self._master.equip(msgspec.msgpack.encode(setup))
-        self._equipped = True
+        return lambda *args: self._submit(fn, args, {}, *options, made=made)
 
     def wait_for_workers(self, number: int, timeout: float | None = None) -> None:
         """Return when at least so many workers are ready, of all kinds.
@@ -391,21 +259,12 @@ class ZmqExecutor(MappingExecutor):
             TypeError: an argument has the wrong type.
             RuntimeError, BrokenPoolError, ForkedExecutorError: as `submit`.
         """
-        check_wait(number, timeout)
-        if number > self._max_workers and not self._joinable:
-            raise ValueError(
-                f"this pool has at most {self._max_workers} workers (max_workers), and no "
-                f"endpoint where others can join; {number} will never be there"
-            )
-        with self._lock:
-            self._check_open()
-            self._equip()
-        self._master.wait_for_workers(number, timeout)
+        self._pool.wait_for_workers(number, timeout)
 
     @property
     def workers(self) -> Sequence[WorkerInfo]:
         """The workers that are ready, oldest first."""
-        return self._master.workers
+        return self._pool.workers
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more tasks, and end the workers when the pending ones are done.
@@ -416,13 +275,8 @@ class ZmqExecutor(MappingExecutor):
             cancel_futures: cancel the tasks that have not been sent to a worker, and
                 try none again that fails or has failed.
         """
-        if self._pid != os.getpid():
-            return
-        with self._lock:
-            self._closed = True
-            self._master.close(cancel=cancel_futures)
-        if wait:
-            self._master.join()
+        if (pool := self._opening.result_or_none()) is not None:
+            pool.shutdown(wait=wait, cancel_futures=cancel_futures)
 
     def terminate_workers(self) -> None:
         """Shut down now: cancel what is queued, and end the workers by SIGTERM.
@@ -430,21 +284,23 @@ class ZmqExecutor(MappingExecutor):
         Returns at once. Tasks that were running fail with BrokenPoolError. Workers
         that do not heed SIGTERM within seconds are killed.
         """
-        self._abort(BrokenPoolError("terminate_workers() ended the worker of this task"))
+        self._end_workers("terminate_workers")
 
     def kill_workers(self) -> None:
         """Shut down now: cancel what is queued, and end the workers by SIGKILL.
 
         Returns at once. Tasks that were running fail with BrokenPoolError.
         """
-        self._abort(BrokenPoolError("kill_workers() ended the worker of this task"), kill=True)
+        self._end_workers("kill_workers", kill=True)
 
-    def _abort(self, reason: BaseException, *, kill: bool = False) -> None:
-        if self._pid != os.getpid():
-            return
-        with self._lock:
-            self._closed = True
-            self._master.abort(reason, kill=kill)
+    def _end_workers(self, name: str, *, kill: bool = False) -> None:
+        from .errors import BrokenPoolError
+
+        self._abort(BrokenPoolError(f"{name}() ended the worker of this task"), kill=kill)
+
+    def _abort(self, reason: BaseException, *, wait: bool = False, kill: bool = False) -> None:
+        if (pool := self._opening.result_or_none()) is not None:
+            pool.abort(reason, wait=wait, kill=kill)
 
     def __exit__(
         self,
@@ -454,24 +310,10 @@ class ZmqExecutor(MappingExecutor):
     ) -> bool | None:
         if exc_type is not None and issubclass(exc_type, KeyboardInterrupt):
             # Whoever pressed Ctrl-C does not want to wait for what was running.
-            self._abort(exc or KeyboardInterrupt())
-            self._master.join()
+            self._abort(exc or KeyboardInterrupt(), wait=True)
         else:
             self.shutdown(wait=True)
         return None
-
-    def _check_open(self) -> None:
-        if self._pid != os.getpid():
-            raise ForkedExecutorError(
-                "this executor belongs to the process that made it, not to its forked child; "
-                "make a new one in the child"
-            )
-        if self._master.broken:
-            raise BrokenPoolError(self._master.broken)
-        if self._closed:
-            raise RuntimeError("cannot schedule new futures after shutdown")
-        if self._master.exiting:
-            raise RuntimeError("cannot schedule new futures after interpreter shutdown")
 
 
 _SUBMIT: Final = ZmqExecutor.submit
@@ -490,14 +332,15 @@ class ExecutorView(MappingExecutor):
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> TaskFuture[T]:
         """As `ZmqExecutor.submit`, with the options of this view."""
-        return self._executor._submit(self._options, fn, args, kwargs)
+        return self._executor._submit(fn, args, kwargs, self._options)
 
     def _submitter(self, fn: Callable[..., T], *, same: bool) -> Callable[..., Future[T]]:
-        return self._executor._submitter_with(self._options, fn, same)
+        return self._executor._submitter_with(fn, same, self._options)
 
     def options(self, **changes: Any) -> ExecutorView:
         """Return a view that has these options (see `ZmqExecutor.options`) and its own others."""
-        return self._executor.options(**{**msgspec.structs.asdict(self._options), **changes})
+        mine = {name: getattr(self._options, name) for name in self._options.__struct_fields__}
+        return self._executor.options(**{**mine, **changes})
 
     def share(self, obj: T) -> SharedObject[T]:
         """As `ZmqExecutor.share`; the handle is good for the pool and all its views."""
@@ -508,40 +351,29 @@ class ExecutorView(MappingExecutor):
         self._executor.shutdown(wait, cancel_futures=cancel_futures)
 
 
-def _clean_up(pickler: CallPickler, directory: PrivateDirectory) -> None:
-    pickler.clear()
-    directory.close()
+def _open(settings: PoolSettings) -> Opening[Pool]:
+    """Have the engine opened, by a thread if its modules have to be imported first.
+
+    That takes three times as long as all the rest, and as long as the supervisor takes to import
+    its own. With arguments that only the engine can check it is waited for.
+    """
+    supervisor = None
+    if settings.max_workers:
+        preload = "" if settings.worker_rlimits else "zmqexecutor.worker.calls"
+        with suppress(OSError, RuntimeError):  # the engine tries again, and tells of it
+            supervisor = SupervisorProcess(preload)
+    loaded = "zmqexecutor.pool" in sys.modules
+    return Opening(
+        partial(_make_pool, settings, supervisor),
+        at_once=loaded or settings.initializer is not None or settings.endpoint is not None,
+    )
 
 
-def _look_after(master: weakref.ref[Master], share: Share) -> None:
-    """Have the workers told when nobody needs it any more."""
-    weakref.finalize(share, _forget, master, share.key).atexit = False
-
-
-def _forget(master: weakref.ref[Master], key: bytes) -> None:
-    if (found := master()) is not None:
-        found.forget_share(key)
-
-
-def _check_max_workers(max_workers: int | None, endpoint: str | None) -> int:
-    if max_workers is None:
-        return usable_cpus()
-    if not isinstance(max_workers, int):
-        raise TypeError(f"max_workers must be an integer, not {type(max_workers).__name__}")
-    if max_workers == 0 and endpoint is not None:
-        return 0
-    if max_workers <= 0:
-        raise ValueError("max_workers must be greater than 0")
-    return max_workers
-
-
-def _pack_initializer(
-    pickler: CallPickler, initializer: Callable[..., object] | None, initargs: tuple[Any, ...]
-) -> Initializer | None:
-    if initializer is None:
-        return None
-    with inheritable():
-        call = pickler.dump_call(initializer, tuple(initargs), {})
-    buffers = [bytes(buffer) for buffer in call.buffers]
-    shares = [(share.key, share.contents(mapped=False)) for share in call.shares]
-    return Initializer(call.shared.key, call.shared.data, call.data, buffers, shares)
+def _make_pool(settings: PoolSettings, supervisor: SupervisorProcess | None) -> Pool:
+    try:
+        from .pool import Pool
+    except BaseException:
+        if supervisor is not None:
+            supervisor.discard()
+        raise
+    return Pool(settings, supervisor)

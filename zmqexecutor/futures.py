@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from .master.lean import LeanFuture
-from .master.master import Master
-from .master.tasks import Task
+
+if TYPE_CHECKING:
+    import weakref
+
+    from .master.master import Master
+    from .master.tasks import Task
 
 __all__ = ["TaskFuture"]
 

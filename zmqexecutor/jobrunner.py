@@ -14,13 +14,14 @@ import msgspec
 
 from .errors import BrokenPoolError, ForkedExecutorError, JobFailedError, TaskTimeoutError
 from .master.attendance import check_wait
-from .master.channels import LOST_AFTER, joining_entrance
+from .master.channels import joining_entrance
 from .master.coordinator import MasterOptions
 from .master.lean import LeanFuture
 from .master.master import Master
 from .master.peers import WorkerInfo
 from .master.tasks import Task
 from .wire import codecs, security
+from .wire.liveness import LOST_AFTER
 from .wire.protocol import DEFAULT_SERVICE, Frame, Result
 
 if TYPE_CHECKING:

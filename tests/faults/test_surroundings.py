@@ -156,7 +156,9 @@ def test_whatever_the_umask(umask: int) -> None:
     try:
         with ZmqExecutor(1) as executor:
             assert executor.submit(os.umask, 0o022).result(60) == umask
-            directory = executor._master._loop._options.entrances[0].endpoint.removeprefix("ipc://")
+            directory = executor._pool.master._loop._options.entrances[0].endpoint.removeprefix(
+                "ipc://"
+            )
             mode = stat.S_IMODE(os.stat(os.path.dirname(directory)).st_mode)
             assert executor.submit(pow, 2, 2).result(60) == 4
     finally:
@@ -202,7 +204,7 @@ def test_the_clock_on_the_wall_is_for_people_and_files() -> None:
 FEW = """
     import os, resource, sys, time
     from zmqexecutor import ZmqExecutor, WorkerLostError
-    import zmqexecutor.executor
+    import zmqexecutor.pool
     def die(): os._exit(3)
     if __name__ == "__main__":
         highest = max(map(int, os.listdir("/proc/self/fd")))
@@ -253,7 +255,7 @@ NONE_LEFT = """
             take()  # also those of the worker that has died
             queued = pool.submit(os.getpid)
             deadline = time.monotonic() + 60
-            while pool._master._coordinator.fleet._look_at is None:
+            while pool._pool.master._coordinator.fleet._look_at is None:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
             try:

@@ -14,19 +14,18 @@ import zmq
 from ..errors import ProtocolError
 from ..system import directories
 from ..wire import protocol, security
+from ..wire.liveness import LOST_AFTER
 from ..wire.protocol import Frame
 
 if TYPE_CHECKING:
     from .gatekeeper import Gatekeeper
 
-__all__ = ["LOST_AFTER", "Channels", "Entrance", "joining_entrance"]
+__all__ = ["Channels", "Entrance", "joining_entrance"]
 
 logger = logging.getLogger(__name__)
 
 MESSAGES_PER_STEP: Final = 256
 """Messages read from one socket before the others have their turn."""
-LOST_AFTER: Final = security.LOST_AFTER
-"""Default of `Entrance.lost_after`."""
 LARGEST_CONTROL_MESSAGE: Final = 1024 * 1024
 """Bytes; who sends more is disconnected."""
 

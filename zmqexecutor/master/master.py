@@ -15,12 +15,12 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError
 
 from ..errors import BrokenPoolError
+from ..system.shutdown import end_before_exit
 from .coordinator import MasterOptions
 from .fleet import Group
 from .loop import Loop
@@ -81,7 +81,7 @@ class Master:
             except RuntimeError:
                 self._loop.close()
                 raise
-            _running.add(self)
+            end_before_exit(self)
             self._loop.opened.result()
         except BaseException:  # an interrupt, perhaps, while the thread starts or when it runs
             self._inbox.call(lambda: self._coordinator.close_when_done(cancel=False))
@@ -175,16 +175,3 @@ class Master:
 def _interrupted() -> bool:
     """Whether the program ends because of Ctrl-C, after which nobody wants to wait."""
     return getattr(sys, "last_type", None) is KeyboardInterrupt and not hasattr(sys, "ps1")
-
-
-_running: weakref.WeakSet[Master] = weakref.WeakSet()
-
-
-def _end_all() -> None:
-    for master in list(_running):
-        master.end_at_exit()
-
-
-# Before the interpreter waits for threads, as concurrent.futures does it; what
-# `atexit` offers comes too late to finish work that needs threads.
-threading._register_atexit(_end_all)  # type: ignore[attr-defined]

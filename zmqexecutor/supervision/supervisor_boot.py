@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib
 import os
 import select
 import signal
@@ -29,12 +30,14 @@ __all__ = ["main"]
 _PEEK = 65536
 
 
-def main(fd: int, parent: int) -> Callable[[], object]:
+def main(fd: int, parent: int, preload: str = "") -> Callable[[], object]:
     """Be the supervisor, which never returns.
 
     Args:
         fd: our end of the socket pair.
         parent: the process id of the user's process.
+        preload: a module that the template is going to need: imported while the parent makes
+            up its mind.
 
     Returns:
         In the processes that are forked from its template: what they have to do.
@@ -57,6 +60,9 @@ def main(fd: int, parent: int) -> Callable[[], object]:
         for ignored in (signal.SIGINT, signal.SIGHUP):
             signal.signal(ignored, lambda *_: None)
         link = _claim_link(fd)
+        if preload:
+            with contextlib.suppress(Exception):  # each process will tell, when it needs it
+                importlib.import_module(preload)
         if line := _read_line(link, parent):
             config = msgspec.json.decode(line, type=Configure)
             template = make_template(config.preloaded, link) if config.preloaded else None

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-import weakref
 from typing import Final, TypeAlias
 
 import msgspec
 
-from ..system.interpreter import python_command, start_path
 from ..wire.protocol import Configure, FromSupervisor, GroupFailed, Reaped, Spawned, ToSupervisor
+from .supervisor_process import SupervisorProcess, signal_leader
 
 __all__ = ["SEND_TIMEOUT", "TERM_GRACE", "Event", "SupervisorLink"]
 
@@ -27,17 +24,17 @@ SEND_TIMEOUT: Final = 10.0
 
 Event: TypeAlias = Spawned | Reaped | GroupFailed
 
-_BOOT = (
-    "import sys; sys.path[:] = {path}; "
-    "from zmqexecutor.system import interpreter; interpreter.depth = interpreter.DEEPEST; "
-    "from zmqexecutor.supervision.supervisor_boot import main; main({fd}, {parent})()"
-)
-
 
 class SupervisorLink:
-    """One supervisor process and our end of the socket pair to it."""
+    """One supervisor process, which has been told what to do, and the socket pair to it."""
 
-    def __init__(self, owner: object, config: Configure) -> None:
+    def __init__(self, config: Configure, supervisor: SupervisorProcess | None = None) -> None:
+        """Tell a supervisor what to do. It ends when this is dropped.
+
+        Args:
+            config: what it is to do.
+            supervisor: the process, if it has been started already.
+        """
         message = _encode(config)
         self.ended = False
         self.pids: set[int] = set()
@@ -46,18 +43,9 @@ class SupervisorLink:
         self._decoder = msgspec.json.Decoder(FromSupervisor)
         self._reading = threading.Lock()
         self._writing = threading.Lock()
-        self.socket, theirs = socket.socketpair()
-        try:
-            self.socket.setblocking(False)
-            self.process = _spawn(theirs)
-        except BaseException:
-            self.socket.close()
-            raise
-        finally:
-            theirs.close()
-        # When the group is dropped, or the interpreter ends, the supervisor sees the
-        # end of file and cleans up by itself.
-        self._drop = weakref.finalize(owner, _hang_up, self.socket, os.getpid())
+        self._supervisor = supervisor or SupervisorProcess()
+        self._supervisor.configured = True
+        self.socket, self.process = self._supervisor.socket, self._supervisor.popen
         try:
             self._send(message, SEND_TIMEOUT)
         except BaseException as error:
@@ -159,52 +147,18 @@ class SupervisorLink:
     def signal(self, signum: int) -> None:
         """Signal the supervisor."""
         if self.process.returncode is None:
-            _signal_leader(self.process.pid, signum)
+            signal_leader(self.process.pid, signum)
 
     def kill(self) -> None:
         """SIGKILL for the supervisor, before it starts more, then for its processes."""
         self.signal(signal.SIGKILL)
         for pid in tuple(self.pids):
-            _signal_leader(pid, signal.SIGKILL)
+            signal_leader(pid, signal.SIGKILL)
 
     def close(self) -> None:
         """Close our end of the link."""
         with self._reading:
-            self._drop()
-
-
-def _signal_leader(pid: int, signum: int) -> None:
-    """Signal a process that leads its session, as all of ours do.
-
-    A process that meanwhile got the id of one that has ended hardly does.
-    """
-    try:
-        if os.getsid(pid) == pid:
-            os.kill(pid, signum)
-    except (ProcessLookupError, PermissionError):
-        pass
-
-
-def _hang_up(link: socket.socket, owner: int) -> None:
-    """End the connection, though forked children may hold copies of the descriptor."""
-    if os.getpid() == owner:
-        try:
-            link.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the supervisor has ended
-    link.close()
-
-
-def _spawn(theirs: socket.socket) -> subprocess.Popen[bytes]:
-    """Start the supervisor with its end of the link."""
-    boot = _BOOT.format(path=ascii(start_path()), fd=theirs.fileno(), parent=os.getpid())
-    return subprocess.Popen(
-        python_command("-c", boot),
-        stdin=subprocess.DEVNULL,
-        pass_fds=[theirs.fileno()],
-        # A terminal's Ctrl-C and hang-up are for this program, which decides.
-        start_new_session=True,
-    )
+            self._supervisor.hang_up()
 
 
 def _encode(message: ToSupervisor) -> bytes:

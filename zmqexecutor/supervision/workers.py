@@ -29,6 +29,7 @@ from ..system.directories import PrivateDirectory
 from ..system.limits import check_rlimits
 from ..wire.protocol import Configure, GroupFailed, Preloaded, Quit, Scale
 from .supervisor_link import TERM_GRACE, Event, SupervisorLink
+from .supervisor_process import SupervisorProcess
 
 __all__ = ["Workers"]
 
@@ -60,6 +61,8 @@ class Workers:
 
     preloaded: Preloaded | None = None
     """What the command does, if its processes may be forked (see `template`)."""
+    supervisor: SupervisorProcess | None = None
+    """The first supervisor, if it has been started already."""
 
     def __init__(
         self,
@@ -346,7 +349,8 @@ class Workers:
             rlimits=self._rlimits,
             preloaded=self.preloaded,
         )
-        self._link = SupervisorLink(self, config)
+        supervisor, self.supervisor = self.supervisor, None
+        self._link = SupervisorLink(config, supervisor)
         self._closed = False
 
     def _wait_readable(self, timeout: float | None) -> None:

@@ -20,6 +20,7 @@ import msgspec
 import zmq
 
 from ..system.directories import IPC_PATH_LIMIT
+from .liveness import LOST_AFTER
 
 if TYPE_CHECKING:
     from ..keys import Keys
@@ -37,8 +38,6 @@ BACKLOG = 1024
 """Connections that may wait to be accepted: many workers may start at once."""
 INCOMING = 1000
 """Messages of one peer that wait to be read by a master."""
-LOST_AFTER = 10.0
-"""Seconds; see `socket`."""
 UNBIND_WAIT = 1000
 """Milliseconds within which ZeroMQ closes a port."""
 
