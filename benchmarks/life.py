@@ -16,27 +16,52 @@ from benchmarks import fakes, tasks
 from benchmarks.base import TWO, Bench, Figure, Figures, Workload, clock
 from benchmarks.peers import OURS, NotOfferedError, warm
 
+_PROGRAM = """
+from time import perf_counter as clock
+start = clock()
+{statement}
+imported = clock()
+pool = {making}
+made = clock()
+{calling}
+first = clock()
+{closing}
+print(imported - start, made - imported, first - imported, clock() - first)
+"""
 
-def _start(bench: Bench) -> Figures:
-    bench.peer.load()  # its import is a figure of its own
-    start = clock()
+
+def _program(bench: Bench) -> Figures:
+    """A program of one task, as a user starts it: nothing is imported yet."""
+    peer = bench.peer
+    program = _PROGRAM.format(
+        statement=peer.statement,
+        making=peer.making.format(workers=bench.workers),
+        calling=peer.calling,
+        closing=peer.closing,
+    )
+
+    def run() -> Figures:
+        start = clock()
+        done = subprocess.run(
+            [sys.executable, "-c", program], check=True, capture_output=True, text=True
+        )
+        whole = clock() - start
+        names = ("import", "constructor", "first", "shutdown")
+        seconds = map(float, done.stdout.split()[-len(names) :])
+        return {"whole": whole, **dict(zip(names, seconds, strict=True))}
+
+    run()  # reads the files from disk, and compiles them
+    return run()
+
+
+def _memory(bench: Bench) -> Figures:
     pool = bench.peer.make(bench.workers)
-    constructor = clock() - start
     try:
-        pool.call(tasks.nothing)
-        first = clock() - start
         warm(pool, bench.workers)
         resident, proportional = pool.call(tasks.memory)
+        return {"rss": resident / tasks.MIB, "pss": proportional / tasks.MIB}
     finally:
-        start = clock()
         pool.shutdown()
-    return {
-        "constructor": constructor,
-        "first": first,
-        "shutdown": clock() - start,
-        "rss": resident / tasks.MIB,
-        "pss": proportional / tasks.MIB,
-    }
 
 
 def _all_at_work(bench: Bench) -> Figures:
@@ -50,24 +75,6 @@ def _all_at_work(bench: Bench) -> Figures:
         return {"seconds": clock() - start - 0.1}
     finally:
         pool.shutdown()
-
-
-def _import_time(bench: Bench) -> Figures:
-    """In a fresh interpreter; neither its own start nor its end counts."""
-
-    def seconds() -> float:
-        program = (
-            "from time import perf_counter; start = perf_counter()\n"
-            f"{bench.peer.statement}\n"
-            "print(perf_counter() - start)"
-        )
-        run = subprocess.run(
-            [sys.executable, "-c", program], check=True, capture_output=True, text=True
-        )
-        return float(run.stdout.split()[-1])
-
-    seconds()  # reads the files from disk, and compiles them
-    return {"seconds": seconds()}
 
 
 def _recovery(bench: Bench) -> Figures:
@@ -190,23 +197,27 @@ SIMULATED = (2, 8, 64, 200, 1000)
 
 WORKLOADS = [
     Workload(
-        "import",
-        "Start",
-        (Figure("seconds", "import", "ms"),),
-        _import_time,
-        own_pool=True,
-    ),
-    Workload(
-        "start",
+        "program",
         "Start",
         (
+            Figure("import", "import", "ms"),
             Figure("constructor", "constructor", "ms"),
             Figure("first", "to first result", "ms"),
             Figure("shutdown", "shutdown", "ms"),
+            Figure("whole", "a program of one task", "ms"),
+        ),
+        _program,
+        own_pool=True,
+        cell=60,
+    ),
+    Workload(
+        "memory",
+        "Start",
+        (
             Figure("rss", "RSS of a worker", "MiB"),
             Figure("pss", "its share of it", "MiB"),
         ),
-        _start,
+        _memory,
         own_pool=True,
         cell=30,
     ),

@@ -265,6 +265,9 @@ class Peer:
         make: makes it with so many workers.
         distribution: what to install for it; empty for the standard library.
         statement: what a program imports to use it.
+        making: how it makes a pool: an expression, with `{workers}` for their number.
+        calling: how it has that `pool` do a task.
+        closing: how it closes the pool.
         start_method: of multiprocessing, if it needs a certain one.
         heavy: whether it starts servers, which takes seconds; `--quick` leaves it out.
         recycles: whether `make` takes `max_tasks_per_child`.
@@ -274,6 +277,9 @@ class Peer:
     make: Callable[..., Pool]
     distribution: str = ""
     statement: str = ""
+    making: str = ""
+    calling: str = "pool.submit(abs, -1).result()"
+    closing: str = "pool.shutdown()"
     start_method: str = ""
     heavy: bool = False
     recycles: bool = False
@@ -296,22 +302,82 @@ class Peer:
 
 _STANDARD = "import concurrent.futures.process"
 
+
+def _standard(method: str, **others: Any) -> Peer:
+    return Peer(
+        _make_standard(method),
+        statement=_STANDARD,
+        making="concurrent.futures.ProcessPoolExecutor("
+        f"{{workers}}, concurrent.futures.process.mp.get_context({method!r}))",
+        start_method=method,
+        **others,
+    )
+
+
+def _heavy(make: Callable[..., Pool], distribution: str, module: str) -> Peer:
+    """One that starts servers, and takes some lines to make."""
+    return Peer(
+        make,
+        distribution,
+        f"import {module}",
+        making=f"__import__('benchmarks.peers').peers.{make.__name__}({{workers}})",
+        calling="pool.call(__import__('benchmarks.tasks').tasks.nothing)",
+        heavy=True,
+    )
+
+
 OURS, BASE = "zmqexecutor", "fork"
 PEERS = {
-    OURS: Peer(_make_ours, "zmqexecutor", "from zmqexecutor import ZmqExecutor", recycles=True),
-    BASE: Peer(_make_standard("fork"), "", _STANDARD, "fork"),
-    "spawn": Peer(_make_standard("spawn"), "", _STANDARD, "spawn", recycles=True),
-    "forkserver": Peer(_make_standard("forkserver"), "", _STANDARD, "forkserver", recycles=True),
-    "mp.Pool": Peer(_make_multiprocessing, "", "import multiprocessing.pool", recycles=True),
-    "loky": Peer(_make_loky, "loky", "import loky"),
-    "joblib": Peer(_make_joblib, "joblib", "import joblib"),
-    "pebble": Peer(_make_pebble, "pebble", "import pebble", recycles=True),
-    "mpire": Peer(_make_mpire, "mpire", "import mpire"),
-    "executorlib": Peer(_make_executorlib, "executorlib", "import executorlib", heavy=True),
-    "dask": Peer(_make_dask, "distributed", "import distributed", heavy=True),
-    "ipyparallel": Peer(_make_ipyparallel, "ipyparallel", "import ipyparallel", heavy=True),
-    "parsl": Peer(_make_parsl, "parsl", "import parsl", heavy=True),
-    "ray": Peer(_make_ray, "ray", "import ray", heavy=True),
+    OURS: Peer(
+        _make_ours,
+        "zmqexecutor",
+        "from zmqexecutor import ZmqExecutor",
+        "ZmqExecutor({workers})",
+        recycles=True,
+    ),
+    BASE: _standard("fork"),
+    "spawn": _standard("spawn", recycles=True),
+    "forkserver": _standard("forkserver", recycles=True),
+    "mp.Pool": Peer(
+        _make_multiprocessing,
+        "",
+        "import multiprocessing.pool",
+        "multiprocessing.pool.Pool({workers})",
+        "pool.apply(abs, (-1,))",
+        "pool.close(); pool.join()",
+        recycles=True,
+    ),
+    "loky": Peer(_make_loky, "loky", "import loky", "loky.ProcessPoolExecutor({workers})"),
+    "joblib": Peer(
+        _make_joblib,
+        "joblib",
+        "import joblib",
+        "joblib.Parallel({workers}).__enter__()",
+        "pool([joblib.delayed(abs)(-1)])",
+        "pool.__exit__(None, None, None)",
+    ),
+    "pebble": Peer(
+        _make_pebble,
+        "pebble",
+        "import pebble",
+        "pebble.ProcessPool({workers})",
+        "pool.schedule(abs, (-1,)).result()",
+        "pool.close(); pool.join()",
+        recycles=True,
+    ),
+    "mpire": Peer(
+        _make_mpire,
+        "mpire",
+        "import mpire",
+        "mpire.WorkerPool({workers}, keep_alive=True)",
+        "pool.apply(abs, (-1,))",
+        "pool.stop_and_join()",
+    ),
+    "executorlib": _heavy(_make_executorlib, "executorlib", "executorlib"),
+    "dask": _heavy(_make_dask, "distributed", "distributed"),
+    "ipyparallel": _heavy(_make_ipyparallel, "ipyparallel", "ipyparallel"),
+    "parsl": _heavy(_make_parsl, "parsl", "parsl"),
+    "ray": _heavy(_make_ray, "ray", "ray"),
     "serial loop": Peer(lambda _: limits.Serial(), limit=True),
     "memory copy": Peer(lambda _: limits.MemoryCopy(), limit=True),
     "zmq echo": Peer(lambda _: limits.ZmqEcho(), "pyzmq", "import zmq", limit=True),
