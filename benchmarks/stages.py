@@ -164,7 +164,7 @@ def on_the_way(count: int) -> dict[str, list[float]]:
     Offer.send = _stamp("sent", unwatched, before=False)  # type: ignore[method-assign]
     try:
         with ZmqExecutor(1, initializer=watch_worker) as executor:
-            coordinator: Any = executor._master._coordinator
+            coordinator: Any = executor._engine.master._coordinator
             coordinator._on_results = _stamp("back", coordinator._on_results, before=True)
             coordinator.finish = _stamp("completed", coordinator.finish, before=False)
             executor.submit(marked_nothing).result()

@@ -25,7 +25,7 @@ def identity(value: Any) -> Any:
 
 
 def files(executor: ZmqExecutor, folder: str = "segments") -> list[str]:
-    segments = executor._pool._pickler.packer.segments
+    segments = executor._engine._pickler.packer.segments
     if segments is None:
         pytest.skip("the private directory is not in /dev/shm")
     return os.listdir(Path(segments._used).parent / folder)
@@ -253,7 +253,7 @@ def test_a_result_whose_worker_dies_before_it_is_read() -> None:
     """It is in the journal, and its array in a segment, which is removed only after that."""
     with ZmqExecutor(1) as executor:
         pid = executor.submit(os.getpid).result(60)
-        master = executor._pool.master
+        master = executor._engine.master
         bell = master._loop._bell
         assert bell is not None
         [peer] = master._coordinator.roster

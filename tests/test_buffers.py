@@ -154,7 +154,7 @@ from zmqexecutor import ZmqExecutor
 
 if __name__ == "__main__":
     with ZmqExecutor(2) as executor:
-        assert executor._pool._pickler.packer.segments is not None
+        assert executor._engine._pickler.packer.segments is not None
         for mebibytes in (1, 4, 12, 30, 100, 2):
             array = np.full(mebibytes << 20, 3, dtype=np.uint8)
             futures = [executor.submit(np.add, array, 1) for _ in range(4)]

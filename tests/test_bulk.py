@@ -153,7 +153,7 @@ def check_closures(executor: ZmqExecutor) -> None:
 def test_what_a_function_closes_over(either: ZmqExecutor) -> None:
     check_closures(either)
     gc.collect()
-    if either._pool._pickler.packer.segments is not None:
+    if either._engine._pickler.packer.segments is not None:
         assert either.submit(abs, -1).result(60) == 1
         assert eventually(lambda: files(either) == [])
 

@@ -212,8 +212,8 @@ def test_an_executor_admits_workers_with_keys_only(
         out, _ = refused.communicate(timeout=60)
         assert f"the master at {endpoint} refused this worker's key" in out
         assert len(executor.workers) == 2
-        assert executor._pool.master is not None
-        assert sum(executor._pool.master.refused.values()) == 1
+        assert executor._engine.master is not None
+        assert sum(executor._engine.master.refused.values()) == 1
 
 
 def test_calls_do_not_travel_without_keys(endpoint: str, keys: Keys, tmp_path: Path) -> None:

@@ -483,7 +483,7 @@ class TestEnd:
     def test_a_task_that_crosses_the_end_of_the_pool_is_completed(self) -> None:
         executor = ZmqExecutor(1)
         executor.shutdown()
-        executor._pool._closed = False  # as it was when the check before the submit was made
+        executor._engine._closed = False  # as it was when the check before the submit was made
         future = executor.submit(abs, -1)
         assert isinstance(future.exception(10), CancelledError)
 
@@ -640,7 +640,7 @@ def test_a_pool_that_has_ended_leaves_nothing_to_the_garbage_collector() -> None
         executor = ZmqExecutor(1)
         assert executor.submit(abs, -1).result(30) == 1
         executor.shutdown()
-        master = weakref.ref(executor._pool.master)
+        master = weakref.ref(executor._engine.master)
         del executor
         assert master() is None
     finally:

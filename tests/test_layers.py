@@ -23,7 +23,7 @@ SOURCES = {
 # Each module may import those before it; the folders are layers, and so are their modules.
 LAYERS = """
     : worker_errors errors
-    system: machine memory limits interpreter directories shutdown
+    system: machine memory limits interpreter descriptors directories shutdown
     : keys
     wire: liveness protocol codecs wakeup journal shortcuts security handshakes filling
         buffers
@@ -35,7 +35,7 @@ LAYERS = """
     master: lean queues lanes scheduler tasks retries certificate fleet gatekeeper channels
         peers offers recalls stops roster dispatch attendance clients inbox coordinator loop
         master
-    : jobrunner futures mapping settings opening pool executor client
+    : jobrunner futures mapping settings pool opening executor client
     commands: references circus_ini reports exits worker_commands client_commands
         keygen_command
     : __init__
@@ -253,7 +253,7 @@ def test_a_public_name_loads_no_circus_tornado_or_numpy(name: str) -> None:
 def test_an_executor_can_be_imported_without_what_takes_long() -> None:
     """Its supervisor is started by then, and imports it at the same time as the program does."""
     loaded = loaded_by(f"from {PACKAGE} import ZmqExecutor")
-    assert not loaded & {"zmq", "msgspec", "cloudpickle", "multiprocessing", "asyncio", "inspect"}
+    assert not loaded & {"zmq", "msgspec", "cloudpickle", "asyncio", "inspect"}
 
 
 def test_every_public_name_can_be_had() -> None:

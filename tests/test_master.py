@@ -64,7 +64,7 @@ def test_callbacks_that_kill_more_tasks_start_no_other_supervisor(
     executor = ZmqExecutor(1)
     executor.submit(abs, -1).result(60)
     futures = [executor.submit(time.sleep, 1000) for _ in range(3)]
-    group = executor._pool.master._coordinator.fleet.group
+    group = executor._engine.master._coordinator.fleet.group
     assert group
     assert group.supervisor_pid
     supervisor = group.supervisor_pid
@@ -97,13 +97,13 @@ def test_a_filter_of_the_users_log_that_raises(busy: tuple[ZmqExecutor, Path]) -
     loop.addFilter(refuse)
     hook, threading.excepthook = threading.excepthook, lambda _: None
     try:
-        executor._pool.master._call(lambda: loop.warning("anything"))
+        executor._engine.master._call(lambda: loop.warning("anything"))
         for future in futures:
             with pytest.raises(BrokenPoolError, match="no request_id"):
                 future.result(60)
         with pytest.raises(BrokenPoolError, match="no request_id"):
             executor.submit(abs, 1)
-        assert executor._pool.master.join(60)
+        assert executor._engine.master.join(60)
     finally:
         threading.excepthook = hook
         loop.removeFilter(refuse)

@@ -35,7 +35,7 @@ class Watched:
         found: list[Offer] = []
 
         def look() -> bool:
-            offer = self.executor._pool.master._inbox.offer
+            offer = self.executor._engine.master._inbox.offer
             found[:] = [offer] if offer else []
             return bool(found)
 
@@ -140,7 +140,7 @@ def test_the_death_of_its_worker(pool: Watched, tmp_path: Path) -> None:
 
 def test_a_worker_that_is_dead_already_costs_nothing(pool: Watched, tmp_path: Path) -> None:
     pool.offer()
-    pool.executor._pool.master._loop._poller = Deaf(pool.executor)  # type: ignore[assignment]
+    pool.executor._engine.master._loop._poller = Deaf(pool.executor)  # type: ignore[assignment]
     pool.executor.submit(abs, 1).result(60)
     pool.offer()
     pid = pool.executor.workers[0].pid
@@ -155,7 +155,7 @@ class Deaf:
     """Hears of deaths only after a while."""
 
     def __init__(self, executor: ZmqExecutor) -> None:
-        self.master = executor._pool.master
+        self.master = executor._engine.master
         self.poller = self.master._loop._poller
         self.deaths = self.master._coordinator.roster.fileno()
 
@@ -230,7 +230,7 @@ def test_what_a_slow_thread_sends_after_the_master_has_is_dropped(
         thread = threading.Thread(target=pool.executor.submit, args=(note, path))
         thread.start()
         assert held.wait(60)
-    pool.executor._pool.master._inbox.wake()
+    pool.executor._engine.master._inbox.wake()
     assert eventually(lambda: os.path.exists(path))
     go_on.set()
     thread.join(60)
@@ -259,7 +259,7 @@ def test_two_that_want_it_at_once(pool: Watched, tmp_path: Path) -> None:
     """One of them gets it; the other's task goes the usual way, and can still be cancelled."""
     pool.executor.submit(note, os.devnull).result(60)  # the worker has the function
     offer = pool.offer()
-    pool.executor._pool.master._inbox._nap.clear()  # nobody wakes the master meanwhile
+    pool.executor._engine.master._inbox._nap.clear()  # nobody wakes the master meanwhile
     pool.sent.clear()
     first = pool.executor.submit(note, os.devnull, str(tmp_path / "go"))
     try:
@@ -268,7 +268,7 @@ def test_two_that_want_it_at_once(pool: Watched, tmp_path: Path) -> None:
         assert not offer.take(task)
         second: Future[object] = pool.executor.submit(abs, -5)
         assert not second.running()
-        pool.executor._pool.master._inbox.wake()
+        pool.executor._engine.master._inbox.wake()
     finally:
         (tmp_path / "go").touch()
     assert second.result(60) == 5
@@ -297,7 +297,7 @@ def test_an_interrupt_in_the_middle_of_waking_the_master(
     pool: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever comes next wakes it, although the inbox is not empty."""
-    inbox = pool.executor._pool.master._inbox
+    inbox = pool.executor._engine.master._inbox
     wake = inbox.wake
 
     def interrupted() -> None:
@@ -339,7 +339,7 @@ def make_task() -> Task:
 def test_there_is_none_when_the_pool_is_broken(pool: Watched) -> None:
     """Its caller has looked before, and comes to the offer only then."""
     pool.offer()
-    master = pool.executor._pool.master
+    master = pool.executor._engine.master
     master._call(lambda: master._coordinator.break_off("for this test"))
     assert eventually(lambda: master.broken)
     assert eventually(lambda: master._inbox._nap)
@@ -354,7 +354,7 @@ def test_there_is_none_for_workers_that_do_so_many_tasks() -> None:
     """Their successors must be under way while they do their last one."""
     with ZmqExecutor(1, max_tasks_per_child=2) as executor:
         assert executor.submit(abs, -1).result(60) == 1
-        master = executor._pool.master
+        master = executor._engine.master
         assert eventually(lambda: master._inbox._nap)
         assert master._inbox.offer is None
 
@@ -362,7 +362,7 @@ def test_there_is_none_for_workers_that_do_so_many_tasks() -> None:
 def test_a_signal_handler_or_finalizer_that_submits_in_the_middle_of_it(pool: Watched) -> None:
     executor = pool.executor
     results: list[Future[int]] = []
-    submit, numbers = executor._pool.master.submit, iter(range(5))
+    submit, numbers = executor._engine.master.submit, iter(range(5))
 
     def interrupted(task: Task) -> None:
         if (number := next(numbers, None)) is not None:
@@ -370,7 +370,7 @@ def test_a_signal_handler_or_finalizer_that_submits_in_the_middle_of_it(pool: Wa
         submit(task)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(executor._pool.master, "submit", interrupted)
+        patch.setattr(executor._engine.master, "submit", interrupted)
         results.append(executor.submit(abs, -7))
     assert sorted(future.result(60) for future in results) == [0, 1, 2, 3, 4, 7]
 

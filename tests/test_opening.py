@@ -1,4 +1,4 @@
-"""The first executor of a program is opened in a thread while its modules are imported."""
+"""The engine of a program's first executor is imported and opened when it is first used."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import textwrap
+import threading
 import uuid
 from collections.abc import Callable
 
@@ -15,7 +16,6 @@ import pytest
 
 from tests.conftest import eventually
 from zmqexecutor import ZmqExecutor
-from zmqexecutor.opening import Opening
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -23,12 +23,12 @@ HOOK = textwrap.dedent(
     """
     import os, signal, sys, threading, time, warnings
     from importlib.abc import MetaPathFinder
-    from zmqexecutor import ZmqExecutor
+    from zmqexecutor import ForkedExecutorError, ZmqExecutor
 
     warnings.simplefilter("ignore", DeprecationWarning)  # of forks with threads
 
     def while_it_opens(action):
-        \"\"\"Have this done by the thread that opens the first executor.\"\"\"
+        \"\"\"Have this done by the thread that opens the first executor, when it does.\"\"\"
 
         class Finder(MetaPathFinder):
             def find_spec(self, name, path, target=None):
@@ -37,6 +37,11 @@ HOOK = textwrap.dedent(
                     action()
 
         sys.meta_path.insert(0, Finder())
+
+    def supervisor():
+        \"\"\"The process id of this program's one child.\"\"\"
+        with open(f"/proc/self/task/{os.getpid()}/children") as children:
+            return int(children.read())
 
     """
 )
@@ -76,19 +81,19 @@ def run(run_program: Run) -> Callable[[str], str]:
     return run_it
 
 
-def test_the_constructor_does_not_wait(run: Callable[[str], str]) -> None:
-    assert run(
-        """
-        go_on = threading.Event()
-        while_it_opens(go_on.wait)
-        executor = ZmqExecutor(1)
-        assert "zmq" not in sys.modules
-        threading.Timer(0.05, go_on.set).start()
-        print(executor.submit(pow, 2, 10).result())
-        print(*executor.map(abs, [-1, -2]), len(executor.workers))
-        executor.shutdown()
-        """
-    ) == ("1024\n1 2 1\n")
+def test_the_constructor_opens_nothing(run: Callable[[str], str]) -> None:
+    assert (
+        run(
+            """
+            executor = ZmqExecutor(1)
+            print("zmq" in sys.modules, *executor.workers)
+            print(executor.submit(pow, 2, 10).result())
+            print(*executor.map(abs, [-1, -2]), len(executor.workers))
+            executor.shutdown()
+            """
+        )
+        == "False\n1024\n1 2 1\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,31 +106,49 @@ def test_the_constructor_does_not_wait(run: Callable[[str], str]) -> None:
         "executor.kill_workers()",
         "executor.terminate_workers()",
         "with executor: pass",
+        "keep = executor.submit",
     ],
 )
 def test_an_executor_that_is_not_used(run: Callable[[str], str], use: str) -> None:
-    """`no_leaks` sees to it that nothing is left of it."""
-    source = "while_it_opens(lambda: time.sleep(0.1))\nexecutor = ZmqExecutor(2)\n"
-    assert run(source + use + "\nprint('end')") == "end\n"
+    source = "executor = ZmqExecutor(2)\n" + use
+    assert run(source + "\nprint('end', 'zmq' in sys.modules)") == "end False\n"
 
 
-def test_a_forgotten_one_ends_before_the_program_does(run: Callable[[str], str]) -> None:
+def test_one_that_is_dropped_leaves_no_process(run: Callable[[str], str]) -> None:
     run(
         """
-        while_it_opens(lambda: dropped.wait())
-        dropped = threading.Event()
-        executor = ZmqExecutor(1)
-        pid = executor._opening  # what is left when the executor has gone
+        warnings.simplefilter("error")  # one of a process that was not waited for
+        executor = ZmqExecutor(2)
+        pid = supervisor()
         del executor
-        dropped.set()
-        pid.result()
-        del pid
-        deadline = time.monotonic() + 30
-        while threading.active_count() > 1:
-            assert time.monotonic() < deadline, threading.enumerate()
-            time.sleep(0.01)
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            pass
+        else:
+            raise AssertionError("it is there")
         """
     )
+
+
+@pytest.mark.parametrize("end", ["shutdown()", "kill_workers()"])
+def test_one_that_was_ended_before_its_first_use(run: Callable[[str], str], end: str) -> None:
+    source = f"""
+        executor = ZmqExecutor(1)
+        executor.{end}
+        executor.{end}
+        for use in (
+            lambda: executor.submit(abs, -1),
+            lambda: executor.map(abs, [-1]),
+            lambda: executor.share(1),
+            lambda: executor.wait_for_workers(1),
+        ):
+            try:
+                use()
+            except RuntimeError as error:
+                print(error)
+        """
+    assert run(source) == 4 * "cannot schedule new futures after shutdown\n"
 
 
 def test_many_threads_that_submit_at_once(run: Callable[[str], str]) -> None:
@@ -151,19 +174,18 @@ def test_many_threads_that_submit_at_once(run: Callable[[str], str]) -> None:
     )
 
 
-def test_a_fork_while_it_opens(run: Callable[[str], str]) -> None:
-    """The child finds all or nothing, and no lock that nobody will release."""
+def test_a_fork_before_its_first_use(run: Callable[[str], str]) -> None:
     assert (
         run(
             """
-            from zmqexecutor import ForkedExecutorError
-            while_it_opens(lambda: time.sleep(0.2))
             executor = ZmqExecutor(1)
             child = os.fork()
             if child == 0:
+                executor.shutdown()  # has no effect
                 try:
                     executor.submit(abs, -1)
                 except ForkedExecutorError:
+                    del executor
                     with ZmqExecutor(1) as own:
                         os._exit(own.submit(abs, -7).result())
                 os._exit(1)
@@ -176,128 +198,156 @@ def test_a_fork_while_it_opens(run: Callable[[str], str]) -> None:
     )
 
 
-def test_a_thread_that_opens_it_may_fork(run: Callable[[str], str]) -> None:
-    """An import may: it does not wait for itself."""
-    assert (
+def test_a_fork_while_another_thread_opens_it(run: Callable[[str], str]) -> None:
+    """The child must not find the import locks of a thread that is not there."""
+    assert sorted(
         run(
             """
-            def fork():
-                child = os.fork()
-                if child == 0:
-                    os._exit(3)
-                statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-
-            statuses = []
-            while_it_opens(fork)
-            with ZmqExecutor(1) as executor:
-                print(executor.submit(abs, -2).result(), statuses)
-            """
-        )
-        == "2 [3]\n"
-    )
-
-
-def test_a_signal_handler_that_submits_while_it_opens(run: Callable[[str], str]) -> None:
-    assert (
-        run(
-            """
-            handled = []
-            signal.signal(signal.SIGUSR1, lambda *_: handled.append(executor.submit(abs, -3)))
-
-            def interrupt():
-                made.wait()
-                os.kill(os.getpid(), signal.SIGUSR1)
-                time.sleep(0.1)
-
-            made = threading.Event()
-            while_it_opens(interrupt)
-            with ZmqExecutor(1) as executor:
-                made.set()
+            def use():
                 print(executor.submit(abs, -2).result())
-                print(*(future.result() for future in handled))
-            """
-        )
-        == "2\n3\n"
-    )
 
-
-def test_a_finalizer_in_the_thread_that_opens_it(run: Callable[[str], str]) -> None:
-    """It cannot wait for what its own thread is to do."""
-    assert (
-        run(
-            """
-            refused = []
-
-            def finalize():
-                made.wait()
-                try:
-                    executor.submit(abs, -1)
-                except RuntimeError as error:
-                    refused.append(str(error))
-                executor.shutdown()  # nothing that could be waited for
-
-            made = threading.Event()
-            while_it_opens(finalize)
+            opening = threading.Event()
+            while_it_opens(lambda: opening.set() or time.sleep(0.1))
             executor = ZmqExecutor(1)
-            made.set()
-            print(executor.submit(abs, -2).result(), refused)
+            thread = threading.Thread(target=use)
+            thread.start()
+            opening.wait()
+            child = os.fork()
+            if child == 0:
+                with ZmqExecutor(1) as own:
+                    os._exit(own.submit(abs, -7).result())
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+            thread.join()
             executor.shutdown()
             """
         )
-        == "2 ['a finalizer cannot use an executor that is still being opened']\n"
+    ) == ["\n", "\n", "2", "7"]
+
+
+USES = {
+    "submit": "print(executor.submit(abs, -3).result())",
+    "another's": "print(ZmqExecutor(1).submit(abs, -3).result())",
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_a_finalizer_while_its_thread_opens_one(run: Callable[[str], str], use: str) -> None:
+    """Or a signal handler: it cannot wait for what it has interrupted, and is told so."""
+    source = f"""
+        def finalize():
+            try:
+                {use}
+            except RuntimeError as error:
+                print(error)
+
+        while_it_opens(finalize)
+        with ZmqExecutor(1) as executor:
+            print(executor.submit(abs, -2).result())
+            {use}
+        """
+    said, *results = run(source).splitlines()
+    assert "signal handler or a finalizer" in said
+    assert results == ["2", "3"]
+
+
+def test_an_executor_that_is_shut_down_while_its_thread_opens_it(run: Callable[[str], str]) -> None:
+    assert (
+        run(
+            """
+            while_it_opens(lambda: executor.shutdown())
+            executor = ZmqExecutor(1)
+            try:
+                executor.submit(abs, -2)
+            except RuntimeError as error:
+                print(error)
+            """
+        )
+        == "cannot schedule new futures after shutdown\n"
     )
 
 
-def test_what_prevents_it_is_told_by_each_use(run: Callable[[str], str]) -> None:
+def test_a_signal_handler_that_shuts_down_while_the_engine_is_made(
+    run: Callable[[str], str],
+) -> None:
+    assert (
+        run(
+            """
+            from zmqexecutor.system.directories import PrivateDirectory
+
+            make = PrivateDirectory.__init__
+
+            def interrupted(self):
+                executor.shutdown()
+                make(self)
+
+            PrivateDirectory.__init__ = interrupted
+            executor = ZmqExecutor(1)
+            try:
+                executor.submit(abs, -2)
+            except RuntimeError as error:
+                print(error)
+            """
+        )
+        == "cannot schedule new futures after shutdown\n"
+    )
+
+
+def test_what_prevents_it_is_told_by_each_use_until_it_is_mended(
+    run: Callable[[str], str],
+) -> None:
     assert (
         run(
             """
             import resource
-            from concurrent.futures import Future
 
             before = resource.getrlimit(resource.RLIMIT_NOFILE)
-            while_it_opens(lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (20, before[1])))
             with ZmqExecutor(1) as executor:
+                import zmqexecutor.pool
+                resource.setrlimit(resource.RLIMIT_NOFILE, (20, before[1]))
                 for use in (
                     lambda: executor.submit(abs, -1),
                     lambda: executor.map(abs, [-1]),
                     lambda: executor.wait_for_workers(1),
-                    lambda: executor.workers,
                 ):
                     try:
                         use()
                     except OSError as error:
                         print("open files" in str(error))
-            resource.setrlimit(resource.RLIMIT_NOFILE, before)
-            try:
-                print(os.waitpid(-1, os.WNOHANG))
-            except ChildProcessError:
-                print("no child")
-            with ZmqExecutor(1) as executor:
+                try:
+                    print(os.waitpid(-1, os.WNOHANG))
+                except ChildProcessError:
+                    print("no child")
+                resource.setrlimit(resource.RLIMIT_NOFILE, before)
                 print(executor.submit(abs, -2).result())
             """
         )
-        == "True\nTrue\nTrue\nTrue\nno child\n2\n"
+        == "True\nTrue\nTrue\nno child\n2\n"
+    )
+
+
+def test_a_supervisor_that_is_killed_before_it_is_needed(run: Callable[[str], str]) -> None:
+    assert (
+        run(
+            """
+            executor = ZmqExecutor(1)
+            os.kill(supervisor(), signal.SIGKILL)
+            print(executor.submit(abs, -2).result())
+            executor.shutdown()
+            """
+        )
+        == "2\n"
     )
 
 
 def test_ctrl_c_while_it_opens(run_program: Run) -> None:
     done = run_program(
         """
-            def interrupt():
-                made.wait()
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(0.2)
-
-            made = threading.Event()
-            while_it_opens(interrupt)
-            executor = ZmqExecutor(1)
-            made.set()
+        while_it_opens(lambda: os.kill(os.getpid(), signal.SIGINT) or time.sleep(60))
+        with ZmqExecutor(1) as executor:
             executor.submit(abs, -1)
-            executor.submit(time.sleep, 1000).result()
-            """
+        """
     )
-    assert done.returncode in (1, -signal.SIGINT)  # CPython forgets why, if a thread evaluates text
+    assert done.returncode == -signal.SIGINT
     assert done.stderr.count("Traceback") == 1
     assert done.stderr.endswith("KeyboardInterrupt\n")
 
@@ -324,8 +374,62 @@ def test_arguments_that_only_the_engine_can_check(
     assert error in run(source)
 
 
+LATE = {
+    "a thread that outlives the main one": """
+        def use():
+            threading.main_thread().join()
+            try:
+                print(executor.submit(abs, -1).result())
+            except RuntimeError as error:
+                print(error)
+
+        executor = ZmqExecutor(1)
+        threading.Thread(target=use).start()
+        """,
+    "atexit": """
+        import atexit
+
+        def use():
+            try:
+                print(executor.submit(abs, -1).result())
+            except RuntimeError as error:
+                print(error)
+
+        executor = ZmqExecutor(1)
+        atexit.register(use)
+        """,
+}
+
+
+@pytest.mark.parametrize("source", LATE.values(), ids=LATE)
+def test_a_first_use_after_the_end_of_the_main_thread(
+    run: Callable[[str], str], source: str
+) -> None:
+    """As with the standard library."""
+    assert run(source) == "cannot schedule new futures after interpreter shutdown\n"
+
+
+def test_the_end_of_the_main_thread_waits_for_one_that_opens(run: Callable[[str], str]) -> None:
+    """What is submitted by then is done, or refused."""
+    said = run(
+        """
+        def use():
+            try:
+                print(executor.submit(abs, -1).result())
+            except RuntimeError as error:
+                print(error)
+
+        opening = threading.Event()
+        while_it_opens(opening.set)
+        executor = ZmqExecutor(1)
+        threading.Thread(target=use).start()
+        opening.wait()
+        """
+    )
+    assert said in ("1\n", "cannot schedule new futures after interpreter shutdown\n")
+
+
 def test_an_executor_that_a_module_makes_when_it_is_imported(run: Callable[[str], str]) -> None:
-    """It is used there too, with the module's import lock held by the thread that waits."""
     assert (
         run(
             """
@@ -345,19 +449,20 @@ def test_an_executor_that_a_module_makes_when_it_is_imported(run: Callable[[str]
     )
 
 
-def test_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_: object) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr("threading.Thread.start", refuse)
-    assert Opening(lambda: 5, at_once=False).result() == 5
-    with pytest.raises(ZeroDivisionError):
-        Opening(lambda: 1 // 0, at_once=False).result()
-
-
 def test_later_executors_are_opened_by_the_constructor() -> None:
     with ZmqExecutor(1) as first:
         first.submit(abs, -1).result(60)
         with ZmqExecutor(1) as executor:
-            assert executor._opening._thread is None
-            assert executor.submit(abs, -1).result(60) == 1
+            assert executor._opening.opened
+
+
+def test_an_interrupt_of_the_constructor_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`no_leaks` sees to it."""
+
+    def interrupt(self: threading.Thread) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            ZmqExecutor(1)

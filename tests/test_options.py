@@ -172,7 +172,7 @@ def test_a_limit_may_be_as_large_as_one_likes(executor: ZmqExecutor, forever: fl
     patient = executor.options(timeout=forever, retries=1, retry_delay=0)
     assert patient.submit(time.sleep, 0.05).result(30) is None
     waiting = executor.options(retries=1, retry_delay=forever).submit(int, "x")
-    assert eventually(lambda: executor._pool.master._coordinator._retries)
+    assert eventually(lambda: executor._engine.master._coordinator._retries)
     assert waiting.kill()
     assert executor.submit(abs, -1).result(30) == 1
 
@@ -452,7 +452,7 @@ def test_a_task_that_waits_for_another_try_can_be_killed(
     patient = executor.options(retries=5, retry_delay=LONG)
     future = patient.submit(fail_until, tries, 99, raise_error)
     assert eventually(lambda: runs(tries) == 1)
-    assert eventually(lambda: executor._pool.master._coordinator._retries)
+    assert eventually(lambda: executor._engine.master._coordinator._retries)
     assert future.kill()
     assert isinstance(future.exception(30), TaskKilledError)
     assert runs(tries) == 1
@@ -485,7 +485,7 @@ def test_shutdown_that_cancels_tries_nothing_again(tmp_path: Path) -> None:
     executor = ZmqExecutor(1)
     patient = executor.options(retries=9, retry_delay=LONG)
     waiting = patient.submit(fail_until, tmp_path / "waiting", 99, raise_error)
-    assert eventually(lambda: executor._pool.master._coordinator._retries)
+    assert eventually(lambda: executor._engine.master._coordinator._retries)
     gate = tmp_path / "gate"
 
     def fail_later() -> None:
@@ -508,7 +508,7 @@ def test_termination_does_not(tmp_path: Path) -> None:
     future = executor.options(retries=9, retry_delay=LONG).submit(
         fail_until, tries, 99, raise_error
     )
-    assert eventually(lambda: executor._pool.master._coordinator._retries)
+    assert eventually(lambda: executor._engine.master._coordinator._retries)
     executor.kill_workers()
     assert future.exception(30) is not None
     executor.shutdown()
@@ -616,7 +616,7 @@ def test_a_worker_that_uses_too_much_memory_is_replaced(
         limited.submit(grow, 200 * 2**20).result(30)
         assert eventually(lambda: limited.submit(os.getpid).result(30) != first)
         assert eventually(lambda: not alive(first))
-        assert len(limited._pool.master.workers) == 1
+        assert len(limited._engine.master.workers) == 1
     assert "more than max_worker_memory (150 MiB)" in caplog.text
 
 

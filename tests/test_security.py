@@ -19,6 +19,7 @@ import pytest
 import zmq
 
 from zmqexecutor.system import directories
+from zmqexecutor.system.descriptors import check_descriptors
 from zmqexecutor.system.directories import IPC_PATH_LIMIT, PrivateDirectory
 from zmqexecutor.wire import security
 from zmqexecutor.wire.security import bind, check_address
@@ -619,14 +620,14 @@ def test_only_a_remote_peer_is_gone_when_it_is_silent(bulk: bool) -> None:
 
 
 def test_few_descriptors_are_told_before_zeromq_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    directories.check_descriptors()
+    check_descriptors()
 
     def refuse(descriptor: int) -> int:
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(os, "dup", refuse)
     with pytest.raises(OSError, match="raise its limit") as caught:
-        directories.check_descriptors()
+        check_descriptors()
     assert caught.value.errno == errno.EMFILE
 
 

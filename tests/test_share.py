@@ -72,7 +72,7 @@ def either(
 
 
 def files(executor: ZmqExecutor) -> list[str]:
-    segments = executor._pool._pickler.packer.segments
+    segments = executor._engine._pickler.packer.segments
     if segments is None:
         pytest.skip("the private directory is not in /dev/shm")
     return os.listdir(segments._used)
@@ -110,7 +110,7 @@ def mapped(pid: int, name: str) -> bool:
 
 def knows_nothing(executor: ZmqExecutor) -> bool:
     """Asked outright, since a question through `submit` would itself carry the news."""
-    peers = list(executor._pool.master._coordinator.roster)
+    peers = list(executor._engine.master._coordinator.roster)
     return all(not peer._shares and not peer._forgotten for peer in peers)
 
 
@@ -331,8 +331,8 @@ def test_a_busy_worker_is_told_later(single: ZmqExecutor, tmp_path: Path) -> Non
     assert single.submit(total, handles).result() == sum(range(3000))
     blocker = single.submit(lambda: eventually(gate.exists))
     assert eventually(blocker.running)
-    (worker,) = single._pool.master.workers
-    (peer,) = single._pool.master._coordinator.roster
+    (worker,) = single._engine.master.workers
+    (peer,) = single._engine.master._coordinator.roster
     while handles:
         handles.pop()
     assert eventually(lambda: not peer._shares)
@@ -340,7 +340,7 @@ def test_a_busy_worker_is_told_later(single: ZmqExecutor, tmp_path: Path) -> Non
     gate.touch()
     assert blocker.result()
     assert single.submit(held).result() == 0
-    assert single._pool.master.workers[0].id == worker.id
+    assert single._engine.master.workers[0].id == worker.id
 
 
 # --------------------------------------------------------------- what goes wrong
@@ -365,7 +365,7 @@ def test_a_new_worker_is_told(single: ZmqExecutor) -> None:
     handle = single.share({"a": np.full(MB, 8)})
     pid = single.submit(look, handle).result()[0]
     os.kill(pid, signal.SIGKILL)
-    assert eventually(lambda: pid not in {worker.pid for worker in single._pool.master.workers})
+    assert eventually(lambda: pid not in {worker.pid for worker in single._engine.master.workers})
     other = single.submit(look, handle).result()[0]
     assert other != pid
     assert single.submit(first, handle).result() == 8

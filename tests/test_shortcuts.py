@@ -280,7 +280,7 @@ def keep_the_interpreter(seconds: int) -> int:
 def test_no_result_waits_for_a_long_job_behind_it(attempt: int) -> None:
     with ZmqExecutor(1) as executor:
         list(executor.map(keep_the_interpreter, [0] * 200, timeout=60))
-        (peer,) = executor._pool.master._coordinator.attendance._ready.values()
+        (peer,) = executor._engine.master._coordinator.attendance._ready.values()
         state = peer.state
         assert state is not None
         os.kill(peer.hello.pid, signal.SIGSTOP)

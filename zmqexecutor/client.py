@@ -12,7 +12,7 @@ import zmq
 
 from . import errors
 from .errors import JobFailedError, NoMasterError, TaskTimeoutError
-from .system import directories
+from .system.descriptors import check_descriptors
 from .wire import codecs, handshakes, protocol, security
 from .wire.protocol import DEFAULT_SERVICE, Answer, Report
 
@@ -80,7 +80,7 @@ class Client:
         self._patience = patience
         self._connected = False
         self._number = 0
-        directories.check_descriptors()
+        check_descriptors()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = security.socket(self._context, zmq.DEALER, endpoint, keys=self._keys)
         self._socket.routing_id = uuid.uuid4().hex.encode()

@@ -30,6 +30,16 @@ __all__ = [
 ]
 
 
+FORKED = (
+    "this executor belongs to the process that made it, not to its forked child; "
+    "make a new one in the child"
+)
+"""The text of a ForkedExecutorError."""
+# As the standard library says it.
+AFTER_SHUTDOWN = "cannot schedule new futures after shutdown"
+AFTER_EXIT = "cannot schedule new futures after interpreter shutdown"
+
+
 class BrokenPoolError(ZmqExecutorError, BrokenProcessPool):
     """The pool cannot run anything any more; the message says why.
 

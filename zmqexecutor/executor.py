@@ -1,8 +1,8 @@
 """`ZmqExecutor`: a drop-in ProcessPoolExecutor.
 
 It checks what it is asked for, starts a supervisor process, and has its engine (`pool`) opened
-meanwhile. What is imported here has to be there before the supervisor can start: only that,
-and nothing that takes long.
+when it is first used. What is imported here has to be there before the supervisor can start:
+only that, and nothing that takes long.
 """
 
 from __future__ import annotations
@@ -11,16 +11,14 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
-from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
+from .errors import BrokenPoolError
 from .futures import TaskFuture
 from .mapping import MappingExecutor
 from .opening import Opening
 from .settings import PoolSettings
-from .supervision.supervisor_process import SupervisorProcess
 from .system import interpreter
 from .wire.liveness import LOST_AFTER
 
@@ -109,8 +107,8 @@ class ZmqExecutor(MappingExecutor):
                 address cannot be used.
             TypeError: an argument has the wrong type.
             SerializationError: the initializer or its arguments cannot be pickled.
-            OSError: there is no place for the pool's private directory. The first executor of
-                a program is opened while this has returned; then `submit` raises it.
+            OSError: there are too few file descriptors, or no place for the pool's private
+                directory. Of the latter the first executor of a program tells at its first use.
             RuntimeError: executors are nested too deep.
         """
         if interpreter.depth >= interpreter.DEEPEST:
@@ -137,12 +135,14 @@ class ZmqExecutor(MappingExecutor):
         self._initargs = initargs
         self._max_workers = settings.max_workers
         self._joinable = endpoint is not None
-        self._opening = _open(settings)
+        self._opening = Opening(settings)
+        # What only the engine can check is to be raised here.
+        if initializer is not None or endpoint is not None or "zmqexecutor.pool" in sys.modules:
+            self._opening.pool()
 
     @property
-    def _pool(self) -> Pool:
-        """The engine; it is waited for."""
-        return self._opening.result()
+    def _engine(self) -> Pool:
+        return self._opening.pool()
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> TaskFuture[T]:
         """Schedule `fn(*args, **kwargs)` in a worker, and return its future.
@@ -223,11 +223,11 @@ class ZmqExecutor(MappingExecutor):
             SerializationError: it cannot be pickled.
             RuntimeError, BrokenPoolError, ForkedExecutorError: as `submit`.
         """
-        return self._pool.share(obj)
+        return self._engine.share(obj)
 
     def _submit(self, *call: Any, **others: Any) -> TaskFuture[Any]:
         """Called once: from then on the engine's own method is in its place."""
-        submit = vars(self)["_submit"] = self._pool.submit
+        submit = vars(self)["_submit"] = self._engine.submit
         return submit(*call, **others)
 
     def _submitter(self, fn: Callable[..., T], *, same: bool) -> Callable[..., Future[T]]:
@@ -259,12 +259,13 @@ class ZmqExecutor(MappingExecutor):
             TypeError: an argument has the wrong type.
             RuntimeError, BrokenPoolError, ForkedExecutorError: as `submit`.
         """
-        self._pool.wait_for_workers(number, timeout)
+        self._engine.wait_for_workers(number, timeout)
 
     @property
     def workers(self) -> Sequence[WorkerInfo]:
         """The workers that are ready, oldest first."""
-        return self._pool.workers
+        pool = self._opening.opened
+        return () if pool is None else pool.workers
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more tasks, and end the workers when the pending ones are done.
@@ -275,7 +276,7 @@ class ZmqExecutor(MappingExecutor):
             cancel_futures: cancel the tasks that have not been sent to a worker, and
                 try none again that fails or has failed.
         """
-        if (pool := self._opening.result_or_none()) is not None:
+        if (pool := self._opening.end()) is not None:
             pool.shutdown(wait=wait, cancel_futures=cancel_futures)
 
     def terminate_workers(self) -> None:
@@ -294,12 +295,10 @@ class ZmqExecutor(MappingExecutor):
         self._end_workers("kill_workers", kill=True)
 
     def _end_workers(self, name: str, *, kill: bool = False) -> None:
-        from .errors import BrokenPoolError
-
         self._abort(BrokenPoolError(f"{name}() ended the worker of this task"), kill=kill)
 
     def _abort(self, reason: BaseException, *, wait: bool = False, kill: bool = False) -> None:
-        if (pool := self._opening.result_or_none()) is not None:
+        if (pool := self._opening.end()) is not None:
             pool.abort(reason, wait=wait, kill=kill)
 
     def __exit__(
@@ -349,31 +348,3 @@ class ExecutorView(MappingExecutor):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Shut down the pool that this is a view of."""
         self._executor.shutdown(wait, cancel_futures=cancel_futures)
-
-
-def _open(settings: PoolSettings) -> Opening[Pool]:
-    """Have the engine opened, by a thread if its modules have to be imported first.
-
-    That takes three times as long as all the rest, and as long as the supervisor takes to import
-    its own. With arguments that only the engine can check it is waited for.
-    """
-    supervisor = None
-    if settings.max_workers:
-        preload = "" if settings.worker_rlimits else "zmqexecutor.worker.calls"
-        with suppress(OSError, RuntimeError):  # the engine tries again, and tells of it
-            supervisor = SupervisorProcess(preload)
-    loaded = "zmqexecutor.pool" in sys.modules
-    return Opening(
-        partial(_make_pool, settings, supervisor),
-        at_once=loaded or settings.initializer is not None or settings.endpoint is not None,
-    )
-
-
-def _make_pool(settings: PoolSettings, supervisor: SupervisorProcess | None) -> Pool:
-    try:
-        from .pool import Pool
-    except BaseException:
-        if supervisor is not None:
-            supervisor.discard()
-        raise
-    return Pool(settings, supervisor)

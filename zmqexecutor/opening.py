@@ -1,93 +1,134 @@
-"""What takes its time to make is made in a thread, and waited for when it is needed."""
+"""An executor's engine (`pool`), which is opened when it is first used.
+
+To open it is to import pyzmq and more, if the program has not done so. The supervisor process,
+which has to import as much, is started before, so that it does that at the same time.
+"""
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
-from collections.abc import Callable
-from concurrent.futures import Future
-from types import TracebackType
-from typing import Any, Generic, TypeVar
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
 
+from .errors import AFTER_EXIT, AFTER_SHUTDOWN, FORKED, ForkedExecutorError
+from .settings import PoolSettings
+from .supervision.supervisor_process import SupervisorProcess
+from .system.descriptors import check_descriptors
 from .system.shutdown import end_before_exit
+
+if TYPE_CHECKING:
+    from .pool import Pool
 
 __all__ = ["Opening"]
 
-T = TypeVar("T")
+WORKER: Final = "zmqexecutor.worker.calls"
+"""The module of the executor's workers, which a template of theirs needs."""
+LONGEST_WAIT: Final = 2.0
+"""Seconds for which a fork is put off, while another thread opens an executor."""
 
 
-class Opening(Generic[T]):
-    """Something that is made, or was. For any thread."""
+class Opening:
+    """For any thread. What is dropped without having been opened leaves nothing.
 
-    def __init__(self, make: Callable[[], T], *, at_once: bool) -> None:
-        """Make it, or begin to.
+    Attributes:
+        opened: the engine, or None if it has not been opened.
+    """
 
-        Args:
-            make: makes it, or raises what `result` is to raise.
-            at_once: whether in this thread. Then what it raises is raised here.
-        """
-        self._made: Future[T] = Future()
-        self._traceback: TracebackType | None = None
-        self._thread: threading.Thread | None = None
-        if at_once:
-            self._made.set_result(make())
-            return
-        self._thread = thread = threading.Thread(
-            target=self._run, args=(make,), name="zmqexecutor-opening", daemon=True
-        )
-        end_before_exit(self)
-        _all.add(self)
-        try:
-            thread.start()
-        except RuntimeError:  # the system has no room for another one, or the interpreter exits
-            self._thread = threading.current_thread()
-            self._run(make)
-
-    def _run(self, make: Callable[[], T]) -> None:
-        try:
-            result = make()
-        except BaseException as error:
-            self._traceback = error.__traceback__
-            self._made.set_exception(error)
-        else:
-            self._made.set_result(result)
-
-    def result(self) -> T:
-        """It, when it has been made.
+    def __init__(self, settings: PoolSettings) -> None:
+        """Start a supervisor.
 
         Raises:
-            RuntimeError: this is called by the thread that makes it: by a finalizer, perhaps, that
-                the garbage collector runs there.
+            OSError: too few file descriptors are left.
         """
-        if self._waits_for_itself():
-            raise RuntimeError("a finalizer cannot use an executor that is still being opened")
-        if (error := self._made.exception()) is not None:
-            raise error.with_traceback(self._traceback)  # not with those of other calls
-        return self._made.result()
+        self.opened: Pool | None = None
+        self._settings = settings
+        self._supervisor: SupervisorProcess | None = None
+        self._refusal = ""
+        self._pid = os.getpid()
+        # A signal handler may come to `end` while this thread holds it.
+        self._lock = threading.RLock()
+        if settings.max_workers:
+            check_descriptors()
+            with suppress(OSError, RuntimeError):  # the engine tries again, and tells of it
+                # With resource limits workers are not forked from a template.
+                preload = "" if settings.worker_rlimits else WORKER
+                self._supervisor = SupervisorProcess(preload)
+                weakref.finalize(self, self._supervisor.discard)
+        end_before_exit(self)
 
-    def result_or_none(self) -> T | None:
-        """It, or None if it could not be made."""
-        if self._waits_for_itself() or self._made.exception() is not None:
-            return None
-        return self._made.result()
+    def pool(self) -> Pool:
+        """Open it, if it is not open.
 
-    def _waits_for_itself(self) -> bool:
-        return self._thread is threading.current_thread() and not self._made.done()
+        Raises:
+            RuntimeError: that is not to be any more; or this thread is opening an executor already,
+                and has been interrupted by a signal handler or a finalizer that uses one.
+            ForkedExecutorError: this is a fork of the process that made it.
+            OSError: it cannot be opened now.
+        """
+        if self.opened is not None:
+            return self.opened
+        if self._pid != os.getpid():
+            raise ForkedExecutorError(FORKED)
+        thread = threading.get_ident()
+        if thread in _threads:
+            raise RuntimeError(
+                "a signal handler or a finalizer uses an executor for the first time, while its "
+                "thread is opening one; let it do that later, or call wait_for_workers(1) before"
+            )
+        _threads.add(thread)
+        try:
+            # Not under the lock: Python sees it when import locks are waited for in a circle.
+            from .pool import Pool
+
+            with self._lock:
+                if self.opened is None:
+                    self._check()
+                    supervisor, self._supervisor = self._supervisor, None
+                    pool = Pool(self._settings, supervisor)
+                    if self._refusal:  # by a signal handler meanwhile
+                        pool.shutdown(wait=False, cancel_futures=True)
+                    self._check()
+                    self.opened = pool
+                return self.opened
+        finally:
+            _threads.discard(thread)
+
+    def _check(self) -> None:
+        if self._refusal:
+            raise RuntimeError(self._refusal)
+
+    def end(self) -> Pool | None:
+        """Open it no more; return it if it is open."""
+        self._refuse(AFTER_SHUTDOWN)
+        return self.opened
 
     def end_at_exit(self) -> None:
-        """Wait: what has been made has an end of its own."""
-        if not self._waits_for_itself():  # an import may fork
-            self._made.exception()
+        """The interpreter exits. What is open has an end of its own."""
+        self._refuse(AFTER_EXIT)
+
+    def _refuse(self, reason: str) -> None:
+        if self.opened is None and self._pid == os.getpid():
+            self._refusal = self._refusal or reason
+            with self._lock:  # another thread may be opening it
+                if self._supervisor is not None:
+                    self._supervisor.discard()
 
 
-_all: weakref.WeakSet[Opening[Any]] = weakref.WeakSet()
+_threads: set[int] = set()
+"""Those that are opening an executor."""
 
 
-def _wait_for_all() -> None:
-    for opening in list(_all):
-        opening.end_at_exit()
+def _wait_for_others() -> None:
+    """Before a fork: the child would find import locks that nobody there releases.
+
+    Not for ever: they may need one that this thread holds.
+    """
+    deadline = time.monotonic() + LONGEST_WAIT
+    while _threads - {threading.get_ident()} and time.monotonic() < deadline:
+        time.sleep(0.001)
 
 
-# A child would find half of it, and locks that nobody is there to release.
-os.register_at_fork(before=_wait_for_all)
+os.register_at_fork(before=_wait_for_others)

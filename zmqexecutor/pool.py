@@ -6,6 +6,7 @@ call ─► pickler ─► Task ─► Master ─► workers
 
 from __future__ import annotations
 
+import hashlib  # noqa: F401  (the first submit needs it: nothing is imported after the opening)
 import os
 import sys
 import threading
@@ -16,7 +17,14 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from .errors import BrokenPoolError, ForkedExecutorError, SerializationError
+from .errors import (
+    AFTER_EXIT,
+    AFTER_SHUTDOWN,
+    FORKED,
+    BrokenPoolError,
+    ForkedExecutorError,
+    SerializationError,
+)
 from .futures import TaskFuture
 from .master.attendance import check_wait
 from .master.channels import Entrance, joining_entrance
@@ -269,16 +277,13 @@ class Pool:
 
     def _check_open(self) -> None:
         if self._pid != os.getpid():
-            raise ForkedExecutorError(
-                "this executor belongs to the process that made it, not to its forked child; "
-                "make a new one in the child"
-            )
+            raise ForkedExecutorError(FORKED)
         if self.master.broken:
             raise BrokenPoolError(self.master.broken)
         if self._closed:
-            raise RuntimeError("cannot schedule new futures after shutdown")
+            raise RuntimeError(AFTER_SHUTDOWN)
         if self.master.exiting:
-            raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+            raise RuntimeError(AFTER_EXIT)
 
 
 def _clean_up(pickler: CallPickler, directory: PrivateDirectory) -> None:

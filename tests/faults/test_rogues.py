@@ -103,7 +103,7 @@ class Target:
 class Executor(Target):
     def __init__(self, executor: ZmqExecutor, directory: str) -> None:
         self.executor = executor
-        self.master = executor._pool.master
+        self.master = executor._engine.master
         self.endpoint, self.work = f"ipc://{directory}/control", f"ipc://{directory}/work"
 
     def submit(self, number: int, gate: Path | None = None) -> Future[Any]:

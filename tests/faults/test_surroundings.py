@@ -156,7 +156,7 @@ def test_whatever_the_umask(umask: int) -> None:
     try:
         with ZmqExecutor(1) as executor:
             assert executor.submit(os.umask, 0o022).result(60) == umask
-            directory = executor._pool.master._loop._options.entrances[0].endpoint.removeprefix(
+            directory = executor._engine.master._loop._options.entrances[0].endpoint.removeprefix(
                 "ipc://"
             )
             mode = stat.S_IMODE(os.stat(os.path.dirname(directory)).st_mode)
@@ -255,7 +255,7 @@ NONE_LEFT = """
             take()  # also those of the worker that has died
             queued = pool.submit(os.getpid)
             deadline = time.monotonic() + 60
-            while pool._pool.master._coordinator.fleet._look_at is None:
+            while pool._engine.master._coordinator.fleet._look_at is None:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
             try:

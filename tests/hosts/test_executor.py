@@ -221,8 +221,8 @@ def test_a_cut_before_a_worker_is_ready(
         start_worker(alpha)
         assert eventually(lambda: diary.where(-1) == "alpha")
         with network.cut(alpha):
-            assert executor._pool.master is not None
-            assert eventually(lambda: not list(executor._pool.master._coordinator.roster))
+            assert executor._engine.master is not None
+            assert eventually(lambda: not list(executor._engine.master._coordinator.roster))
             gate.touch()
             start_worker(beta)
             assert [future.result(30) for future in waiting] == list(range(20))

@@ -47,16 +47,16 @@ class Counterpart(ZmqExecutor):
 
     @property
     def _broken(self) -> bool:
-        return bool(self._pool.master.broken)
+        return bool(self._engine.master.broken)
 
     @property
     def _processes(self) -> dict[int, WorkerHandle]:
         """The workers that are ready."""
-        return {worker.pid: WorkerHandle(worker.pid) for worker in self._pool.master.workers}
+        return {worker.pid: WorkerHandle(worker.pid) for worker in self._engine.master.workers}
 
     @property
     def _executor_manager_thread(self) -> threading.Thread:
-        return self._pool.master._thread
+        return self._engine.master._thread
 
 
 # Programs that tests write take the class by its name, from where that tests' own

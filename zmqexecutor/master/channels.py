@@ -12,7 +12,7 @@ import msgspec
 import zmq
 
 from ..errors import ProtocolError
-from ..system import directories
+from ..system.descriptors import check_descriptors
 from ..wire import protocol, security
 from ..wire.liveness import LOST_AFTER
 from ..wire.protocol import Frame
@@ -124,7 +124,7 @@ class Channels:
         self.setup = entrance.setup
         self.dropped = 0
         endpoint, work = entrance.endpoint, entrance.work
-        directories.check_descriptors()
+        check_descriptors()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         keys = entrance.access.keys
         lost_after = entrance.lost_after

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
-from ..system.directories import check_descriptors
+from ..system.descriptors import check_descriptors
 from ..wire.protocol import GroupFailed, Reaped, Spawned
 from .certificate import ending, lost_error
 from .tasks import Task

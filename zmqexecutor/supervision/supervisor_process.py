@@ -43,10 +43,11 @@ class SupervisorProcess:
             RuntimeError: it is not known where the interpreter is.
         """
         self.configured = False
+        self._owner = os.getpid()
         self.socket, theirs = socket.socketpair()
         # When it is dropped, or the interpreter ends, the supervisor sees the end of file
         # and cleans up by itself.
-        self.hang_up = weakref.finalize(self, _hang_up, self.socket, os.getpid())
+        self.hang_up = weakref.finalize(self, _hang_up, self.socket, self._owner)
         try:
             self.socket.setblocking(False)
             self.popen = _spawn(theirs, preload)
@@ -57,8 +58,8 @@ class SupervisorProcess:
             theirs.close()
 
     def discard(self) -> None:
-        """End it, unless it is in use."""
-        if not self.configured:
+        """End it, unless it is in use, or another process's."""
+        if not self.configured and os.getpid() == self._owner:
             self.hang_up()
             self.popen.kill()
             self.popen.wait()

@@ -15,6 +15,7 @@ Two ways to use a group:
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import shlex
 import signal
@@ -349,8 +350,12 @@ class Workers:
             rlimits=self._rlimits,
             preloaded=self.preloaded,
         )
-        supervisor, self.supervisor = self.supervisor, None
-        self._link = SupervisorLink(config, supervisor)
+        ahead, self.supervisor = self.supervisor, None
+        link = None
+        if ahead is not None:
+            with contextlib.suppress(RuntimeError):  # it has been killed since
+                link = SupervisorLink(config, ahead)
+        self._link = link or SupervisorLink(config)
         self._closed = False
 
     def _wait_readable(self, timeout: float | None) -> None:

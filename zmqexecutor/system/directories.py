@@ -1,4 +1,4 @@
-"""Private directories, and whether there is room for what a master opens."""
+"""Private directories."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import tempfile
 import weakref
 from collections.abc import Iterator
 
-__all__ = ["IPC_PATH_LIMIT", "PrivateDirectory", "check_descriptors"]
+from .descriptors import check_descriptors
+
+__all__ = ["IPC_PATH_LIMIT", "PrivateDirectory"]
 
 IPC_PATH_LIMIT = 107
 """Bytes in the path of a local socket (Linux: 108 with the final zero byte)."""
-DESCRIPTORS = 32
-"""File descriptors that a master and its supervisor need, and some more."""
 FILES = 16
 """Files that a private directory must have room for; journals and segments can do without."""
 UNLOCKED_FOR = 60.0
@@ -158,28 +158,3 @@ def _sweep_unlocked(path: str) -> None:
         os.utime(root)
         if os.stat(root).st_mtime - status.st_mtime > UNLOCKED_FOR:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def check_descriptors(needed: int = DESCRIPTORS) -> None:
-    """Make sure that so many can be opened: ZeroMQ ends the process if it cannot open one.
-
-    Args:
-        needed: how many; by default what it takes to start a master.
-
-    Raises:
-        OSError: this process may open too few files.
-    """
-    spare: list[int] = []
-    try:
-        spare.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
-        while len(spare) < needed:
-            spare.append(os.dup(spare[0]))
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"{error.strerror}: fewer than {needed} more can be opened by this process; "
-            "raise its limit (ulimit -n), or close some",
-        ) from None
-    finally:
-        for descriptor in spare:
-            os.close(descriptor)

@@ -17,19 +17,25 @@ class EndsAtExit(Protocol):
 
 
 _running: weakref.WeakSet[EndsAtExit] = weakref.WeakSet()
+_lock = threading.RLock()  # a finalizer may come to it while its thread holds it
 
 
 def end_before_exit(something: EndsAtExit) -> None:
     """Have its `end_at_exit` called, if it is still there when the interpreter exits."""
-    _running.add(something)
+    with _lock:
+        _running.add(something)
 
 
 def _end_all() -> None:
     ended: set[EndsAtExit] = set()
-    while left := [something for something in list(_running) if something not in ended]:
-        for something in left:  # one may bring others
+    while True:  # one may bring others
+        with _lock:
+            left = set(_running) - ended
+        if not left:
+            return
+        for something in left:
             something.end_at_exit()
-            ended.add(something)
+        ended |= left
 
 
 # Before the interpreter waits for threads, as concurrent.futures does it; what
