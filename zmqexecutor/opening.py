@@ -88,8 +88,8 @@ class Opening:
                     self._check()
                     supervisor, self._supervisor = self._supervisor, None
                     pool = Pool(self._settings, supervisor)
-                    if self._refusal:  # by a signal handler meanwhile
-                        pool.shutdown(wait=False, cancel_futures=True)
+                    if self._refusal:  # meanwhile, by a signal handler or another thread
+                        pool.shutdown(wait=True, cancel_futures=True)
                     self._check()
                     self.opened = pool
                 return self.opened
