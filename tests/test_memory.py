@@ -7,6 +7,7 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,28 @@ def test_a_fresh_process_does_not_and_a_variable_has_its_way(tmp_path: Path) -> 
     assert run("leave") > pages / 2
     assert run("keep") < pages / 10
     assert run("keep", MALLOC_TRIM_THRESHOLD_="131072") > pages / 2
+
+
+@needs_glibc
+def test_a_program_that_sends_arrays_does_too(
+    run_script: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    """Or each copy of an argument has to be given pages by the system."""
+    done = run_script(
+        """
+        import resource
+        from zmqexecutor import ZmqExecutor
+
+        arrays = [bytearray(150 * 1024) for _ in range(100)]
+
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            assert list(executor.map(len, arrays)) == [150 * 1024] * 100
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+        with ZmqExecutor(1) as executor:
+            print(faults(), min(faults() for _ in range(5)))
+        """
+    )
+    first, later = map(int, done.stdout.split())
+    assert later < first / 4

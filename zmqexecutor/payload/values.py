@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import msgspec
 
+from ..system.memory import keep_freed_memory
 from ..wire.buffers import IN_SEGMENT, Segments
 from .namespaces import Key
 from .picklers import ValuePickler
@@ -198,6 +199,7 @@ class ReusedPickler(Generic[_P]):
             if segment is not None:
                 return Packed(b"" if beside else b"".join(pieces), (), segment)
         if self._copy:
+            keep_freed_memory()
             views = [_snapshot(view) for view in views]
         pickled = b"".join(pieces)
         return Packed(b"", [memoryview(pickled), *views]) if beside else Packed(pickled, views)

@@ -20,8 +20,9 @@ def keep_freed_memory() -> None:
     size from its heap, of which it leaves twice as much unused before it gives any back
     (mallopt(3), "dynamic mmap threshold"). A program that has loaded its data has
     passed that point, and so has a fork of it; a fresh worker begins anew, and each
-    array that a task makes costs a page fault for every 4 KiB. So it frees a block, which
-    it never touched, of nearly the largest size of which glibc takes notice.
+    array that a task makes costs a page fault for every 4 KiB. So does each copy of an
+    argument in a program that has not. So it frees a block, which it never touched, of
+    nearly the largest size of which glibc takes notice.
 
     From then on the process may keep 64 MiB that it has freed. Workers with a
     `max_worker_memory`, for which that would count, do without it. Who has set
