@@ -223,6 +223,29 @@ class TestMap:
         assert len(taken) == 7
         del results
 
+    @pytest.mark.parametrize("chunksize", [1, 2, 3, 100])
+    def test_arguments_are_taken_in_turns_and_the_shortest_ends_it(
+        self, executor: ZmqExecutor, chunksize: int
+    ) -> None:
+        def several(*arguments: object) -> tuple[object, ...]:
+            return arguments
+
+        numbers = iter(range(7))
+        pairs = executor.map(several, numbers, numbers, chunksize=chunksize)
+        assert list(pairs) == [(0, 1), (2, 3), (4, 5)]
+        assert list(executor.map(several, [1, 2], [3], [4, 5], chunksize=chunksize)) == [(1, 3, 4)]
+        assert list(executor.map(several, [(1, 2), ()], chunksize=chunksize)) == [((1, 2),), ((),)]
+        assert list(executor.map(several, [], chunksize=chunksize)) == []
+        assert list(executor.map(several, chunksize=chunksize)) == []
+
+    @pytest.mark.parametrize("chunksize", [1, 3])
+    def test_a_stop_iteration_is_no_end_of_results(
+        self, executor: ZmqExecutor, chunksize: int
+    ) -> None:
+        results = executor.map(next, [iter([1]), iter([]), iter([2])], chunksize=chunksize)
+        with pytest.raises((StopIteration, RuntimeError)):  # a generator makes one of the other
+            [next(results) for _ in range(3)]
+
     @pytest.mark.parametrize("buffersize", [None, 2])
     @pytest.mark.parametrize("chunksize", [1, 7])
     def test_unordered(self, executor: ZmqExecutor, chunksize: int, buffersize: int | None) -> None:

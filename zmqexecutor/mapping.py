@@ -61,20 +61,19 @@ class MappingExecutor(Executor):
             if buffersize < 1:
                 raise ValueError("buffersize must be None or > 0")
         deadline = None if timeout is None else time.monotonic() + timeout
-        arguments = zip(*iterables)  # noqa: B905  (the shortest one ends it)
         results = _results_as_they_come if unordered else _results
         # Submitted at once, the calls are of one and the same function, unless it has a state.
         same = buffersize is None and isinstance(fn, (FunctionType, BuiltinFunctionType))
         # Generators let go of the executor when all is submitted.
         if chunksize == 1:
             submit = self._submitter(fn, same=same)
+            arguments = zip(*iterables)  # noqa: B905  (the shortest one ends it)
             return results((submit(*args) for args in arguments), deadline, buffersize)
         run = partial(_run_chunk, fn)
         # What errors call the task.
         vars(run)["__qualname__"] = getattr(fn, "__qualname__", None) or type(fn).__name__
-        chunks = iter(lambda: tuple(itertools.islice(arguments, chunksize)), ())
         submit_chunk = self._submitter(run, same=same)
-        submitted = (submit_chunk(chunk) for chunk in chunks)
+        submitted = (submit_chunk(*columns) for columns in _chunks(iterables, chunksize))
         return _flattened(results(submitted, deadline, buffersize))
 
     def _submitter(
@@ -87,8 +86,25 @@ class MappingExecutor(Executor):
         return partial(self.submit, fn)
 
 
-def _run_chunk(fn: Callable[..., T], chunk: Sequence[tuple[Any, ...]]) -> list[T]:
-    return [fn(*args) for args in chunk]
+def _chunks(
+    iterables: Sequence[Iterable[Any]], chunksize: int
+) -> Iterator[tuple[tuple[Any, ...], ...]]:
+    """The arguments of so many calls, by position: a few long tuples are pickled sooner."""
+    if len(iterables) == 1:
+        arguments = iter(iterables[0])
+        while column := tuple(itertools.islice(arguments, chunksize)):
+            yield (column,)
+    else:
+        rows = zip(*iterables)  # noqa: B905  (the shortest one ends it)
+        while columns := tuple(zip(*itertools.islice(rows, chunksize))):  # noqa: B905
+            yield columns
+
+
+def _run_chunk(fn: Callable[..., T], *columns: Sequence[Any]) -> list[T]:
+    # Not `list(map(fn, *columns))`: a StopIteration out of `fn` would end it without a word.
+    if len(columns) == 1:
+        return [fn(argument) for argument in columns[0]]
+    return [fn(*arguments) for arguments in zip(*columns)]  # noqa: B905  (all are as long)
 
 
 def _flattened(lists: Iterator[list[T]]) -> Iterator[T]:
