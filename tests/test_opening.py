@@ -325,6 +325,120 @@ def test_what_prevents_it_is_told_by_each_use_until_it_is_mended(
     )
 
 
+def test_a_signal_handler_that_ends_what_its_thread_is_ending(run: Callable[[str], str]) -> None:
+    """SIGCHLD comes when the supervisor has ended, and is waited for."""
+    assert (
+        run(
+            """
+            executor = ZmqExecutor(1)
+            signal.signal(signal.SIGCHLD, lambda *_: executor.shutdown())
+            executor.shutdown()
+            print("end")
+            """
+        )
+        == "end\n"
+    )
+
+
+def test_options_before_the_first_use(run: Callable[[str], str]) -> None:
+    """They import as much; a fork waits for that, too."""
+    assert sorted(
+        run(
+            """
+            def use():
+                print(executor.options(retries=1).submit(abs, -2).result())
+
+            opening = threading.Event()
+            while_it_opens(lambda: opening.set() or time.sleep(0.1))
+            executor = ZmqExecutor(1)
+            thread = threading.Thread(target=use)
+            thread.start()
+            opening.wait()
+            child = os.fork()
+            if child == 0:
+                with ZmqExecutor(1) as own:
+                    os._exit(own.submit(abs, -7).result())
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+            thread.join()
+            executor.shutdown()
+            """
+        )
+    ) == ["\n", "\n", "2", "7"]
+
+
+def test_initargs_whose_pickling_uses_another_executor(run: Callable[[str], str]) -> None:
+    assert (
+        run(
+            """
+            class Odd:
+                def __reduce__(self):
+                    return int, (other.submit(abs, -4).result(),)
+
+            def initialize(value):
+                global known
+                known = value
+
+            other = ZmqExecutor(1)
+            with ZmqExecutor(1, initializer=initialize, initargs=(Odd(),)) as executor:
+                print(executor.submit(lambda: known).result())
+            other.shutdown()
+            """
+        )
+        == "4\n"
+    )
+
+
+def test_an_import_that_was_interrupted_says_so_later(run: Callable[[str], str]) -> None:
+    assert (
+        run(
+            """
+            def interrupt():
+                raise KeyboardInterrupt
+
+            def fail():
+                raise AttributeError("partially initialized")
+
+            executor = ZmqExecutor(1)
+            while_it_opens(interrupt)
+            try:
+                executor.submit(abs, -1)
+            except KeyboardInterrupt:
+                pass
+            while_it_opens(fail)
+            try:
+                executor.submit(abs, -1)
+            except RuntimeError as error:
+                print(error)
+            print(executor.submit(abs, -1).result())
+            executor.shutdown()
+            """
+        )
+        == "the import of what executors need was interrupted before; start the program again\n1\n"
+    )
+
+
+def test_a_parent_that_is_killed_before_its_supervisor_looks(run_program: Run) -> None:
+    """It must see that, though a fork of the parent that lives on keeps the connection open."""
+    done = run_program(
+        """
+        executor = ZmqExecutor(1)
+        pid = supervisor()
+        if os.fork() == 0:
+            deadline = time.monotonic() + 10
+            while time.monotonic() < deadline:
+                try:
+                    os.kill(pid, 0)
+                except ProcessLookupError:
+                    os.write(1, b"gone")
+                    break
+                time.sleep(0.01)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+        """
+    )
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, "gone")
+
+
 def test_a_supervisor_that_is_killed_before_it_is_needed(run: Callable[[str], str]) -> None:
     assert (
         run(

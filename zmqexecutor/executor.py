@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 from .errors import BrokenPoolError
 from .futures import TaskFuture
 from .mapping import MappingExecutor
-from .opening import Opening
+from .opening import Opening, import_engine
 from .settings import PoolSettings
 from .system import interpreter
 from .wire.liveness import LOST_AFTER
@@ -194,6 +194,7 @@ class ZmqExecutor(MappingExecutor):
             TypeError: an argument has the wrong type.
             ValueError: an argument is out of range.
         """
+        import_engine()  # of which these are parts
         from .master.tasks import make_options
         from .payload.setups import call_service
 

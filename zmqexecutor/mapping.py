@@ -92,12 +92,10 @@ def _chunks(
     """The arguments of so many calls, by position: a few long tuples are pickled sooner."""
     if len(iterables) == 1:
         arguments = iter(iterables[0])
-        while column := tuple(itertools.islice(arguments, chunksize)):
-            yield (column,)
-    else:
-        rows = zip(*iterables)  # noqa: B905  (the shortest one ends it)
-        while columns := tuple(zip(*itertools.islice(rows, chunksize))):  # noqa: B905
-            yield columns
+        columns = iter(lambda: tuple(itertools.islice(arguments, chunksize)), ())
+        return ((column,) for column in columns)
+    rows = zip(*iterables)  # noqa: B905  (the shortest one ends it)
+    return iter(lambda: tuple(zip(*itertools.islice(rows, chunksize))), ())  # noqa: B905
 
 
 def _run_chunk(fn: Callable[..., T], *columns: Sequence[Any]) -> list[T]:

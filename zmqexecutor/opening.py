@@ -27,7 +27,7 @@ __all__ = ["Opening"]
 WORKER: Final = "zmqexecutor.worker.calls"
 """The module of the executor's workers, which a template of theirs needs."""
 LONGEST_WAIT: Final = 2.0
-"""Seconds for which a fork is put off, while another thread opens an executor."""
+"""Seconds for which a fork is put off, while another thread imports the engine."""
 
 
 class Opening:
@@ -47,6 +47,7 @@ class Opening:
         self._settings = settings
         self._supervisor: SupervisorProcess | None = None
         self._refusal = ""
+        self._making = False
         self._pid = os.getpid()
         # A signal handler may come to `end` while this thread holds it.
         self._lock = threading.RLock()
@@ -72,29 +73,24 @@ class Opening:
             return self.opened
         if self._pid != os.getpid():
             raise ForkedExecutorError(FORKED)
-        thread = threading.get_ident()
-        if thread in _threads:
-            raise RuntimeError(
-                "a signal handler or a finalizer uses an executor for the first time, while its "
-                "thread is opening one; let it do that later, or call wait_for_workers(1) before"
-            )
-        _threads.add(thread)
-        try:
-            # Not under the lock: Python sees it when import locks are waited for in a circle.
-            from .pool import Pool
-
-            with self._lock:
-                if self.opened is None:
-                    self._check()
-                    supervisor, self._supervisor = self._supervisor, None
-                    pool = Pool(self._settings, supervisor)
+        # Not under the lock: Python sees it when import locks are waited for in a circle.
+        engine = import_engine()
+        with self._lock:
+            if self._making:
+                raise RuntimeError(_INTERRUPTED_ITSELF)
+            if self.opened is None:
+                self._check()
+                self._making = True
+                try:
+                    pool = engine(self._settings, self._supervisor)
                     if self._refusal:  # meanwhile, by a signal handler or another thread
                         pool.shutdown(wait=True, cancel_futures=True)
                     self._check()
                     self.opened = pool
-                return self.opened
-        finally:
-            _threads.discard(thread)
+                finally:
+                    self._making = False
+                    self._discard()  # unless it is in use
+            return self.opened
 
     def _check(self) -> None:
         if self._refusal:
@@ -113,12 +109,51 @@ class Opening:
         if self.opened is None and self._pid == os.getpid():
             self._refusal = self._refusal or reason
             with self._lock:  # another thread may be opening it
-                if self._supervisor is not None:
-                    self._supervisor.discard()
+                if not self._making:
+                    self._discard()
+
+    def _discard(self) -> None:
+        # Taken first: a signal handler may come here while this waits for the process's end.
+        supervisor, self._supervisor = self._supervisor, None
+        if supervisor is not None:
+            supervisor.discard()
 
 
 _threads: set[int] = set()
-"""Those that are opening an executor."""
+"""Those that are importing the engine."""
+_interrupted = False
+_INTERRUPTED_ITSELF: Final = (
+    "a signal handler or a finalizer uses an executor for the first time, while its thread is "
+    "opening one; let it do that later, or call wait_for_workers(1) before"
+)
+
+
+def import_engine() -> type[Pool]:
+    """Import what takes long.
+
+    Raises:
+        RuntimeError: this has interrupted an import of it; or an interrupt, such as Ctrl-C, has
+            left it half imported.
+    """
+    global _interrupted
+    thread = threading.get_ident()
+    if thread in _threads:
+        raise RuntimeError(_INTERRUPTED_ITSELF)
+    try:
+        _threads.add(thread)
+        from .pool import Pool
+    except Exception as error:
+        if _interrupted:  # pyzmq cannot be imported then, and says so in odd ways
+            raise RuntimeError(
+                "the import of what executors need was interrupted before; start the program again"
+            ) from error
+        raise
+    except BaseException:
+        _interrupted = True
+        raise
+    finally:
+        _threads.discard(thread)
+    return Pool
 
 
 def _wait_for_others() -> None:
@@ -131,4 +166,8 @@ def _wait_for_others() -> None:
         time.sleep(0.001)
 
 
-os.register_at_fork(before=_wait_for_others)
+def _forget_others() -> None:
+    _threads.intersection_update({threading.get_ident()})
+
+
+os.register_at_fork(before=_wait_for_others, after_in_child=_forget_others)

@@ -68,7 +68,7 @@ class Pool:
 
         Args:
             settings: what is wanted.
-            supervisor: one that has been started ahead. It is ended if this fails.
+            supervisor: one that has been started ahead.
 
         Raises:
             SerializationError: the initializer or its arguments cannot be pickled.
@@ -83,32 +83,27 @@ class Pool:
         self._closed = False
         self._pid = os.getpid()
         self._equipped = False
-        try:
-            self._initializer = _pack_initializer(self._pickler, settings)
-            self._pickler.clear()  # from now on there may be segments
-            joining = None if settings.endpoint is None else self._joining(settings.endpoint)
-            options = MasterOptions(
-                [joining] if joining else [],
-                max_workers=settings.max_workers,
-                service=CALLS,
-                allowance=settings.max_tasks_per_child,
-                patience=PATIENCE if joining else None,
-                lenient=True,
-                finish_at_exit=True,
-            )
-            if settings.max_workers:
-                self.master = self._with_group(options, supervisor)
-            else:
-                self._decode = CallPickler().load
-                self.master = Master(options, cleanup=self._pickler.clear)
-            self.master.start()
-        except BaseException:
-            if supervisor is not None:
-                supervisor.discard()
-            raise
+        self._initializer = _pack_initializer(self._pickler, settings)
+        self._pickler.clear()  # from now on there may be segments
+        joining = None if settings.endpoint is None else self._joining(settings.endpoint)
+        options = MasterOptions(
+            [joining] if joining else [],
+            max_workers=settings.max_workers,
+            service=CALLS,
+            allowance=settings.max_tasks_per_child,
+            patience=PATIENCE if joining else None,
+            lenient=True,
+            finish_at_exit=True,
+        )
+        if settings.max_workers:
+            self.master = self._with_group(options, supervisor)
+        else:
+            self._decode = CallPickler().load
+            self.master = Master(options, cleanup=self._pickler.clear)
         self._master_reference = weakref.ref(self.master)
         self._pickler.packer.on_share = partial(_look_after, self._master_reference)
         weakref.finalize(self, self.master.close).atexit = False
+        self.master.start()
 
     def _joining(self, endpoint: str) -> Entrance:
         """Where workers can join that something else has started."""

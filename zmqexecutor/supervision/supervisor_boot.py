@@ -135,6 +135,8 @@ def _read_line(link: socket.socket, parent: int) -> bytes:
                 parents = os.pidfd_open(parent)
                 stack.callback(os.close, parents)
                 poll.register(parents, select.POLLIN)
+        if os.getppid() != parent:  # it has gone before; its forks keep our link open
+            return b""
         line = bytearray()
         while not line.endswith(b"\n"):
             if link.fileno() not in dict(poll.poll()):

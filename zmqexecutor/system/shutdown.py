@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from typing import Protocol
@@ -17,25 +18,25 @@ class EndsAtExit(Protocol):
 
 
 _running: weakref.WeakSet[EndsAtExit] = weakref.WeakSet()
-_lock = threading.RLock()  # a finalizer may come to it while its thread holds it
 
 
 def end_before_exit(something: EndsAtExit) -> None:
     """Have its `end_at_exit` called, if it is still there when the interpreter exits."""
-    with _lock:
-        _running.add(something)
+    _running.add(something)
 
 
 def _end_all() -> None:
     ended: set[EndsAtExit] = set()
-    while True:  # one may bring others
-        with _lock:
-            left = set(_running) - ended
-        if not left:
-            return
+    while left := _all_but(ended):  # one may bring others
         for something in left:
             something.end_at_exit()
         ended |= left
+
+
+def _all_but(ended: set[EndsAtExit]) -> set[EndsAtExit]:
+    while True:
+        with contextlib.suppress(RuntimeError):  # another thread has added one meanwhile
+            return set(_running) - ended
 
 
 # Before the interpreter waits for threads, as concurrent.futures does it; what
