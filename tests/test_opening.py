@@ -198,30 +198,28 @@ def test_a_fork_before_its_first_use(run: Callable[[str], str]) -> None:
     )
 
 
-def test_a_fork_while_another_thread_opens_it(run: Callable[[str], str]) -> None:
+@pytest.mark.parametrize("view", ["", ".options(retries=1)"], ids=["submit", "options"])
+def test_a_fork_while_another_thread_opens_it(run: Callable[[str], str], view: str) -> None:
     """The child must not find the import locks of a thread that is not there."""
-    assert sorted(
-        run(
-            """
-            def use():
-                print(executor.submit(abs, -2).result())
+    source = f"""
+        def use():
+            print(executor{view}.submit(abs, -2).result())
 
-            opening = threading.Event()
-            while_it_opens(lambda: opening.set() or time.sleep(0.1))
-            executor = ZmqExecutor(1)
-            thread = threading.Thread(target=use)
-            thread.start()
-            opening.wait()
-            child = os.fork()
-            if child == 0:
-                with ZmqExecutor(1) as own:
-                    os._exit(own.submit(abs, -7).result())
-            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-            thread.join()
-            executor.shutdown()
-            """
-        )
-    ) == ["\n", "\n", "2", "7"]
+        opening = threading.Event()
+        while_it_opens(lambda: opening.set() or time.sleep(0.1))
+        executor = ZmqExecutor(1)
+        thread = threading.Thread(target=use)
+        thread.start()
+        opening.wait()
+        child = os.fork()
+        if child == 0:
+            with ZmqExecutor(1) as own:
+                os._exit(own.submit(abs, -7).result())
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        thread.join()
+        executor.shutdown()
+        """
+    assert sorted(run(source)) == ["\n", "\n", "2", "7"]
 
 
 USES = {
@@ -338,32 +336,6 @@ def test_a_signal_handler_that_ends_what_its_thread_is_ending(run: Callable[[str
         )
         == "end\n"
     )
-
-
-def test_options_before_the_first_use(run: Callable[[str], str]) -> None:
-    """They import as much; a fork waits for that, too."""
-    assert sorted(
-        run(
-            """
-            def use():
-                print(executor.options(retries=1).submit(abs, -2).result())
-
-            opening = threading.Event()
-            while_it_opens(lambda: opening.set() or time.sleep(0.1))
-            executor = ZmqExecutor(1)
-            thread = threading.Thread(target=use)
-            thread.start()
-            opening.wait()
-            child = os.fork()
-            if child == 0:
-                with ZmqExecutor(1) as own:
-                    os._exit(own.submit(abs, -7).result())
-            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-            thread.join()
-            executor.shutdown()
-            """
-        )
-    ) == ["\n", "\n", "2", "7"]
 
 
 def test_initargs_whose_pickling_uses_another_executor(run: Callable[[str], str]) -> None:

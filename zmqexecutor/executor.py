@@ -131,10 +131,9 @@ class ZmqExecutor(MappingExecutor):
             keys=keys,
             allow_plaintext_tcp_from_anyone=allow_plaintext_tcp_from_anyone,
         )
-        # Workers that start later look in this process for what these are made of.
-        self._initargs = initargs
-        self._max_workers = settings.max_workers
-        self._joinable = endpoint is not None
+        # It keeps what the initargs are made of, too: later workers look for that here.
+        self._settings = settings
+        self._max_workers = settings.max_workers  # read by others, private as it is
         self._opening = Opening(settings)
         # What only the engine can check is to be raised here.
         if initializer is not None or endpoint is not None or "zmqexecutor.pool" in sys.modules:
@@ -202,7 +201,7 @@ class ZmqExecutor(MappingExecutor):
             timeout, retries, retry_on, retry_delay, priority, name, kill_on_cancel, service
         )
         call_service(service)  # checked now, not by each submit
-        if service is not None and not self._joinable:
+        if service is not None and not self._settings.joinable:
             raise ValueError(
                 f"no worker can offer the service {service!r}: give the pool an endpoint, where "
                 "such workers can join"

@@ -17,6 +17,7 @@ from .errors import AFTER_EXIT, AFTER_SHUTDOWN, FORKED, ForkedExecutorError
 from .settings import PoolSettings
 from .supervision.supervisor_process import SupervisorProcess
 from .system.descriptors import check_descriptors
+from .system.interpreter import WORKER
 from .system.shutdown import end_before_exit
 
 if TYPE_CHECKING:
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Opening"]
 
-WORKER: Final = "zmqexecutor.worker.calls"
-"""The module of the executor's workers, which a template of theirs needs."""
 LONGEST_WAIT: Final = 2.0
 """Seconds for which a fork is put off, while another thread imports the engine."""
 

@@ -76,9 +76,8 @@ class Pool:
             OSError: there is no place for the private directory, or an address is taken.
         """
         self._settings = settings
-        self._joinable = settings.endpoint is not None
         self._pickler = CallPickler()
-        self._pickler.packer.elsewhere = self._joinable
+        self._pickler.packer.elsewhere = settings.joinable
         self._lock = threading.RLock()  # a finalizer or a signal handler may submit, too
         self._closed = False
         self._pid = os.getpid()
@@ -229,7 +228,7 @@ class Pool:
     def wait_for_workers(self, number: int, timeout: float | None) -> None:
         """Return when so many workers are ready."""
         check_wait(number, timeout)
-        if number > self._settings.max_workers and not self._joinable:
+        if number > self._settings.max_workers and not self._settings.joinable:
             raise ValueError(
                 f"this pool has at most {self._settings.max_workers} workers (max_workers), and no "
                 f"endpoint where others can join; {number} will never be there"

@@ -31,6 +31,11 @@ class PoolSettings(NamedTuple):
     keys: Keys | str | os.PathLike[str] | None = None
     allow_plaintext_tcp_from_anyone: bool = False
 
+    @property
+    def joinable(self) -> bool:
+        """Whether workers can join that something else has started."""
+        return self.endpoint is not None
+
     @classmethod
     def checked(cls, max_workers: int | None, **others: Any) -> PoolSettings:
         """Return them, but for what is checked where an endpoint is opened.
@@ -40,12 +45,12 @@ class PoolSettings(NamedTuple):
             ValueError: one is out of range, or cannot go with the others.
         """
         settings = cls(usable_cpus() if max_workers is None else max_workers, **others)
-        if settings.endpoint is None:
+        if not settings.joinable:
             if settings.work_address is not None:
                 raise ValueError("work_address is the second address of an endpoint: give that too")
             if settings.keys is not None or settings.allow_plaintext_tcp_from_anyone:
                 raise ValueError("keys are for an endpoint on tcp://: give that too")
-        _check_max_workers(settings.max_workers, joinable=settings.endpoint is not None)
+        _check_max_workers(settings.max_workers, joinable=settings.joinable)
         if settings.initializer is not None and not callable(settings.initializer):
             raise TypeError("initializer must be a callable")
         if settings.max_tasks_per_child is not None:

@@ -155,7 +155,7 @@ def main_of_workers(endpoint: str, journals: str, rlimits: dict[str, int]) -> Pr
     The resource limits are set by the supervisor; the worker names them in errors.
     """
     return Preloaded(
-        "zmqexecutor.worker.calls", "main", [endpoint, journals, rlimits, interpreter.depth + 1]
+        interpreter.WORKER, "main", [endpoint, journals, rlimits, interpreter.depth + 1]
     )
 
 

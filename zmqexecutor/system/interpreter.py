@@ -8,10 +8,12 @@ import sys
 import sysconfig
 from typing import Final
 
-__all__ = ["DEEPEST", "PACKAGE", "python_command", "search_path", "start_path"]
+__all__ = ["DEEPEST", "PACKAGE", "WORKER", "python_command", "search_path", "start_path"]
 
 PACKAGE: Final = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 """The directory of zmqexecutor."""
+WORKER: Final = "zmqexecutor.worker.calls"
+"""The module that an executor's own workers run."""
 
 DEEPEST: Final = 6
 """How deep executors may be nested: tasks that make one, whose tasks make one, ..."""
