@@ -16,7 +16,8 @@ import numpy  # noqa: F401  (its copies let other threads run: see filling.py)
 import pytest
 
 from zmqexecutor.wire import buffers, filling
-from zmqexecutor.wire.buffers import Lease, Segments
+from zmqexecutor.wire.buffers import Segments
+from zmqexecutor.wire.leases import Lease
 from zmqexecutor.wire.protocol import Segment
 
 BIG = 300_000
@@ -63,18 +64,15 @@ def test_a_segment_is_used_again_when_the_last_view_has_died(segments: Segments)
 @pytest.mark.parametrize(
     ("kept", "free"), [([], 1), ([False], 1), ([True], 0), ([True, False], 0), ([None], 0)]
 )
-def test_a_lease_ends_once_and_frees_only_what_nobody_has(
+def test_a_lease_frees_only_what_nobody_has(
     segments: Segments, kept: list[bool | None], free: int
 ) -> None:
-    lease: Lease | None = segments.lease(stored(segments))
-    assert lease is not None
+    lease = Lease(segments, stored(segments))
     for one in kept:
         lease.lend()
         if one is not None:  # else that process never answered
             lease.returned(one)
-    lease.end()
-    lease.end()
-    lease = None
+    del lease
     assert len(os.listdir(segments._free)) == free
     assert os.listdir(segments._used) == []
 
@@ -91,7 +89,7 @@ def test_free_segments_are_bounded_and_trimmed(segments: Segments) -> None:
     woken: list[int] = []
     segments.on_idle = lambda: woken.append(1)
     segments._idle_bytes = 2 * BIG + 100_000
-    leases = [segments.lease(stored(segments)) for _ in range(4)]
+    leases = [Lease(segments, stored(segments)) for _ in range(4)]
     leases.clear()
     assert len(os.listdir(segments._free)) == 2
     assert segments.trim_at is not None
@@ -104,7 +102,7 @@ def test_free_segments_are_bounded_and_trimmed(segments: Segments) -> None:
 
 
 def test_free_segments_are_few_enough_to_be_looked_through(segments: Segments) -> None:
-    leases = [segments.lease(stored(segments, size=10)) for _ in range(buffers.IDLE_SEGMENTS + 5)]
+    leases = [Lease(segments, stored(segments, size=10)) for _ in range(buffers.IDLE_SEGMENTS + 5)]
     leases.clear()
     assert len(os.listdir(segments._free)) == buffers.IDLE_SEGMENTS
     assert os.listdir(segments._used) == []

@@ -24,7 +24,7 @@ from zmqexecutor.payload import shares
 from zmqexecutor.payload.bulk import BULK, Bulk, flags
 from zmqexecutor.payload.serialization import CallPickler
 from zmqexecutor.payload.shares import Share
-from zmqexecutor.wire.buffers import Lease
+from zmqexecutor.wire.leases import Lease
 
 __all__ = ["either"]
 
@@ -191,7 +191,7 @@ def test_the_comparison() -> None:
     kept = [b"pickle", b"\0" * 100_000, b""]
     share = Share(b"", None, None, frozenset(), ())
     views = [memoryview(bytearray(part)) for part in kept[1:]]
-    bulk = Bulk(share, [(bytearray(part), 0, len(part)) for part in kept], flags(views))
+    bulk = Bulk(share, [memoryview(part) for part in kept], flags(views))
     assert bulk.says(b"pickle", views)
     assert not bulk.says(b"pickl_", views)
     assert not bulk.says(b"pickle!", views)
@@ -243,7 +243,7 @@ def test_no_room_for_a_mapping(script: Any, monkeypatch: pytest.MonkeyPatch) -> 
     def fail(_: Lease) -> NoReturn:
         raise OSError("too many open files")
 
-    monkeypatch.setattr(Lease, "places", fail)
+    monkeypatch.setattr(Lease, "views", fail)
     with ZmqExecutor(1) as executor:
         assert executor.submit(script.first).result(60) == 0
         assert eventually(lambda: files(executor) == [])

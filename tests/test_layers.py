@@ -26,9 +26,9 @@ LAYERS = """
     system: machine memory limits interpreter descriptors directories shutdown
     : keys
     wire: liveness protocol codecs wakeup journal shortcuts security handshakes filling
-        buffers
+        buffers leases
     payload: namespaces byvalue shares bulk picklers bindings packing proofs definitions
-        values failures serialization inheritance setups
+        snapshots values failures serialization inheritance setups
     worker: handler targets registration worker calls
     supervision: terminal last_words prctl template launch process group supervisor
         supervisor_boot supervisor_process supervisor_link workers

@@ -13,7 +13,7 @@ import msgspec
 
 from ..errors import BrokenPoolError, SerializationError, TaskKilledError
 from ..payload.shares import Share
-from ..wire.buffers import Lease
+from ..wire.leases import Lease
 from ..wire.protocol import Frame, Result, Segment, Shared
 from .lanes import Job
 from .lean import LeanFuture
@@ -224,8 +224,7 @@ class Task(Job, eq=False, kw_only=True):
     def _let_go(self) -> None:
         self.future._task = None
         self.shares = ()
-        if self.lease is not None:
-            self.lease.end()
+        self.lease = None
 
 
 def _log_unless_done(error: BaseException) -> None:

@@ -13,20 +13,17 @@ copy-on-write: what a task writes to it stays in its worker, as after a fork.
 
 from __future__ import annotations
 
-import mmap
 import pickle
 from collections.abc import Callable, Sequence
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
+from ..wire.leases import same
 from .shares import Share, open_share
 
-__all__ = ["BULK", "Bulk", "Outside", "Place", "flags", "load_bulk"]
+__all__ = ["BULK", "Bulk", "Outside", "flags", "load_bulk"]
 
 BULK: Final = 16 * 1024
 """From this many bytes a pickle with its buffers is bulk."""
-
-Place: TypeAlias = tuple[bytearray | mmap.mmap, int, int]
-"""Where a part of a bulk can be read, at which offset, and its size. Only mappings have others."""
 
 
 class Outside:
@@ -59,14 +56,14 @@ class Bulk:
         digest: of what is in it: equal for equal contents.
     """
 
-    __slots__ = ("__weakref__", "_places", "_readonly", "digest", "payload", "share")
+    __slots__ = ("__weakref__", "_parts", "_readonly", "digest", "payload", "share")
 
-    def __init__(self, share: Share, places: Sequence[Place], readonly: bytes) -> None:
+    def __init__(self, share: Share, parts: Sequence[memoryview], readonly: bytes) -> None:
         """Note what was packed.
 
         Args:
             share: the pickle and its buffers.
-            places: where they can be read, in the same order.
+            parts: what was packed of them, in the same order.
             readonly: for each buffer whether it was.
         """
         # Not at the top: it loads OpenSSL, 4 MB of memory that a worker does not need.
@@ -74,29 +71,20 @@ class Bulk:
 
         self.share = share
         self.payload = pickle.dumps(_Call(share.key, readonly), 5)
-        self._places = places
+        self._parts = parts
         self._readonly = readonly
         hashed = blake2b(readonly, digest_size=16)
-        for where, start, size in places:
-            hashed.update(b"%d:" % size)
-            hashed.update(memoryview(where)[start : start + size])
+        for part in parts:
+            hashed.update(b"%d:" % part.nbytes)
+            hashed.update(part)
         self.digest = hashed.digest()
 
     def says(self, data: bytes, views: Sequence[memoryview]) -> bool:
         """Whether this pickle with these buffers is the same."""
         parts = [memoryview(data), *views]
-        if [part.nbytes for part in parts] != [size for _, _, size in self._places]:
+        if len(parts) != len(self._parts) or flags(views) != self._readonly:
             return False
-        if flags(views) != self._readonly:
-            return False
-        return all(_is_at(part, *place) for part, place in zip(parts, self._places, strict=True))
-
-
-def _is_at(part: memoryview, where: bytearray | mmap.mmap, start: int, size: int) -> bool:
-    # Both compare memory, and copy none.
-    if isinstance(where, bytearray):
-        return where == part
-    return not size or where.find(part, start, start + size) == start
+        return all(map(same, parts, self._parts))
 
 
 def flags(views: Sequence[memoryview]) -> bytes:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from ..wire.buffers import IN_SEGMENT
-from .bulk import Bulk, Place, flags
+from ..wire.leases import Lease
+from .bulk import Bulk, flags
 from .namespaces import Key
 from .shares import Contents, Share
 
 if TYPE_CHECKING:
-    from ..wire.buffers import Lease, Segments
+    from ..wire.buffers import Segments
 
 __all__ = ["Packer"]
 
@@ -69,20 +70,18 @@ class Packer:
             if known is not None and known.says(pickled, views):
                 return known
         data, lease, parts = self._pack([pickled], views)
-        places: list[Place] = []
         if lease is not None:
             try:
-                places = lease.places()
+                kept = lease.views()
             except OSError:  # no descriptor left, or no room for a mapping
-                lease.end()
                 data, lease, parts = self._pack([pickled], views, mapped=False)
         if lease is None:
-            places = [(bytearray(part), 0, len(part)) for part in parts]
+            kept = [memoryview(part) for part in parts]
         share = Share(data, lease, self.pool, frozenset(), ())
         self.on_share(share)
-        bulk = Bulk(share, places, flags(views))
+        bulk = Bulk(share, kept, flags(views))
         # What is not small lives only as long as it is used.
-        small = sum(size for _, _, size in places) < IN_SEGMENT
+        small = sum(part.nbytes for part in kept) < IN_SEGMENT
         self._recent.append((lambda: bulk) if small else weakref.ref(bulk))
         return bulk
 
@@ -101,10 +100,9 @@ class Packer:
                 "to workers that join from elsewhere"
             )
         if mapped and self.segments is not None and total >= IN_SEGMENT:
-            segment = self.segments.store(views, first=pieces, reused=False)
-            if segment is not None:
-                lease = self.segments.lease(segment)
-                return msgspec.msgpack.encode(Contents([], segment)), lease, []
+            lease = Lease.store(self.segments, views, first=pieces, reused=False)
+            if lease is not None:
+                return msgspec.msgpack.encode(Contents([], lease.segment)), lease, []
         parts = [b"".join(pieces), *map(bytes, views)]
         data = msgspec.msgpack.encode(Contents(parts))
         if len(data) > LARGEST_DATA:

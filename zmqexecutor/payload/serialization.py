@@ -25,14 +25,17 @@ from __future__ import annotations
 import functools
 import io
 import marshal
+import mmap
 import pickle
 import types
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ..wire.buffers import Lease, Segments
+from ..wire.buffers import Segments
+from ..wire.leases import Lease
 from . import shares
 from .bindings import Received
 from .definitions import Definition, DefinitionError, Definitions
@@ -50,6 +53,7 @@ from .namespaces import Entry, Key
 from .packing import Packer
 from .picklers import ArgumentPickler, ResultPickler
 from .shares import Contents, Share
+from .snapshots import Snapshots
 from .values import (
     NO_KEYS,
     OUT_OF_BAND,
@@ -121,6 +125,7 @@ class CallPickler:
         """
         self.packer = Packer(segments)
         self._definitions = Definitions(self.packer)
+        self._snapshots = Snapshots()
         # Not one for each thread: pickling may submit, so one thread may need two.
         self._spare: list[ReusedPickler[ArgumentPickler]] = []
 
@@ -183,16 +188,13 @@ class CallPickler:
         try:
             pickler = self._spare.pop()
         except IndexError:
-            pickler = ReusedPickler(ArgumentPickler, OUT_OF_BAND, copy=True)
-        segments = self.packer.segments
-        packed = pickler.dumps((args, kwargs), segments)
-        # From here on it ends with this lease, whatever happens.
-        lease = segments.lease(packed.segment) if segments and packed.segment else None
+            pickler = ReusedPickler(ArgumentPickler, OUT_OF_BAND, self._snapshots)
+        packed = pickler.dumps((args, kwargs), self.packer.segments)
         keys = pickler.take_keys()
         used = pickler.pickler.take_shares() if pickler.pickler.shares else ()
         if pickler.reusable:
             self._spare.append(pickler)
-        return _Arguments(packed.data, packed.buffers, lease, keys, used)
+        return _Arguments(packed.data, packed.buffers, packed.lease, keys, used)
 
     def dump_share(self, obj: object) -> Share:
         """Pickle an object for many calls. Later changes of it do not count.
@@ -310,6 +312,15 @@ class _Function:
         self.version = received.version
 
 
+def _nothing() -> None:
+    """What a reference to a mapping says that is gone, or never was."""
+
+
+def _mapping_of(buffers: Sequence[memoryview]) -> Callable[[], object]:
+    mapping = buffers[0].obj  # all have the same
+    return weakref.ref(mapping) if isinstance(mapping, mmap.mmap) else _nothing
+
+
 class CallRunner:
     """The worker's side: runs calls, and pickles what comes of them.
 
@@ -332,6 +343,7 @@ class CallRunner:
         self._functions: dict[bytes, _Function] = {}
         self._received = Received()
         self._spare: list[ReusedPickler[ResultPickler]] = []
+        self._mapping: Callable[[], object] = _nothing
 
     def load_function(self, function_id: bytes, function: Buffer) -> None:
         """Take the definition that calls will name by this id.
@@ -340,9 +352,9 @@ class CallRunner:
         """
         self._functions[function_id] = _Function(function)
 
-    def holds(self, segment: Segment) -> bool:
-        """Whether something still uses the buffers that a call had from this segment."""
-        return self.segments is None or self.segments.holds(segment)
+    def holds(self) -> bool:
+        """Whether something still uses the buffers that the last call had from a segment."""
+        return self._mapping() is not None
 
     def forget(self, function_id: bytes) -> None:
         """Let go of a function; the globals it came with stay."""
@@ -382,6 +394,7 @@ class CallRunner:
                 function.refresh(self._received)
             if segment is not None and self.segments is not None:
                 buffers = self.segments.open(segment)
+                self._mapping = _mapping_of(buffers)
             if data[:1] not in PICKLED:
                 args, kwargs = marshal.loads(data), {}
             else:
@@ -401,7 +414,7 @@ class CallRunner:
         try:
             pickler = self._spare.pop()
         except IndexError:
-            pickler = ReusedPickler(ResultPickler, RESULT_OUT_OF_BAND, copy=False)
+            pickler = ReusedPickler(ResultPickler, RESULT_OUT_OF_BAND)
         dumped = pickler.dumps(result, self.segments)
         pickler.take_keys()
         if pickler.reusable:

@@ -22,7 +22,7 @@ import msgspec
 from ..wire.protocol import Segment
 
 if TYPE_CHECKING:
-    from ..wire.buffers import Lease
+    from ..wire.leases import Lease
     from .namespaces import Key
 
 __all__ = [

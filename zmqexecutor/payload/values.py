@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import msgspec
 
-from ..system.memory import keep_freed_memory
 from ..wire.buffers import IN_SEGMENT, Segments
 from .namespaces import Key
 from .picklers import ValuePickler
+from .snapshots import Snapshots
 
 if TYPE_CHECKING:
+    from ..wire.leases import Lease
     from ..wire.protocol import Segment
 
 __all__ = [
@@ -75,18 +76,14 @@ def are_plain(values: tuple[object, ...]) -> bool:
 
 
 class Packed(msgspec.Struct, frozen=True):
-    """A pickle and its buffers: in `segment`, if there is one."""
+    """A pickle and its buffers: in `buffers`, or in a segment."""
 
     data: bytes
     buffers: Sequence[memoryview] = ()
     segment: Segment | None = None
-
-
-def _snapshot(view: memoryview) -> memoryview:
-    owner: Any = view.obj
-    while owner is not None and not isinstance(owner, bytes):
-        owner = getattr(owner, "base", None)  # an array made over bytes, say
-    return view if owner is not None else memoryview(bytes(view))
+    """For somebody else to own."""
+    lease: Lease | None = None
+    """On a segment that others may use too."""
 
 
 def loads(data: Buffer, buffers: Sequence[Buffer]) -> Any:
@@ -161,14 +158,20 @@ class ReusedPickler(Generic[_P]):
         self,
         kind: Callable[[Pieces, Callable[[pickle.PickleBuffer], bool]], _P],
         out_of_band: int,
-        *,
-        copy: bool,
+        snapshots: Snapshots | None = None,
     ) -> None:
+        """Make the pickler.
+
+        Args:
+            kind: its class.
+            out_of_band: buffers of at least so many bytes are beside the pickle.
+            snapshots: where they are copied, if they may change before they are sent.
+        """
         file = Pieces()
         self._pieces = file.pieces
         self._buffers: list[memoryview] = []
         self._out_of_band = out_of_band
-        self._copy = copy
+        self._snapshots = snapshots
         self.pickler = kind(file, functools.partial(_take_buffer, self._buffers, out_of_band))
         self._dump = self.pickler.dump
         self._clear_memo = self.pickler.clear_memo
@@ -194,13 +197,20 @@ class ReusedPickler(Generic[_P]):
         size = sum(map(len, pieces))
         beside = size >= self._out_of_band
         total = sum(view.nbytes for view in views) + (size if beside else 0)
+        snapshots = self._snapshots
         if segments is not None and total >= IN_SEGMENT:
-            segment = segments.store(views, first=pieces if beside else ())
-            if segment is not None:
-                return Packed(b"" if beside else b"".join(pieces), (), segment)
-        if self._copy:
-            keep_freed_memory()
-            views = [_snapshot(view) for view in views]
+            first = pieces if beside else ()
+            data = b"" if beside else b"".join(pieces)
+            if snapshots is None:
+                segment = segments.store(views, first=first)
+                if segment is not None:
+                    return Packed(data, segment=segment)
+            else:
+                lease = snapshots.in_segment(segments, views, first)
+                if lease is not None:
+                    return Packed(data, lease=lease)
+        if snapshots is not None:
+            views = snapshots.copies(views)
         pickled = b"".join(pieces)
         return Packed(b"", [memoryview(pickled), *views]) if beside else Packed(pickled, views)
 

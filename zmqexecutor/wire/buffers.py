@@ -2,7 +2,7 @@
 
     one process                                   another
     store(views) ──► a segment, by name ────────► open(segment): views of a private mapping
-    lease.end(), or the last view dies
+    its lease ends, or the last view dies
       └──► free/ ──► the next `store`, in any process
 
 A segment is a file in the executor's private directory, if that is in /dev/shm. Fresh
@@ -41,7 +41,7 @@ from .filling import FILLED_BY_TWO, fill
 if TYPE_CHECKING:
     from .protocol import Segment
 
-__all__ = ["Lease", "Segments", "forks"]
+__all__ = ["Segments", "forks"]
 
 IN_SEGMENT: Final = 256 * 1024
 """From this many bytes in all, buffers go into a segment where there are any."""
@@ -95,7 +95,7 @@ class Segments:
         self._idle_bytes = min(IDLE_BYTES, total // 4)
         self._pid = os.getpid()
         self._numbers = itertools.count(1)
-        self._mapped: dict[str, weakref.ref[mmap.mmap]] = {}
+        self._mapped: dict[tuple[str, int], weakref.ref[mmap.mmap]] = {}
         self._most_mapped = _most_mapped()
         self.trim_at: float | None = None
         """When `trim` should be called, on the monotonic clock."""
@@ -158,10 +158,6 @@ class Segments:
             raise
         return Segment(name, sizes)
 
-    def lease(self, segment: Segment) -> Lease:
-        """Look after a segment that this process has stored."""
-        return Lease(self, segment)
-
     def _take(self, size: int) -> str:
         """Make a free segment our own: the smallest that fits and is not far too large."""
         try:
@@ -217,7 +213,7 @@ class Segments:
             ValueError: it is not as large as it should be.
         """
         offsets, size = _layout(segment.sizes)
-        if "/" in segment.name or len(self._mapped) >= self._most_mapped:
+        if "/" in segment.name or not self.may_map():
             return self._copy(segment, offsets, owned)
         file = os.open(
             os.path.join(self._used, segment.name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -226,18 +222,17 @@ class Segments:
             mapping = _map(file, size, readonly)
         finally:
             os.close(file)
-        self._mapped[segment.name] = weakref.ref(
-            mapping, partial(self._unmapped, segment.name, owned, _forks)
-        )
+        key = segment.name, next(self._numbers)  # the same segment may be mapped twice
+        self._mapped[key] = weakref.ref(mapping, partial(self._unmapped, key, owned, _forks))
         whole = memoryview(mapping)
         return [
             whole[offset : offset + length]
             for offset, length in zip(offsets, segment.sizes, strict=True)
         ]
 
-    def holds(self, segment: Segment) -> bool:
-        """Whether anything in this process still uses what `open` gave."""
-        return segment.name in self._mapped
+    def may_map(self) -> bool:
+        """Whether `open` maps, and does not have to copy."""
+        return len(self._mapped) < self._most_mapped
 
     def _copy(self, segment: Segment, offsets: Sequence[int], owned: bool) -> list[memoryview]:
         if "/" in segment.name:
@@ -258,10 +253,10 @@ class Segments:
             self.give_back(segment.name)
         return views
 
-    def _unmapped(self, name: str, owned: bool, forked: int, _: object) -> None:
-        self._mapped.pop(name, None)
+    def _unmapped(self, key: tuple[str, int], owned: bool, forked: int, _: object) -> None:
+        self._mapped.pop(key, None)
         if owned:
-            self.give_back(name, reusable=forked == _forks)
+            self.give_back(key[0], reusable=forked == _forks)
 
     # ------------------------------------------------------------------- ending
 
@@ -307,8 +302,9 @@ class Segments:
     def sweep(self, pid: int) -> None:
         """Remove what a dead process has stored and nobody has opened."""
         try:
+            mapped = {name for name, _ in tuple(self._mapped)}
             for name in os.listdir(self._used):
-                if name.split("-")[1] == str(pid) and name not in self._mapped:
+                if name.split("-")[1] == str(pid) and name not in mapped:
                     self._remove(os.path.join(self._used, name))
         except OSError:
             pass  # the directory is gone
@@ -318,57 +314,6 @@ class Segments:
             os.unlink(path)
         except FileNotFoundError:
             pass
-
-
-class Lease:
-    """Looks after a stored segment: it ends once, by `end` or with the object.
-
-    The segment may be lent to several processes, one after the other. It is used
-    again only if each has said that it does not hold it any more.
-    """
-
-    __slots__ = ("_lent", "_name", "_segments", "segment")
-
-    def __init__(self, segments: Segments, segment: Segment) -> None:
-        self._segments = segments
-        self._name = segment.name
-        self._lent = 0
-        self.segment = segment
-
-    def lend(self) -> Segment:
-        """Another process is told of the segment."""
-        self._lent += 1
-        return self.segment
-
-    def returned(self, kept: bool) -> None:
-        """It has done its work with it, and holds it no more unless it kept it."""
-        self._lent -= not kept
-
-    def views(self) -> list[memoryview]:
-        """What is in it, for those who cannot map it; they may hold it for as long as they like."""
-        self._lent += 1
-        return self._segments.open(self.segment, readonly=True)
-
-    def places(self) -> list[tuple[Any, int, int]]:
-        """The mapping in which each buffer can be read, where it begins, and its size.
-
-        Raises:
-            OSError: it cannot be mapped.
-        """
-        offsets, _ = _layout(self.segment.sizes)
-        return [
-            (view.obj, offset if isinstance(view.obj, mmap.mmap) else 0, view.nbytes)
-            for view, offset in zip(self.views(), offsets, strict=True)
-        ]
-
-    def end(self) -> None:
-        """Nobody will be told of it any more."""
-        name, self._name = self._name, ""
-        if name:
-            self._segments.give_back(name, reusable=self._lent == 0)
-
-    def __del__(self) -> None:
-        self.end()
 
 
 def _layout(sizes: Sequence[int]) -> tuple[list[int], int]:

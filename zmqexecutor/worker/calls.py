@@ -114,9 +114,7 @@ class CallHandler:
         """Call a function that was defined before."""
         forks = buffers.forks()
         outcome = self._runner.run(job.shared, job.data, frames, job.segment)
-        kept = job.segment is not None and (
-            self._runner.holds(job.segment) or forks != buffers.forks()
-        )
+        kept = job.segment is not None and (self._runner.holds() or forks != buffers.forks())
         worn = self._worn() if self._max_memory else ""
         return Outcome(outcome.ok, outcome.data, "", outcome.buffers, outcome.segment, kept, worn)
 

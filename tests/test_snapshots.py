@@ -1,0 +1,195 @@
+"""One array for many tasks: one copy of it, as long as it is the same."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import eventually
+from tests.test_big_data import files
+from tests.test_buffers import segments
+from tests.test_share import either
+from zmqexecutor import ZmqExecutor
+from zmqexecutor.payload.serialization import CallPickler, CallRunner
+from zmqexecutor.payload.snapshots import Snapshots
+from zmqexecutor.wire.buffers import Segments
+from zmqexecutor.wire.leases import Lease, same
+
+__all__ = ["either", "segments"]
+
+BIG = 1024 * 1024
+SMALL = 100_000
+"""Bytes that travel beside a pickle, and not in a segment."""
+
+
+def add(array: Any, number: int) -> int:
+    array += number
+    return int(array[-1])
+
+
+@pytest.mark.parametrize("size", [SMALL, BIG])
+def test_each_task_has_an_array_of_its_own_as_it_was(either: ZmqExecutor, size: int) -> None:
+    array = np.zeros(size, dtype=np.uint8)
+    futures = []
+    for number in range(40):
+        if number % 10 == 0:
+            array[-1] = number
+        futures.append(either.submit(add, array, number % 7))
+    assert [future.result(60) for future in futures] == [
+        number - number % 10 + number % 7 for number in range(40)
+    ]
+    assert array[-1] == 30
+
+
+def test_what_waits_shares_one_copy_that_goes_with_the_last(tmp_path: Any) -> None:
+    go = tmp_path / "go"
+
+    def wait() -> None:
+        while not go.exists():
+            threading.Event().wait(0.01)
+
+    with ZmqExecutor(2) as executor:
+        blocked = [executor.submit(wait) for _ in range(2)]
+        array = np.zeros(BIG, dtype=np.uint8)
+        pair: Any = {"a": array, "b": np.ones(BIG // 8)}
+        futures = [executor.submit(add, array, number) for number in range(50)]
+        assert len(files(executor)) == 1
+        futures += [executor.submit(lambda two: int(two["b"][0]), pair) for _ in range(50)]
+        assert len(files(executor)) == 2
+        array[5] = 1
+        futures += [executor.submit(add, array, number) for number in range(50)]
+        assert len(files(executor)) == 3
+        for future in futures[:120]:
+            assert future.cancel()
+        go.touch()
+        assert [future.result(60) for future in futures[120:]] == list(range(20, 50))
+        del futures, blocked
+        assert eventually(lambda: files(executor) == [])
+        assert files(executor, "free") != []
+
+
+def test_a_worker_that_keeps_one_argument_of_two_that_are_the_same(segments: Segments) -> None:
+    pickler, runner = CallPickler(segments), CallRunner(segments)
+    array = np.zeros(BIG, dtype=np.uint8)
+    kept: list[Any] = []
+
+    def keep(one: Any, number: int) -> int:
+        if number == 0:
+            kept.append(one)
+        one += number + 1
+        return int(one[-1])
+
+    held = []
+    for number in range(3):
+        call = pickler.dump_call(keep, (array, number), {})
+        assert call.lease is not None
+        if number == 0:
+            runner.load_function(call.shared.key, call.shared.data)
+        outcome = runner.run(call.shared.key, call.data, (), call.lease.lend())
+        assert outcome.ok
+        held.append(runner.holds())
+        call.lease.returned(held[-1])
+        if number == 0:
+            first = call.lease
+        assert call.lease is first
+    assert held == [True, False, False]
+    del call, first
+    gc.collect()
+    assert os.listdir(segments._used) == []
+    assert os.listdir(segments._free) == []  # it is mapped, so nobody may write to it
+
+
+def test_what_cannot_be_mapped_for_the_comparison_is_copied(
+    segments: Segments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    array = np.zeros(BIG, dtype=np.uint8)
+    views = [memoryview(array)]
+    snapshots = Snapshots()
+    first = snapshots.in_segment(segments, views, ())
+    with monkeypatch.context() as patch:
+        patch.setattr(segments, "_most_mapped", 0)
+        second = snapshots.in_segment(segments, views, ())
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(segments, "open", fail)
+        third = snapshots.in_segment(segments, views, ())
+    assert first is not second
+    assert second is not third
+    assert snapshots.in_segment(segments, views, ()) is third
+
+
+def test_one_copy_in_messages(segments: Segments) -> None:
+    snapshots = Snapshots()
+    array, other = bytearray(SMALL), bytearray(SMALL)
+    one = snapshots.copies([memoryview(array), memoryview(other)])
+    two = snapshots.copies([memoryview(array), memoryview(other)])
+    assert one[0] is two[0]
+    assert one[1] is two[1]
+    assert one[0] is not one[1]
+    array[-1] = 1
+    three = snapshots.copies([memoryview(array)])
+    assert one[0][-1] == 0
+    assert three[0][-1] == 1
+    assert snapshots.copies([memoryview(array)])[0] is three[0]
+    data = bytes(SMALL)
+    assert snapshots.copies([memoryview(data)])[0].obj is data
+    del one, two, three
+    assert not snapshots._copies
+
+
+def test_nothing_is_kept_for_later(segments: Segments) -> None:
+    snapshots = Snapshots()
+    array = np.zeros(BIG, dtype=np.uint8)
+    lease: Lease | None = snapshots.in_segment(segments, [memoryview(array)], ())
+    assert lease is not None
+    assert lease.says([memoryview(array)])  # has it mapped
+    lease = None
+    assert not snapshots._leases
+    assert not segments._mapped
+    assert os.listdir(segments._used) == []
+    assert len(os.listdir(segments._free)) == 1
+
+
+@pytest.mark.parametrize("kind", ["frame", "table"])
+def test_tables_share_a_copy_too(segments: Segments, kind: str) -> None:
+    table: Any
+    if kind == "frame":
+        pandas = pytest.importorskip("pandas")
+        table = pandas.DataFrame({"a": np.arange(BIG), "b": np.ones(BIG)})
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        table = pyarrow.table({"a": np.arange(BIG), "b": np.ones(BIG)})
+    pickler = CallPickler(segments)
+    calls = [pickler.dump_call(len, (table,), {}) for _ in range(5)]
+    assert len({id(call.lease) for call in calls}) == 1
+
+
+def test_threads_that_submit_while_an_array_changes(either: ZmqExecutor) -> None:
+    def total(array: Any) -> int:
+        return int(array.sum())
+
+    with ThreadPoolExecutor(4) as threads:
+        for number in range(20):
+            array = np.full(BIG // 4, number, dtype=np.uint8)
+            futures = list(threads.map(lambda _, a=array: either.submit(total, a), range(8)))
+            assert {future.result(60) for future in futures} == {number * BIG // 4}
+
+
+@pytest.mark.parametrize("size", [0, 1, 65_536, 65_537, 200_000])
+def test_same(size: int) -> None:
+    data = os.urandom(size)
+    assert same(memoryview(data), memoryview(bytearray(data)))
+    assert not same(memoryview(data), memoryview(data + b"x"))
+    for position in {0, size // 2, size - 1} if size else ():
+        other = bytearray(data)
+        other[position] ^= 1
+        assert not same(memoryview(data), memoryview(other))

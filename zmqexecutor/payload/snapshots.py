@@ -1,0 +1,71 @@
+"""What arguments were when the call was made: copies of their buffers, for any thread.
+
+A program may give one array to a thousand tasks. While one of them waits, the next one's
+copy would be the same, so the array is compared with it instead, which takes less time
+than to copy it, and no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+from ..system.memory import keep_freed_memory
+from ..wire.leases import Lease, same
+
+if TYPE_CHECKING:
+    from ..wire.buffers import Segments
+
+__all__ = ["Snapshots"]
+
+
+class Snapshots:
+    """The copies that tasks still need, by what they were made of.
+
+    An object that has the identity of one that is gone, or whose contents have changed,
+    is found out by the comparison.
+    """
+
+    def __init__(self) -> None:
+        self._leases: WeakValueDictionary[tuple[tuple[int, int], ...], Lease] = (
+            WeakValueDictionary()
+        )
+        self._copies: WeakValueDictionary[tuple[int, int], memoryview] = WeakValueDictionary()
+
+    def in_segment(
+        self, segments: Segments, views: Sequence[memoryview], first: Sequence[bytes]
+    ) -> Lease | None:
+        """A segment with these buffers, as for `Segments.store`; None if there is no room."""
+        if first:  # a pickle, which is another one each time
+            return Lease.store(segments, views, first=first)
+        origin = tuple(map(_origin, views))
+        lease = self._leases.get(origin)
+        if lease is None or not lease.says(views):
+            lease = Lease.store(segments, views)
+            if lease is not None:
+                self._leases[origin] = lease
+        return lease
+
+    def copies(self, views: Sequence[memoryview]) -> list[memoryview]:
+        """Copies of these buffers in this process's memory."""
+        keep_freed_memory()
+        return list(map(self._copy, views))
+
+    def _copy(self, view: memoryview) -> memoryview:
+        owner: Any = view.obj
+        while owner is not None and not isinstance(owner, bytes):
+            owner = getattr(owner, "base", None)  # an array made over bytes, say
+        if owner is not None:
+            return view
+        origin = _origin(view)
+        copy = self._copies.get(origin)
+        if copy is None or not same(view, copy):
+            copy = self._copies[origin] = memoryview(bytes(view))
+        return copy
+
+
+def _origin(view: memoryview) -> tuple[int, int]:
+    owner = view.obj
+    # Arrow makes a new object for each look at a buffer.
+    return getattr(owner, "address", None) or id(owner), view.nbytes

@@ -1,0 +1,92 @@
+"""Segments that this process has stored: each is its own until nobody needs it any more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from .buffers import Segments
+    from .protocol import Segment
+
+__all__ = ["Lease", "same"]
+
+_PIECE: Final = 64 * 1024
+"""Bytes that are compared at a time; what is copied of them stays in the processor's cache."""
+
+
+class Lease:
+    """Looks after a stored segment; it ends when nobody refers to this object any more.
+
+    The segment may be lent to any number of processes. It is used again only if each has
+    said that it does not hold it any more, and is removed otherwise.
+    """
+
+    __slots__ = ("__weakref__", "_contents", "_lent", "_segments", "segment")
+
+    def __init__(self, segments: Segments, segment: Segment) -> None:
+        self._segments = segments
+        self._lent = 0
+        self._contents: list[memoryview] | None = None
+        self.segment = segment
+
+    @classmethod
+    def store(
+        cls,
+        segments: Segments,
+        views: Sequence[memoryview],
+        *,
+        first: Sequence[bytes] = (),
+        reused: bool = True,
+    ) -> Lease | None:
+        """Do what `Segments.store` does, and look after what came of it."""
+        segment = segments.store(views, first=first, reused=reused)
+        return None if segment is None else cls(segments, segment)
+
+    def lend(self) -> Segment:
+        """Another process is told of the segment."""
+        self._lent += 1
+        return self.segment
+
+    def returned(self, kept: bool) -> None:
+        """It has done its work with it, and holds it no more unless it kept it."""
+        self._lent -= not kept
+
+    def views(self) -> list[memoryview]:
+        """What is in it, for those who cannot map it; they may hold it for as long as they like.
+
+        Raises:
+            OSError: it cannot be mapped.
+        """
+        self._lent += 1
+        return self._segments.open(self.segment, readonly=True)
+
+    def says(self, views: Sequence[memoryview]) -> bool:
+        """Whether these buffers, of the same sizes, have the same contents."""
+        if self._contents is None:
+            if not self._segments.may_map():
+                return False
+            try:
+                self._contents = self._segments.open(self.segment, readonly=True)
+            except OSError:  # no descriptor left, or no room for a mapping
+                return False
+        return all(map(same, views, self._contents))
+
+    def __del__(self) -> None:
+        self._contents = None
+        self._segments.give_back(self.segment.name, reusable=self._lent == 0)
+
+
+def same(one: memoryview, other: memoryview) -> bool:
+    """Whether two buffers of bytes are equal, compared at the speed of memory.
+
+    Memoryviews compare one item after the other, and `mmap.find` did so before Python 3.13.
+    """
+    size = one.nbytes
+    if size != other.nbytes:
+        return False
+    for start in range(0, size, _PIECE):
+        stop = start + _PIECE
+        if bytearray(one[start:stop]) != other[start:stop]:
+            return False
+    return True
