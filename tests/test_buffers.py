@@ -10,9 +10,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy  # noqa: F401  (its copies let other threads run: see filling.py)
 import pytest
 
 from zmqexecutor.wire import buffers, filling
@@ -31,6 +29,7 @@ def segments() -> Iterator[Segments]:
     made = Segments.create(directory)
     assert made is not None
     yield made
+    made.close()
     shutil.rmtree(directory)
 
 
@@ -189,93 +188,93 @@ def test_a_tiny_dev_shm_is_no_problem(tmp_path: Path, mebibytes: int) -> None:
 
 @pytest.mark.parametrize(("first", "second"), [(32, 32), (29, 30), (16, 40)])
 def test_large_buffers_into_a_segment_that_is_used_again(
-    segments: Segments, monkeypatch: pytest.MonkeyPatch, first: int, second: int
+    segments: Segments, first: int, second: int
 ) -> None:
-    filled: list[bool] = []
-
-    def fill(*args: Any) -> bool:
-        filled.append(filling.fill(*args))
-        return filled[-1]
-
-    monkeypatch.setattr(buffers, "fill", fill)
     segments.give_back(stored(segments, size=first << 20).name)
-    assert filled == []  # the memory was new
     contents = [os.urandom(100), os.urandom((second << 20) - 4321), os.urandom(99)]
-    segment = segments.store([memoryview(part) for part in contents[1:]], first=contents[:1])
-    assert segment is not None
-    assert filled == ([True] if second <= first + 1 else [])
-    assert [bytes(view) for view in segments.open(segment)] == contents
+    for _ in range(filling.WRITTEN_FIRST + 3):
+        segment = segments.store([memoryview(part) for part in contents[1:]], first=contents[:1])
+        assert segment is not None
+        assert [bytes(view) for view in segments.open(segment)] == contents
+        segments.give_back(segment.name)
+        contents = [part[::-1] for part in contents]
+    assert len(os.listdir(segments._free)) == (1 if second <= first + 1 else 2)
+    assert [kept.mapping is not None for kept in segments._filler._kept.values()] == [True]
 
 
+@pytest.mark.parametrize("numpy", ["there", "missing", "broken"])
 @pytest.mark.parametrize("offset", [0, 64, 4096, 5_000_000])
 @pytest.mark.parametrize("before", ["there", "shorter", "empty"])
-def test_filling_copies_every_byte_to_its_place(offset: int, before: str) -> None:
+def test_a_mapping_copies_every_byte_to_its_place(
+    monkeypatch: pytest.MonkeyPatch, offset: int, before: str, numpy: str
+) -> None:
+    if numpy == "missing":
+        monkeypatch.delitem(sys.modules, "numpy")
+    elif numpy == "broken":
+        monkeypatch.setitem(sys.modules, "numpy", None)
     data = os.urandom(filling.FILLED_BY_TWO + 12345)
-    size = {"there": offset + len(data) + 10, "shorter": offset + 100, "empty": 0}[before]
+    end = offset + len(data)
+    size = {"there": end + 10, "shorter": offset + 100, "empty": 0}[before]
     with tempfile.TemporaryFile(dir="/dev/shm", buffering=0) as file:
         file.write(b"#" * size)
-        assert filling.fill(file.fileno(), memoryview(data), offset)
-        file.seek(0)
-        whole = file.read()
-    assert whole[offset : offset + len(data)] == data
-    assert whole[:offset] == (b"#" * size)[:offset].ljust(offset, b"\0")
-    assert whole[offset + len(data) :] == b"#" * (size - offset - len(data))
+        mapping = filling._mapped(file.fileno(), max(size, end))
+        assert mapping is not None
+        for part in (data, data[::-1], data[:5_000_000], data[:10]):  # with its pages, and less
+            assert mapping.copy(memoryview(part), offset)
+            file.seek(0)
+            whole = file.read()
+            assert whole[offset : offset + len(part)] == part
+            assert whole[:offset] == (b"#" * size)[:offset].ljust(offset, b"\0")
+            assert whole[end:] == b"#" * (size - end)
 
 
-def test_filling_needs_no_second_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mapping_needs_no_second_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     def start(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", start)
     data = os.urandom(20_000_000)
     with tempfile.TemporaryFile(dir="/dev/shm", buffering=0) as file:
-        assert filling.fill(file.fileno(), memoryview(data), 0)
+        mapping = filling._mapped(file.fileno(), len(data))
+        assert mapping is not None
+        assert mapping.copy(memoryview(data), 0)
         file.seek(0)
         assert file.read() == data
-
-
-@pytest.mark.parametrize("blocked", [False, True])
-def test_without_numpy_segments_are_written(
-    segments: Segments, monkeypatch: pytest.MonkeyPatch, blocked: bool
-) -> None:
-    if blocked:
-        monkeypatch.setitem(sys.modules, "numpy", None)
-    else:
-        monkeypatch.delitem(sys.modules, "numpy")
-    segments.give_back(stored(segments, size=32 << 20).name)
-    data = os.urandom(32 << 20)
-    assert not filling.fill(-1, memoryview(data), 0)
-    segment = segments.store([memoryview(data)])
-    assert segment is not None
-    assert bytes(segments.open(segment)[0]) == data
 
 
 def test_an_interrupt_leaves_no_segment(
     segments: Segments, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fill(*_: object) -> bool:
+    def copy(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(buffers, "fill", fill)
     segments.give_back(stored(segments, size=32 << 20).name)
+    monkeypatch.setattr(segments._filler, "copy", copy)
     with pytest.raises(KeyboardInterrupt):
         stored(segments, size=32 << 20)
     assert os.listdir(segments._used) == []
 
 
-FILLING_WHERE_MEMORY_IS_SHORT = """
+MAPPING_WHERE_MEMORY_IS_SHORT = """
 import os, tempfile
-import numpy
-from zmqexecutor.wire.filling import fill
+from zmqexecutor.wire import filling
 
 for size, room in ((30 << 20, False), (6 << 20, True)):
     with tempfile.TemporaryFile(dir="/dev/shm", buffering=0) as file:
         data = os.urandom(size)
-        print(fill(file.fileno(), memoryview(data), 0) is room)
+        print(filling._mapped(file.fileno(), size).copy(memoryview(data), 0) is room)
+        filler = filling.Filler(64 << 20)
+        try:
+            for _ in range(filling.WRITTEN_FIRST + 1):
+                filler.copy(file.fileno(), memoryview(data), 0, again=True)
+        except OSError:
+            print(not room)
+        else:
+            print(room)
 """
 
 
-def test_filling_where_memory_is_short_is_no_signal(tmp_path: Path) -> None:
+def test_a_mapping_where_memory_is_short_is_no_signal(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    script.write_text(FILLING_WHERE_MEMORY_IS_SHORT)
-    assert run_in_a_tiny_dev_shm(script, 8) == ("True\nTrue\n", "")
+    script.write_text(MAPPING_WHERE_MEMORY_IS_SHORT)
+    assert run_in_a_tiny_dev_shm(script, 8) == ("True\n" * 4, "")

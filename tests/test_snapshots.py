@@ -16,6 +16,7 @@ from tests.test_big_data import files
 from tests.test_buffers import segments
 from tests.test_share import either
 from zmqexecutor import ZmqExecutor
+from zmqexecutor.payload import snapshots as module
 from zmqexecutor.payload.serialization import CallPickler, CallRunner
 from zmqexecutor.payload.snapshots import Snapshots
 from zmqexecutor.wire.buffers import Segments
@@ -127,7 +128,17 @@ def test_what_cannot_be_mapped_for_the_comparison_is_copied(
     assert snapshots.in_segment(segments, views, ()) is third
 
 
-def test_one_copy_in_messages(segments: Segments) -> None:
+def test_what_is_known_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_KNOWN", 10)
+    snapshots = Snapshots()
+    arrays = [bytearray(SMALL) for _ in range(11)]
+    kept = [snapshots.copies([memoryview(array)]) for array in arrays]
+    assert len(snapshots._copies) == 1
+    assert snapshots.copies([memoryview(arrays[-1])])[0] is kept[-1][0]
+    assert snapshots.copies([memoryview(arrays[0])])[0] is not kept[0][0]
+
+
+def test_one_copy_in_messages() -> None:
     snapshots = Snapshots()
     array, other = bytearray(SMALL), bytearray(SMALL)
     one = snapshots.copies([memoryview(array), memoryview(other)])
@@ -143,7 +154,7 @@ def test_one_copy_in_messages(segments: Segments) -> None:
     data = bytes(SMALL)
     assert snapshots.copies([memoryview(data)])[0].obj is data
     del one, two, three
-    assert not snapshots._copies
+    assert [known() for known in snapshots._copies.values()] == [None, None]
 
 
 def test_nothing_is_kept_for_later(segments: Segments) -> None:
@@ -153,7 +164,7 @@ def test_nothing_is_kept_for_later(segments: Segments) -> None:
     assert lease is not None
     assert lease.says([memoryview(array)])  # has it mapped
     lease = None
-    assert not snapshots._leases
+    assert [known() for known in snapshots._leases.values()] == [None]
     assert not segments._mapped
     assert os.listdir(segments._used) == []
     assert len(os.listdir(segments._free)) == 1

@@ -88,6 +88,8 @@ class Packer:
     def clear(self) -> None:
         """Know nothing any more of what was packed."""
         self._recent.clear()
+        if self.segments is not None:
+            self.segments.close()
 
     def _pack(
         self, pieces: list[bytes], views: list[memoryview], mapped: bool = True

@@ -7,9 +7,9 @@ than to copy it, and no memory.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 from ..system.memory import keep_freed_memory
 from ..wire.leases import Lease, same
@@ -19,19 +19,24 @@ if TYPE_CHECKING:
 
 __all__ = ["Snapshots"]
 
+MOST_KNOWN: Final = 1024
+"""Copies that are looked for; to clear all is simpler than to be told of the end of each."""
+
+T = TypeVar("T")
+_Origin: TypeAlias = tuple[int, ...]
+"""Which object a buffer belongs to, and its size."""
+
 
 class Snapshots:
-    """The copies that tasks still need, by what they were made of.
+    """Finds the copies that tasks still need, by what they were made of.
 
     An object that has the identity of one that is gone, or whose contents have changed,
     is found out by the comparison.
     """
 
     def __init__(self) -> None:
-        self._leases: WeakValueDictionary[tuple[tuple[int, int], ...], Lease] = (
-            WeakValueDictionary()
-        )
-        self._copies: WeakValueDictionary[tuple[int, int], memoryview] = WeakValueDictionary()
+        self._leases: dict[_Origin, weakref.ref[Lease]] = {}
+        self._copies: dict[_Origin, weakref.ref[memoryview]] = {}
 
     def in_segment(
         self, segments: Segments, views: Sequence[memoryview], first: Sequence[bytes]
@@ -39,12 +44,13 @@ class Snapshots:
         """A segment with these buffers, as for `Segments.store`; None if there is no room."""
         if first:  # a pickle, which is another one each time
             return Lease.store(segments, views, first=first)
-        origin = tuple(map(_origin, views))
-        lease = self._leases.get(origin)
+        origin = tuple(number for view in views for number in _origin(view))
+        known = self._leases.get(origin)
+        lease = known() if known is not None else None
         if lease is None or not lease.says(views):
             lease = Lease.store(segments, views)
             if lease is not None:
-                self._leases[origin] = lease
+                _note(self._leases, origin, lease)
         return lease
 
     def copies(self, views: Sequence[memoryview]) -> list[memoryview]:
@@ -59,13 +65,21 @@ class Snapshots:
         if owner is not None:
             return view
         origin = _origin(view)
-        copy = self._copies.get(origin)
+        known = self._copies.get(origin)
+        copy = known() if known is not None else None
         if copy is None or not same(view, copy):
-            copy = self._copies[origin] = memoryview(bytes(view))
+            copy = memoryview(bytes(view))
+            _note(self._copies, origin, copy)
         return copy
 
 
-def _origin(view: memoryview) -> tuple[int, int]:
+def _origin(view: memoryview) -> _Origin:
     owner = view.obj
     # Arrow makes a new object for each look at a buffer.
     return getattr(owner, "address", None) or id(owner), view.nbytes
+
+
+def _note(known: dict[_Origin, weakref.ref[T]], origin: _Origin, copy: T) -> None:
+    if len(known) >= MOST_KNOWN:
+        known.clear()
+    known[origin] = weakref.ref(copy)

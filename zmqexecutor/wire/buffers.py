@@ -13,8 +13,8 @@ segment, and a process that dies leaves no state behind but files, whose names t
 who made them.
 
 - Segments are filled by `write`, which lets other threads run, raises when memory
-  is short (writing to a mapping would be a SIGBUS), and needs no descriptor later; large
-  ones that are used again as filling.py says.
+  is short (writing to a mapping would be a SIGBUS), and needs no descriptor later; those
+  that are used again as filling.py says.
 - They are mapped copy-on-write: the views are writable, and what is written stays in
   the process, even if it forks. Pages that have not been written do show what is written
   to the file later. So a segment is free only when no process has it mapped: if one
@@ -36,7 +36,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from .filling import FILLED_BY_TWO, fill
+from .filling import Filler
 
 if TYPE_CHECKING:
     from .protocol import Segment
@@ -93,6 +93,7 @@ class Segments:
         total = status.f_frsize * status.f_blocks
         self._spared = total // 8  # of the file system, for others
         self._idle_bytes = min(IDLE_BYTES, total // 4)
+        self._filler = Filler()
         self._pid = os.getpid()
         self._numbers = itertools.count(1)
         self._mapped: dict[tuple[str, int], weakref.ref[mmap.mmap]] = {}
@@ -104,15 +105,28 @@ class Segments:
 
     @classmethod
     def create(cls, directory: str) -> Segments | None:
-        """Prepare a private directory; None if it is not in memory, but on a disk."""
+        """Prepare a private directory; None if it is not in memory, but on a disk.
+
+        Who calls this has to call `trim` when it is time, and `close` at last.
+        """
         if not directory.startswith("/dev/shm/"):  # noqa: S108  (nothing is opened there)
             return None
         try:
             for folder in (_USED, _FREE):
                 os.mkdir(os.path.join(directory, folder), 0o700)
-            return cls(directory)
+            made = cls(directory)
         except OSError:
             return None
+        made.keep_mappings(made._idle_bytes)
+        return made
+
+    def keep_mappings(self, size: int) -> None:
+        """Keep mappings of so many bytes for the next `store`; `trim` has to be called then."""
+        self._filler = Filler(min(size, self._idle_bytes))
+
+    def close(self) -> None:
+        """Hold no memory any more; what is opened stays there."""
+        self._filler.forget(0.0)
 
     # ------------------------------------------------------------------ storing
 
@@ -143,11 +157,10 @@ class Segments:
             try:
                 end = 0
                 for piece in first:
-                    end = _write(file, memoryview(piece), end)
+                    self._filler.copy(file, memoryview(piece), end, again=bool(taken))
+                    end += len(piece)
                 for view, offset in zip(views, offsets[bool(first) :], strict=True):
-                    large = taken and view.nbytes >= FILLED_BY_TWO
-                    if not (large and fill(file, view, offset)):
-                        _write(file, view, offset)
+                    self._filler.copy(file, view, offset, again=bool(taken))
             finally:
                 os.close(file)
         except OSError:  # memory is short after all
@@ -156,6 +169,8 @@ class Segments:
         except BaseException:  # an interrupt
             self._remove(path)
             raise
+        if taken:
+            self._trim_later()  # for what the filler has kept
         return Segment(name, sizes)
 
     def _take(self, size: int) -> str:
@@ -273,6 +288,9 @@ class Segments:
                 return
         except OSError:
             return  # removed before, with a dead worker's or with the directory
+        self._trim_later()
+
+    def _trim_later(self) -> None:
         if self.trim_at is None:
             self.trim_at = time.monotonic() + IDLE_SECONDS
             self.on_idle()
@@ -284,20 +302,23 @@ class Segments:
         return sum(map(_size, free)) + size <= self._idle_bytes
 
     def trim(self, seconds: float = IDLE_SECONDS) -> None:
-        """Remove segments that have been free for so long."""
+        """Remove segments that have been free for so long, and let go of their memory."""
         self.trim_at = None
-        before = time.time() - seconds
+        due = self._filler.forget(seconds)
+        now, before = time.monotonic(), time.time() - seconds
         try:
             for entry in os.scandir(self._free):
                 try:
-                    if entry.stat().st_ctime <= before:
+                    left = entry.stat().st_ctime - before
+                    if left <= 0:
                         os.unlink(entry.path)
                     else:
-                        self.trim_at = time.monotonic() + seconds
+                        due = now + left if due is None else min(due, now + left)
                 except FileNotFoundError:
                     pass  # it has just been taken
         except OSError:
             pass  # the directory is gone, and they with it
+        self.trim_at = due
 
     def sweep(self, pid: int) -> None:
         """Remove what a dead process has stored and nobody has opened."""
@@ -335,15 +356,6 @@ def _capacity(size: int) -> int:
 
 def _size(name: str) -> int:
     return int(name.partition("-")[0])
-
-
-def _write(file: int, view: memoryview, offset: int) -> int:
-    """Write at this offset; where it ends."""
-    view = view.cast("B") if view.format != "B" or view.ndim != 1 else view
-    done = 0
-    while done < view.nbytes:
-        done += os.pwrite(file, view[done:], offset + done)
-    return offset + done
 
 
 def _map(file: int, size: int, readonly: bool) -> mmap.mmap:

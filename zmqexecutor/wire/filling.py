@@ -1,13 +1,17 @@
-"""Large copies into memory that is there already: by two threads, through a mapping.
+"""Copies into files in memory.
 
-`write` locks the file, so a second thread that writes waits for the first, though one
-core seldom uses all that the memory can do. Through a mapping they copy at the same time:
-half the time of `write` for 100 MiB. That is so for memory that is used again. To make new
-pages is what new memory takes most of its time for, and `write` does that faster; and for
-smaller buffers the start of a thread and the mapping cost more (docs/performance.md).
+There are three ways, and which is the fastest depends on the machine and on whether the
+file's memory is there already (docs/performance.md):
 
-The mapping's pages are made before anything is copied to them. If that cannot be, it is
-an `OSError`, where a copy would end the process with a SIGBUS.
+- `write`, which locks the file, and needs nothing. New memory is always written.
+- A mapping, by two threads if the buffer is large: while one copies, the other one
+  makes pages. To make them, and to take them off again, takes most of the time.
+- A mapping that was made before, which has its pages: in the end the fastest. It keeps
+  the file's memory from going back to the system, so only a process that lets go of it in
+  time keeps some.
+
+A mapping's pages are made before anything is copied to them. If that cannot be, the
+buffer is written, where a copy would end the process with a SIGBUS.
 """
 
 from __future__ import annotations
@@ -16,100 +20,255 @@ import mmap
 import os
 import sys
 import threading
-from collections.abc import Iterator
-from typing import Final
+import time
+import weakref
+from typing import Any, Final
 
-__all__ = ["FILLED_BY_TWO", "fill"]
+__all__ = ["FILLED_BY_TWO", "Filler"]
 
 FILLED_BY_TWO: Final = 16 * 1024 * 1024
-"""From this many bytes two threads are faster than a `write`."""
+"""From this many bytes two threads are faster than one."""
+LEAST_MAPPED: Final = 1024 * 1024
+"""Smaller buffers are written."""
+WRITTEN_FIRST: Final = 2
+"""How often a file that is used again is written before it is mapped.
+
+By then that has taken as long as to map it. What comes then takes a third of the time.
+"""
+MOST_KEPT: Final = 32
+"""Mappings; before Python 3.13 each has a descriptor."""
+RECENTLY: Final = 1.0
+"""Seconds for which a mapping is not given up for another one."""
 
 _PIECE: Final = 4 * 1024 * 1024
 """What a thread copies at a time: its pages are made while the other one copies."""
 _POPULATE_WRITE: Final = 23  # of madvise(2), since Linux 5.14; the module names it since 3.14
+_REMEMBERED: Final = 0.97
+"""How much of the cost of the slower way is believed each time that the other one is taken."""
 
 
-def fill(file: int, view: memoryview, offset: int) -> bool:
-    """Copy to this offset of a file in memory.
+class Filler:
+    """Copies buffers into files, in the fastest way. For any thread, but one for each file."""
 
-    Args:
-        file: open for reading and writing.
-        view: contiguous bytes, many of them.
-        offset: where the first of them goes.
+    def __init__(self, keep: int = 0) -> None:
+        """Keep nothing yet.
 
-    Returns:
-        False if this is not the way here: nothing may have been copied, or some. There is
-        no numpy in this process, whose copies let other threads run, or the system cannot
-        make pages in advance, or has no room for them.
+        Args:
+            keep: bytes of which mappings may be kept. `forget` has to be called then.
+        """
+        self._keep = keep
+        self._kept: dict[int, _Kept] = {}  # by inode
+        self._mapping_costs = self._writing_costs = 0.0  # seconds per byte
+        if keep:
+            _keeping.add(self)
+
+    def copy(self, file: int, view: memoryview, offset: int, *, again: bool) -> None:
+        """Copy to this offset of a file.
+
+        Args:
+            file: open for reading and writing.
+            view: contiguous bytes.
+            offset: where the first of them goes.
+            again: whether the file is used again, and its memory is there.
+
+        Raises:
+            OSError: there is no room.
+        """
+        view = view.cast("B") if view.format != "B" or view.ndim != 1 else view
+        if not again or view.nbytes < LEAST_MAPPED:
+            _write(file, view, offset)
+        elif self._keep:
+            self._copy_and_keep(file, view, offset)
+        elif view.nbytes >= FILLED_BY_TWO:
+            self._copy_faster(file, view, offset)
+        else:
+            _write(file, view, offset)
+
+    def forget(self, seconds: float) -> float | None:
+        """Let go of the mappings that were not used for so long; when that is due again."""
+        before = time.monotonic() - seconds
+        dues = []
+        for inode, kept in tuple(self._kept.items()):
+            if kept.used <= before:
+                self._kept.pop(inode, None)
+            else:
+                dues.append(kept.used + seconds)
+        return min(dues, default=None)
+
+    def _copy_and_keep(self, file: int, view: memoryview, offset: int) -> None:
+        status = os.fstat(file)
+        size = max(status.st_size, offset + view.nbytes)
+        kept = self._kept.pop(status.st_ino, None) or _Kept()
+        if kept.mapping is not None and kept.mapping.size < size:
+            kept.mapping = None
+        if kept.mapping is None:
+            kept.written += 1
+            if kept.written > WRITTEN_FIRST and self._has_room(size):
+                kept.mapping = _mapped(file, size)
+        if kept.mapping is None or not kept.mapping.copy(view, offset):
+            kept.mapping = None
+            _write(file, view, offset)
+        kept.used = time.monotonic()
+        self._kept[status.st_ino] = kept
+
+    def _has_room(self, size: int) -> bool:
+        if self._fits(size):
+            return True
+        self.forget(RECENTLY)  # not what is used in turns with this one
+        return self._fits(size)
+
+    def _fits(self, size: int) -> bool:
+        sizes = [kept.mapping.size for kept in tuple(self._kept.values()) if kept.mapping]
+        return len(sizes) < MOST_KEPT and sum(sizes) + size <= self._keep
+
+    def _copy_faster(self, file: int, view: memoryview, offset: int) -> None:
+        started = time.monotonic()
+        if self._mapping_costs <= self._writing_costs:
+            mapping = _mapped(file, offset + view.nbytes)
+            if mapping is not None and mapping.copy(view, offset):
+                del mapping  # takes its pages off
+                self._mapping_costs = (time.monotonic() - started) / view.nbytes
+                self._writing_costs *= _REMEMBERED
+                return
+        _write(file, view, offset)
+        self._writing_costs = (time.monotonic() - started) / view.nbytes
+        self._mapping_costs *= _REMEMBERED
+
+
+_keeping: weakref.WeakSet[Filler] = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    # A child would hold the memory for as long as it lives.
+    for filler in tuple(_keeping):
+        filler.forget(0.0)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_forget_all)
+
+
+class _Kept:
+    """What is known of a file.
+
+    Attributes:
+        mapping: of it, if it was worth to make one.
+        written: how often it was not there.
+        used: when the file was, on the monotonic clock.
     """
-    if "numpy" not in sys.modules:  # to import it would cost more
-        return False
+
+    __slots__ = ("mapping", "used", "written")
+
+    def __init__(self) -> None:
+        self.mapping: _Mapping | None = None
+        self.written = 0
+        self.used = 0.0
+
+
+def _write(file: int, view: memoryview, offset: int) -> None:
+    done = 0
+    while done < view.nbytes:
+        done += os.pwrite(file, view[done:], offset + done)
+
+
+def _mapped(file: int, size: int) -> _Mapping | None:
     try:
-        filling = _Filling(file, view, offset)
-    except (OSError, ImportError):  # of numpy too, which may be there and say that it is not
-        return False
-    helper = threading.Thread(target=filling.run, name="zmqexecutor copy", daemon=True)
-    try:
-        helper.start()
-    except RuntimeError:  # no more threads, or the interpreter is about to end
-        filling.run()
-    else:
-        try:
-            filling.run()
-        finally:
-            helper.join()
-    return filling.complete
+        return _Mapping(file, size)
+    except (OSError, ValueError):  # no descriptor left, or no room for a mapping
+        return None
 
 
-class _Filling:
-    """What is left to be copied, for any number of threads.
+class _Mapping:
+    """A mapping of a file from its start; the first copy makes all of its pages."""
 
-    The mapping lives as long as one of them holds this.
-    """
+    def __init__(self, file: int, size: int) -> None:
+        if os.fstat(file).st_size < size:
+            os.ftruncate(file, size)
+        options: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+        self._mapping = mmap.mmap(file, size, **options)
+        self._has_pages = False
+        self.size = size
 
-    def __init__(self, file: int, view: memoryview, offset: int) -> None:
-        from numpy import frombuffer, uint8
+    def copy(self, view: memoryview, offset: int) -> bool:
+        """Copy to this offset, or say that there is no memory for all pages."""
+        copying = _Copying(self._mapping, view, offset, make_pages=not self._has_pages)
+        if view.nbytes >= FILLED_BY_TWO and copying.lets_others_run:
+            copying.run_by_two()
+        else:
+            copying.run()
+        self._has_pages = copying.complete
+        return copying.complete
 
-        end = offset + view.nbytes
-        if os.fstat(file).st_size < end:
-            os.ftruncate(file, end)
-        self._mapping = mmap.mmap(file, end)
-        self._target = frombuffer(self._mapping, uint8)
-        self._source = frombuffer(view, uint8)
-        self._offset = offset
-        self._pieces = self._cut(offset, end)
+
+class _Copying:
+    """What is left to be copied, for any number of threads."""
+
+    def __init__(
+        self, mapping: mmap.mmap, view: memoryview, offset: int, *, make_pages: bool
+    ) -> None:
+        self._mapping = mapping
+        self._make_pages = make_pages
+        self._start, self._stop = offset, offset + view.nbytes
+        self._target: Any = memoryview(mapping)
+        self._source: Any = view
+        self._copyto: Any = None
+        # Its copies let other threads run. To import it would cost more than that saves.
+        if "numpy" in sys.modules:
+            try:
+                from numpy import copyto, frombuffer, uint8
+            except ImportError:  # it may be there and say that it is not
+                pass
+            else:
+                self._target = frombuffer(mapping, uint8)
+                self._source = frombuffer(view, uint8)
+                self._copyto = copyto
+        self._next, self._end = (0, len(mapping)) if make_pages else (self._start, self._stop)
+        self._left = self._end - self._next
         self._lock = threading.Lock()
-        self._left = view.nbytes
 
-    @staticmethod
-    def _cut(start: int, end: int) -> Iterator[tuple[int, int]]:
-        """Pieces that begin where a page does, but for the first."""
-        while start < end:
-            stop = min(end, (start // _PIECE + 1) * _PIECE)
-            yield start, stop
-            start = stop
+    @property
+    def lets_others_run(self) -> bool:
+        return self._copyto is not None
 
     @property
     def complete(self) -> bool:
         return not self._left
 
+    def run_by_two(self) -> None:
+        """Take turns with a second thread."""
+        helper = threading.Thread(target=self.run, name="zmqexecutor copy", daemon=True)
+        try:
+            helper.start()
+        except RuntimeError:  # no more threads, or the interpreter is about to end
+            self.run()
+        else:
+            try:
+                self.run()
+            finally:
+                helper.join()
+
     def run(self) -> None:
         """Copy pieces until there are none, or one has no pages."""
-        from numpy import copyto
-
         while True:
-            with self._lock:
-                start, stop = next(self._pieces, (0, 0))
+            with self._lock:  # pieces begin where a page does, but for the first
+                start = self._next
+                stop = self._next = min(self._end, (start // _PIECE + 1) * _PIECE)
             if start == stop:
                 return
-            page = start - start % mmap.PAGESIZE
-            try:
-                self._mapping.madvise(_POPULATE_WRITE, page, stop - page)
-            except OSError:
-                return
-            copyto(
-                self._target[start:stop],
-                self._source[start - self._offset : stop - self._offset],
-            )
+            if self._make_pages:
+                try:
+                    self._mapping.madvise(_POPULATE_WRITE, start, stop - start)
+                except OSError:
+                    return
+            self._copy(max(start, self._start), min(stop, self._stop))
             with self._lock:
                 self._left -= stop - start
+
+    def _copy(self, start: int, stop: int) -> None:
+        if start >= stop:
+            return
+        source = self._source[start - self._start : stop - self._start]
+        if self._copyto is not None:
+            self._copyto(self._target[start:stop], source)
+        else:
+            self._target[start:stop] = source

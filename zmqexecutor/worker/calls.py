@@ -8,8 +8,11 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from time import monotonic, sleep
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
     from ..keys import Keys
 
 __all__ = ["main", "serve"]
+
+KEPT_MAPPINGS: Final = 128 * 1024 * 1024
+"""Bytes of segments that a worker keeps mapped for its next results."""
 
 
 class InitializerError(Exception):
@@ -56,6 +62,7 @@ class CallHandler:
         self.services = services
         self._directory = directory
         self._max_memory = 0
+        self._limited = bool(rlimits)
         self._runner = CallRunner(note=teller(rlimits))
 
     def setup(self, data: bytes) -> None:
@@ -70,7 +77,14 @@ class CallHandler:
             self._initialize(setup.initializer)
         self._max_memory = setup.max_memory
         if setup.segments and self._directory is not None:
-            self._runner.segments = Segments(self._directory)
+            self._runner.segments = self._open_segments(self._directory)
+
+    def _open_segments(self, directory: str) -> Segments:
+        segments = Segments(directory)
+        if not self._max_memory and not self._limited:  # mappings would count
+            segments.keep_mappings(KEPT_MAPPINGS)
+            segments.on_idle = partial(_trim_in_time, segments)
+        return segments
 
     def _initialize(self, call: Initializer) -> None:
         for key, contents in call.shares:
@@ -128,6 +142,20 @@ class CallHandler:
             f"it uses {memory / 2**20:.0f} MiB of memory after a task, "
             f"more than max_worker_memory ({limit / 2**20:.0f} MiB)"
         )
+
+
+def _trim_in_time(segments: Segments) -> None:
+    """Start a thread for it, since the others may have tasks that take hours."""
+
+    def trim() -> None:
+        while (at := segments.trim_at) is not None:
+            sleep(max(0.0, at - monotonic()))
+            segments.trim()
+
+    try:
+        threading.Thread(target=trim, name="zmqexecutor memory", daemon=True).start()
+    except RuntimeError:  # there may be no more threads
+        segments.trim(0.0)
 
 
 def _tell_of_crashes() -> None:
