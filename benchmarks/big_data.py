@@ -13,7 +13,7 @@ from benchmarks.peers import PEERS, NotOfferedError
 SIZES = {"64k": 1 / 16, "1M": 1.0, "10M": 10.0, "100M": 100.0}
 """In MiB."""
 MANY = 200
-"""Arrays that are given to the pool at once."""
+"""Arrays that are given to the pool at once, 100 of them in a full run."""
 DIRECTIONS: dict[str, tuple[Callable[..., Any], str, int]] = {
     "argument": (tasks.length, "as argument", 1),
     "result": (tasks.give, "as result", 1),
@@ -59,6 +59,26 @@ def _many(task: Callable[..., Any], kibibytes: int) -> Callable[[Bench], Figures
         seconds = clock() - start
         if len(results) != count:
             raise ValueError(f"{len(results)} results of {count} tasks")
+        return {"seconds": seconds / count}
+
+    return run
+
+
+def _one(mebibytes: int) -> Callable[[Bench], Figures]:
+    def run(bench: Bench) -> Figures:
+        """All tasks have the same array among their arguments."""
+        import numpy as np
+
+        if mebibytes > bench.scale.array:
+            raise NotOfferedError("-")
+        array = np.ones(mebibytes * tasks.MIB, dtype=np.uint8)
+        count = bench.sized(MANY, 4)
+        list(bench.pool.map(tasks.length, [array] * bench.workers, 1))
+        start = clock()
+        results = list(bench.pool.map(tasks.length, [array] * count, 1))
+        seconds = clock() - start
+        if results != [len(array) + 2] * count:
+            raise ValueError(f"other results than {count} times {len(array) + 2}")
         return {"seconds": seconds / count}
 
     return run
@@ -121,6 +141,17 @@ WORKLOADS += [
     for direction, (task, title, _) in DIRECTIONS.items()
     if direction != "both"
     for size in (16, 64, 150, 600)
+]
+WORKLOADS += [
+    Workload(
+        f"one-argument-{size}",
+        "One array for 100 tasks",
+        (Figure("seconds", f"{SIZES[size]:g} MiB, a task", "ms"),),
+        _one(int(SIZES[size])),
+        tuple(name for name, peer in PEERS.items() if not peer.limit),
+        slow=True,
+    )
+    for size in ("1M", "10M")
 ]
 WORKLOADS += [
     Workload(
