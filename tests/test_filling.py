@@ -17,6 +17,7 @@ import pytest
 from tests.conftest import eventually
 from zmqexecutor import ZmqExecutor
 from zmqexecutor.wire import buffers, filling
+from zmqexecutor.wire.buffers import Segments
 from zmqexecutor.wire.filling import LEAST_MAPPED, MOST_KEPT, WRITTEN_FIRST, Filler
 from zmqexecutor.worker import calls
 
@@ -68,7 +69,7 @@ def test_what_is_used_often_enough_is_mapped_once(files: list[Any], made: list[i
     fill(filler, files[0], times=5)
     fill(filler, files[0], 2 * MIB)
     assert made == [2 * MIB]  # all of the file
-    fill(filler, files[0], 3 * MIB, times=2)
+    fill(filler, files[0], 3 * MIB, times=WRITTEN_FIRST + 1)
     assert made == [2 * MIB, 3 * MIB]
 
 
@@ -186,20 +187,86 @@ def test_workers_whose_memory_is_limited_keep_nothing(limit: dict[str, Any]) -> 
         assert executor.submit(held).result(60) < 8 * 1024
 
 
-def test_a_thread_that_cannot_be_started_is_not_needed(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.fixture
+def segments() -> Iterator[Segments]:
+    with tempfile.TemporaryDirectory() as directory:
+        for folder in ("segments", "free"):
+            os.mkdir(os.path.join(directory, folder))
+        made = Segments(directory)
+        made.keep_mappings(64 * MIB)
+        yield made
+        made.close()
+
+
+def test_a_busy_worker_has_one_thread_for_it(
+    segments: Segments, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trimmed: list[float] = []
+    monkeypatch.setattr(buffers, "IDLE_SECONDS", 0.001)
+    segments.on_idle = calls.Trimmer(segments).wake
+    names = set()
+    until = time.monotonic() + 2.0
+    while time.monotonic() < until:
+        segment = segments.store([memoryview(bytes(2 * MIB))])
+        assert segment is not None
+        segments.give_back(segment.name)
+        found = [t.name for t in threading.enumerate() if t.name == "zmqexecutor memory"]
+        assert len(found) <= 1
+        names.update(found)
+    assert names == {"zmqexecutor memory"}
+    assert eventually(lambda: os.listdir(segments._free) == [])
+    assert eventually(lambda: "zmqexecutor memory" not in {t.name for t in threading.enumerate()})
+    assert segments.trim_at is None
 
-    class Fake:
-        trim_at = 1.0
 
-        def trim(self, seconds: float) -> None:
-            trimmed.append(seconds)
-
+def test_a_thread_that_cannot_be_started_is_not_needed(
+    segments: Segments, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def start(_: object) -> None:
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", start)
-    calls._trim_in_time(Fake())  # type: ignore[arg-type]
-    assert trimmed == [0.0]
+    segments.on_idle = calls.Trimmer(segments).wake
+    for _ in range(2):
+        segment = segments.store([memoryview(bytes(2 * MIB))])
+        assert segment is not None
+        segments.give_back(segment.name)
+        assert os.listdir(segments._free) == []
+
+
+def test_what_is_freed_while_the_rest_is_trimmed_is_trimmed_later(
+    segments: Segments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segment = segments.store([memoryview(bytes(2 * MIB))])
+    assert segment is not None
+    scan = os.scandir
+
+    def slow_scan(path: str) -> Any:
+        entries = list(scan(path))
+        thread = threading.Thread(target=segments.give_back, args=(segment.name,))
+        thread.start()
+        thread.join()
+        return iter(entries)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", slow_scan)
+        segments.trim()
+    assert len(os.listdir(segments._free)) == 1
+    assert segments.trim_at is not None
+
+
+def test_who_is_closed_keeps_nothing(files: list[Any]) -> None:
+    filler = Filler(64 * MIB)
+    fill(filler, files[0], times=WRITTEN_FIRST + 1)
+    assert mapped(filler) == 1
+    filler.close()
+    assert mapped(filler) == 0
+    fill(filler, files[0], times=WRITTEN_FIRST + 1)
+    assert mapped(filler) == 0
+
+
+def test_workers_share_what_may_be_kept(segments: Segments) -> None:
+    segments._idle_bytes, segments._spared = buffers.IDLE_BYTES, 1024 * MIB
+    assert segments.share_of_mappings(2) == 128 * MIB
+    assert segments.share_of_mappings(64) == 16 * MIB
+    segments._idle_bytes = buffers.IDLE_BYTES - 1
+    assert segments.share_of_mappings(2) == 0

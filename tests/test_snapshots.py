@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from random import Random
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -106,26 +108,91 @@ def test_a_worker_that_keeps_one_argument_of_two_that_are_the_same(segments: Seg
     assert os.listdir(segments._free) == []  # it is mapped, so nobody may write to it
 
 
-def test_what_cannot_be_mapped_for_the_comparison_is_copied(
+def test_what_cannot_be_read_for_the_comparison_is_copied(
     segments: Segments, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     array = np.zeros(BIG, dtype=np.uint8)
     views = [memoryview(array)]
     snapshots = Snapshots()
     first = snapshots.in_segment(segments, views, ())
-    with monkeypatch.context() as patch:
-        patch.setattr(segments, "_most_mapped", 0)
-        second = snapshots.in_segment(segments, views, ())
+    open_ = os.open
 
-    def fail(*_: object, **__: object) -> None:
+    def fail(path: str, flags: int, *args: Any) -> int:
+        if flags & os.O_CREAT:
+            return open_(path, flags, *args)
         raise OSError("too many open files")
 
     with monkeypatch.context() as patch:
-        patch.setattr(segments, "open", fail)
-        third = snapshots.in_segment(segments, views, ())
+        patch.setattr(os, "open", fail)
+        second = snapshots.in_segment(segments, views, ())
     assert first is not second
-    assert second is not third
-    assert snapshots.in_segment(segments, views, ()) is third
+    assert snapshots.in_segment(segments, views, ()) is second
+
+
+def test_a_lease_that_ends_cannot_be_had_any_more(
+    segments: Segments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the last task with an array ends in one thread, another one submits it."""
+    array, other = bytearray(b"a" * BIG), bytearray(b"b" * BIG)
+    snapshots = Snapshots()
+    views = [memoryview(array)]
+    lease = snapshots.in_segment(segments, views, ())
+    assert lease is not None
+    name = lease.segment.name
+    found: list[Any] = []
+    listdir = os.listdir
+
+    def slow_listdir(path: str) -> list[str]:
+        monkeypatch.setattr(os, "listdir", listdir)
+        thread = threading.Thread(
+            target=lambda: found.append(snapshots.in_segment(segments, views, ()))
+        )
+        thread.start()
+        thread.join()
+        found.append(segments.open(found[0].segment))
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", slow_listdir)
+    del lease
+    assert found[0].segment.name != name
+    assert snapshots.in_segment(segments, [memoryview(other)], ()) is not None
+    assert bytes(found[1][0]) == array
+
+
+def test_an_array_that_is_submitted_when_the_last_task_with_it_ends() -> None:
+    def first(array: Any, number: int) -> int:
+        return int(array[0])
+
+    def submit(executor: ZmqExecutor, number: int) -> None:
+        random = Random(number)
+        array = np.full(BIG, number, dtype=np.uint8)
+        futures = []
+        for count in range(400):
+            futures.append(executor.submit(first, array, count))
+            threading.Event().wait(random.random() * 0.003)
+        assert {future.result(60) for future in futures} == {number}
+
+    with ZmqExecutor(2) as executor, ThreadPoolExecutor(2) as threads:
+        list(threads.map(submit, [executor] * 2, range(1, 3)))
+
+
+class Addressed(bytearray):
+    address: ClassVar[Any] = ["not", "a", "number"]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return bytes, (pickle.PickleBuffer(self),)
+
+
+class Broken(Addressed):
+    @property
+    def address(self) -> Any:
+        raise RuntimeError("no address")
+
+
+@pytest.mark.parametrize("kind", [Addressed, Broken])
+@pytest.mark.parametrize("size", [SMALL, BIG])
+def test_what_has_an_address_of_another_kind(either: ZmqExecutor, kind: Any, size: int) -> None:
+    assert either.submit(len, kind(size)).result(60) == size
 
 
 def test_what_is_known_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +229,7 @@ def test_nothing_is_kept_for_later(segments: Segments) -> None:
     array = np.zeros(BIG, dtype=np.uint8)
     lease: Lease | None = snapshots.in_segment(segments, [memoryview(array)], ())
     assert lease is not None
-    assert lease.says([memoryview(array)])  # has it mapped
+    assert lease.says([memoryview(array)])
     lease = None
     assert [known() for known in snapshots._leases.values()] == [None]
     assert not segments._mapped

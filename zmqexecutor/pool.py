@@ -217,9 +217,11 @@ class Pool:
         """
         if self._equipped:
             return
+        segments = self._pickler.packer.segments
         setup = Setup.of_this_process(
             self._initializer,
-            segments=self._pickler.packer.segments is not None,
+            segments=segments is not None,
+            kept_mappings=segments.share_of_mappings(self._settings.max_workers) if segments else 0,
             max_memory=self._settings.max_worker_memory or 0,
         )
         self.master.equip(msgspec.msgpack.encode(setup))

@@ -67,6 +67,8 @@ class Setup(msgspec.Struct, frozen=True):
     """multiprocessing's resource tracker, to be shared."""
     segments: bool = False
     """Whether big buffers go through segments."""
+    kept_mappings: int = 0
+    """Bytes of segments that a worker may keep mapped."""
     max_memory: int = 0
     """Bytes of memory with which a worker wants to be replaced; 0 for no limit."""
     elsewhere: bool = False
@@ -74,7 +76,12 @@ class Setup(msgspec.Struct, frozen=True):
 
     @classmethod
     def of_this_process(
-        cls, initializer: Initializer | None, *, segments: bool, max_memory: int
+        cls,
+        initializer: Initializer | None,
+        *,
+        segments: bool,
+        kept_mappings: int,
+        max_memory: int,
     ) -> Setup:
         """What there is to be taken over now."""
         umask = os.umask(0o077)
@@ -94,6 +101,7 @@ class Setup(msgspec.Struct, frozen=True):
             initializer=initializer,
             tracker=tracker(),
             segments=segments,
+            kept_mappings=kept_mappings,
             max_memory=max_memory,
         )
 

@@ -75,11 +75,22 @@ class Snapshots:
 
 def _origin(view: memoryview) -> _Origin:
     owner = view.obj
-    # Arrow makes a new object for each look at a buffer.
-    return getattr(owner, "address", None) or id(owner), view.nbytes
+    try:
+        # Arrow makes a new object for each look at a buffer.
+        address = getattr(owner, "address", None)
+    except Exception:  # of a class that is not Arrow's
+        address = None
+    return address if type(address) is int else id(owner), view.nbytes
 
 
 def _note(known: dict[_Origin, weakref.ref[T]], origin: _Origin, copy: T) -> None:
     if len(known) >= MOST_KNOWN:
         known.clear()
-    known[origin] = weakref.ref(copy)
+    known[origin] = weakref.ref(copy, _ended)
+
+
+def _ended(_: object) -> None:
+    """Nothing; but of what ends in a cycle, only references with a callback are cleared in time.
+
+    Python 3.14 clears others when finalizers have run.
+    """

@@ -56,6 +56,11 @@ ALIGNMENT: Final = 64
 MAX_MAPPED: Final = 16384
 """Mappings that a process holds at a time; what comes then is copied."""
 
+MAPPED_BY_OTHERS: Final = 128 * 1024 * 1024
+"""Bytes of segments that a worker keeps mapped for its next results, at most."""
+COMPARED: Final = 64 * 1024
+"""Bytes that are compared at a time, so that they stay in the processor's cache."""
+
 _USED = "segments"
 _FREE = "free"
 _forks = 0
@@ -122,11 +127,20 @@ class Segments:
 
     def keep_mappings(self, size: int) -> None:
         """Keep mappings of so many bytes for the next `store`; `trim` has to be called then."""
-        self._filler = Filler(min(size, self._idle_bytes))
+        self._filler = Filler(size)
+
+    def share_of_mappings(self, processes: int) -> int:
+        """How many bytes of mappings each of so many workers may keep.
+
+        None if there is little memory: what they keep cannot be had back at once.
+        """
+        if self._idle_bytes < IDLE_BYTES:
+            return 0
+        return min(MAPPED_BY_OTHERS, self._spared // processes)
 
     def close(self) -> None:
         """Hold no memory any more; what is opened stays there."""
-        self._filler.forget(0.0)
+        self._filler.close()
 
     # ------------------------------------------------------------------ storing
 
@@ -207,6 +221,28 @@ class Segments:
     def _name(self, capacity: int) -> str:
         return f"{capacity}-{os.getpid()}-{next(self._numbers)}"
 
+    def compare(self, segment: Segment, views: Sequence[memoryview]) -> bool:
+        """Whether a segment that this process has stored has these contents.
+
+        It is read, not mapped: a mapping would have to be made and to be taken off, hold a
+        descriptor in between, and be inherited by forks.
+        """
+        offsets, _ = _layout(segment.sizes)
+        buffer = bytearray(COMPARED)
+        try:
+            file = os.open(
+                os.path.join(self._used, segment.name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+            )
+        except OSError:  # no descriptor left, perhaps
+            return False
+        try:
+            return all(
+                _reads(file, view, offset, buffer)
+                for view, offset in zip(views, offsets, strict=True)
+            )
+        finally:
+            os.close(file)
+
     # ------------------------------------------------------------------ opening
 
     def open(
@@ -228,7 +264,7 @@ class Segments:
             ValueError: it is not as large as it should be.
         """
         offsets, size = _layout(segment.sizes)
-        if "/" in segment.name or not self.may_map():
+        if "/" in segment.name or len(self._mapped) >= self._most_mapped:
             return self._copy(segment, offsets, owned)
         file = os.open(
             os.path.join(self._used, segment.name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -244,10 +280,6 @@ class Segments:
             whole[offset : offset + length]
             for offset, length in zip(offsets, segment.sizes, strict=True)
         ]
-
-    def may_map(self) -> bool:
-        """Whether `open` maps, and does not have to copy."""
-        return len(self._mapped) < self._most_mapped
 
     def _copy(self, segment: Segment, offsets: Sequence[int], owned: bool) -> list[memoryview]:
         if "/" in segment.name:
@@ -290,9 +322,14 @@ class Segments:
             return  # removed before, with a dead worker's or with the directory
         self._trim_later()
 
-    def _trim_later(self) -> None:
-        if self.trim_at is None:
-            self.trim_at = time.monotonic() + IDLE_SECONDS
+    def _trim_later(self, due: float | None = None) -> None:
+        """Have `trim` called at this time, or a while from now, if not before."""
+        if due is None:
+            due = time.monotonic() + IDLE_SECONDS
+        at = self.trim_at
+        if at is None or due < at:
+            self.trim_at = due
+        if at is None:
             self.on_idle()
 
     def _may_keep(self, size: int) -> bool:
@@ -309,7 +346,7 @@ class Segments:
         try:
             for entry in os.scandir(self._free):
                 try:
-                    left = entry.stat().st_ctime - before
+                    left = min(entry.stat().st_ctime - before, seconds)
                     if left <= 0:
                         os.unlink(entry.path)
                     else:
@@ -318,7 +355,8 @@ class Segments:
                     pass  # it has just been taken
         except OSError:
             pass  # the directory is gone, and they with it
-        self.trim_at = due
+        if due is not None:
+            self._trim_later(due)
 
     def sweep(self, pid: int) -> None:
         """Remove what a dead process has stored and nobody has opened."""
@@ -356,6 +394,21 @@ def _capacity(size: int) -> int:
 
 def _size(name: str) -> int:
     return int(name.partition("-")[0])
+
+
+def _reads(file: int, view: memoryview, offset: int, buffer: bytearray) -> bool:
+    """Whether this is at that offset of a file; `buffer` is what is read into."""
+    for start in range(0, view.nbytes, COMPARED):
+        part = view[start : start + COMPARED]
+        read = os.preadv(file, [buffer], offset + start)
+        if read < part.nbytes:
+            return False
+        if part.nbytes == COMPARED:
+            if buffer != part:
+                return False
+        elif buffer[: part.nbytes] != part:
+            return False
+    return True
 
 
 def _map(file: int, size: int, readonly: bool) -> mmap.mmap:

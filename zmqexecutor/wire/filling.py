@@ -60,7 +60,7 @@ class Filler:
         self._kept: dict[int, _Kept] = {}  # by inode
         self._mapping_costs = self._writing_costs = 0.0  # seconds per byte
         if keep:
-            _keeping.add(self)
+            _keeping.add(weakref.ref(self, _keeping.discard))
 
     def copy(self, file: int, view: memoryview, offset: int, *, again: bool) -> None:
         """Copy to this offset of a file.
@@ -79,10 +79,8 @@ class Filler:
             _write(file, view, offset)
         elif self._keep:
             self._copy_and_keep(file, view, offset)
-        elif view.nbytes >= FILLED_BY_TWO:
-            self._copy_faster(file, view, offset)
         else:
-            _write(file, view, offset)
+            self._copy_faster(file, view, offset)
 
     def forget(self, seconds: float) -> float | None:
         """Let go of the mappings that were not used for so long; when that is due again."""
@@ -95,21 +93,32 @@ class Filler:
                 dues.append(kept.used + seconds)
         return min(dues, default=None)
 
+    def close(self) -> None:
+        """Keep nothing from now on."""
+        self._keep = 0
+        self._kept.clear()
+
     def _copy_and_keep(self, file: int, view: memoryview, offset: int) -> None:
         status = os.fstat(file)
         size = max(status.st_size, offset + view.nbytes)
-        kept = self._kept.pop(status.st_ino, None) or _Kept()
-        if kept.mapping is not None and kept.mapping.size < size:
-            kept.mapping = None
-        if kept.mapping is None:
+        kept = self._kept.get(status.st_ino) or _Kept()
+        mapping = kept.mapping
+        if mapping is not None and mapping.size < size:
+            mapping, kept.written = None, 0
+        if mapping is None:
             kept.written += 1
             if kept.written > WRITTEN_FIRST and self._has_room(size):
-                kept.mapping = _mapped(file, size)
-        if kept.mapping is None or not kept.mapping.copy(view, offset):
-            kept.mapping = None
+                mapping = _mapped(file, size)
+        if mapping is not None and not mapping.copy(view, offset):
+            mapping, kept.written = None, 0
             _write(file, view, offset)
+        elif mapping is None:
+            self._copy_faster(file, view, offset)
+        kept.mapping = mapping
         kept.used = time.monotonic()
         self._kept[status.st_ino] = kept
+        if not self._keep:  # closed meanwhile
+            self._kept.clear()
 
     def _has_room(self, size: int) -> bool:
         if self._fits(size):
@@ -122,6 +131,9 @@ class Filler:
         return len(sizes) < MOST_KEPT and sum(sizes) + size <= self._keep
 
     def _copy_faster(self, file: int, view: memoryview, offset: int) -> None:
+        if view.nbytes < FILLED_BY_TWO:
+            _write(file, view, offset)
+            return
         started = time.monotonic()
         if self._mapping_costs <= self._writing_costs:
             mapping = _mapped(file, offset + view.nbytes)
@@ -135,13 +147,15 @@ class Filler:
         self._mapping_costs *= _REMEMBERED
 
 
-_keeping: weakref.WeakSet[Filler] = weakref.WeakSet()
+_keeping: set[weakref.ref[Filler]] = set()
 
 
 def _forget_all() -> None:
     # A child would hold the memory for as long as it lives.
-    for filler in tuple(_keeping):
-        filler.forget(0.0)
+    for reference in tuple(_keeping):
+        filler = reference()
+        if filler is not None:
+            filler.forget(0.0)
 
 
 if hasattr(os, "register_at_fork"):

@@ -22,12 +22,13 @@ class Lease:
     said that it does not hold it any more, and is removed otherwise.
     """
 
-    __slots__ = ("__weakref__", "_contents", "_lent", "_segments", "segment")
+    # An object with a `__del__` can be had from a weak reference while that runs, and is
+    # of no use then. So what has one is another object, of which nobody has such a reference.
+    __slots__ = ("__weakref__", "_held", "_segments", "segment")
 
     def __init__(self, segments: Segments, segment: Segment) -> None:
         self._segments = segments
-        self._lent = 0
-        self._contents: list[memoryview] | None = None
+        self._held = _Held(segments, segment.name)
         self.segment = segment
 
     @classmethod
@@ -45,12 +46,12 @@ class Lease:
 
     def lend(self) -> Segment:
         """Another process is told of the segment."""
-        self._lent += 1
+        self._held.lent += 1
         return self.segment
 
     def returned(self, kept: bool) -> None:
         """It has done its work with it, and holds it no more unless it kept it."""
-        self._lent -= not kept
+        self._held.lent -= not kept
 
     def views(self) -> list[memoryview]:
         """What is in it, for those who cannot map it; they may hold it for as long as they like.
@@ -58,23 +59,24 @@ class Lease:
         Raises:
             OSError: it cannot be mapped.
         """
-        self._lent += 1
+        self._held.lent += 1
         return self._segments.open(self.segment, readonly=True)
 
     def says(self, views: Sequence[memoryview]) -> bool:
         """Whether these buffers, of the same sizes, have the same contents."""
-        if self._contents is None:
-            if not self._segments.may_map():
-                return False
-            try:
-                self._contents = self._segments.open(self.segment, readonly=True)
-            except OSError:  # no descriptor left, or no room for a mapping
-                return False
-        return all(map(same, views, self._contents))
+        return self._segments.compare(self.segment, views)
+
+
+class _Held:
+    __slots__ = ("_name", "_segments", "lent")
+
+    def __init__(self, segments: Segments, name: str) -> None:
+        self._segments = segments
+        self._name = name
+        self.lent = 0
 
     def __del__(self) -> None:
-        self._contents = None
-        self._segments.give_back(self.segment.name, reusable=self._lent == 0)
+        self._segments.give_back(self._name, reusable=self.lent == 0)
 
 
 def same(one: memoryview, other: memoryview) -> bool:

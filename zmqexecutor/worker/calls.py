@@ -10,9 +10,8 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from functools import partial
 from time import monotonic, sleep
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -34,9 +33,6 @@ if TYPE_CHECKING:
     from ..keys import Keys
 
 __all__ = ["main", "serve"]
-
-KEPT_MAPPINGS: Final = 128 * 1024 * 1024
-"""Bytes of segments that a worker keeps mapped for its next results."""
 
 
 class InitializerError(Exception):
@@ -77,13 +73,13 @@ class CallHandler:
             self._initialize(setup.initializer)
         self._max_memory = setup.max_memory
         if setup.segments and self._directory is not None:
-            self._runner.segments = self._open_segments(self._directory)
+            self._runner.segments = self._open_segments(self._directory, setup.kept_mappings)
 
-    def _open_segments(self, directory: str) -> Segments:
+    def _open_segments(self, directory: str, kept_mappings: int) -> Segments:
         segments = Segments(directory)
-        if not self._max_memory and not self._limited:  # mappings would count
-            segments.keep_mappings(KEPT_MAPPINGS)
-            segments.on_idle = partial(_trim_in_time, segments)
+        if kept_mappings and not self._max_memory and not self._limited:  # they would count
+            segments.keep_mappings(kept_mappings)
+            segments.on_idle = Trimmer(segments).wake
         return segments
 
     def _initialize(self, call: Initializer) -> None:
@@ -144,18 +140,35 @@ class CallHandler:
         )
 
 
-def _trim_in_time(segments: Segments) -> None:
-    """Start a thread for it, since the others may have tasks that take hours."""
+class Trimmer:
+    """Trims a worker's segments in time: in a thread, since a task may take hours."""
 
-    def trim() -> None:
-        while (at := segments.trim_at) is not None:
+    def __init__(self, segments: Segments) -> None:
+        self._segments = segments
+        self._lock = threading.Lock()
+        self._running = False
+
+    def wake(self) -> None:
+        """There is something to be trimmed at `trim_at`."""
+        with self._lock:
+            if self._running:
+                return
+            self._running = True
+        try:
+            threading.Thread(target=self._run, name="zmqexecutor memory", daemon=True).start()
+        except RuntimeError:  # there may be no more threads
+            self._running = False
+            self._segments.trim(0.0)
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                at = self._segments.trim_at
+                if at is None:
+                    self._running = False
+                    return
             sleep(max(0.0, at - monotonic()))
-            segments.trim()
-
-    try:
-        threading.Thread(target=trim, name="zmqexecutor memory", daemon=True).start()
-    except RuntimeError:  # there may be no more threads
-        segments.trim(0.0)
+            self._segments.trim()
 
 
 def _tell_of_crashes() -> None:
