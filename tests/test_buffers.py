@@ -116,22 +116,6 @@ def test_beyond_the_limit_of_mappings_it_is_copied(segments: Segments) -> None:
     assert len(os.listdir(segments._free)) == 1
 
 
-@pytest.mark.parametrize("sizes", [(BIG,), (0, 65_536, 65_537, 1)])
-def test_a_comparison_reads_every_byte(segments: Segments, sizes: tuple[int, ...]) -> None:
-    parts = [bytearray(os.urandom(size)) for size in sizes]
-    views = [memoryview(part) for part in parts]
-    segment = segments.store(views)
-    assert segment is not None
-    assert segments.compare(segment, views)
-    for part in parts:
-        for position in {0, len(part) // 2, len(part) - 1} if part else ():
-            part[position] ^= 1
-            assert not segments.compare(segment, views)
-            part[position] ^= 1
-    os.truncate(os.path.join(segments._used, segment.name), 10)
-    assert not segments.compare(segment, views)
-
-
 def test_what_a_dead_process_left_is_removed(segments: Segments) -> None:
     segment = stored(segments)
     segments.sweep(os.getpid() + 1)

@@ -105,16 +105,6 @@ def test_what_is_not_used_is_forgotten(files: list[Any], made: list[int]) -> Non
     assert mapped(filler) == 0
 
 
-def test_a_fork_inherits_nothing(files: list[Any]) -> None:
-    filler = Filler(64 * MIB)
-    fill(filler, files[0], times=WRITTEN_FIRST + 1)
-    assert mapped(filler) == 1
-    child = os.fork()
-    if not child:
-        os._exit(mapped(filler))
-    assert os.waitpid(child, 0)[1] == 0
-
-
 def test_who_keeps_nothing_takes_the_way_that_was_faster(
     files: list[Any], made: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +186,18 @@ def segments() -> Iterator[Segments]:
         made.keep_mappings(64 * MIB)
         yield made
         made.close()
+
+
+def test_a_fork_inherits_no_mapping(segments: Segments) -> None:
+    for _ in range(WRITTEN_FIRST + 2):
+        segment = segments.store([memoryview(bytes(2 * MIB))])
+        assert segment is not None
+        segments.give_back(segment.name)
+    assert mapped(segments._filler) == 1
+    child = os.fork()
+    if not child:
+        os._exit(mapped(segments._filler))
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_busy_worker_has_one_thread_for_it(

@@ -21,8 +21,8 @@ from zmqexecutor import ZmqExecutor
 from zmqexecutor.payload import snapshots as module
 from zmqexecutor.payload.serialization import CallPickler, CallRunner
 from zmqexecutor.payload.snapshots import Snapshots
-from zmqexecutor.wire.buffers import Segments
-from zmqexecutor.wire.leases import Lease, same
+from zmqexecutor.wire.buffers import MOST_COMPARED, Segments, same
+from zmqexecutor.wire.leases import Lease
 
 __all__ = ["either", "segments"]
 
@@ -108,25 +108,46 @@ def test_a_worker_that_keeps_one_argument_of_two_that_are_the_same(segments: Seg
     assert os.listdir(segments._free) == []  # it is mapped, so nobody may write to it
 
 
-def test_what_cannot_be_read_for_the_comparison_is_copied(
+def test_what_cannot_be_mapped_for_the_comparison_is_copied(
     segments: Segments, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     array = np.zeros(BIG, dtype=np.uint8)
     views = [memoryview(array)]
     snapshots = Snapshots()
     first = snapshots.in_segment(segments, views, ())
-    open_ = os.open
+    with monkeypatch.context() as patch:
+        patch.setattr(segments, "_most_mapped", 0)
+        second = snapshots.in_segment(segments, views, ())
 
-    def fail(path: str, flags: int, *args: Any) -> int:
-        if flags & os.O_CREAT:
-            return open_(path, flags, *args)
+    def fail(*_: object, **__: object) -> None:
         raise OSError("too many open files")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "open", fail)
-        second = snapshots.in_segment(segments, views, ())
+        patch.setattr(segments, "open", fail)
+        third = snapshots.in_segment(segments, views, ())
     assert first is not second
-    assert snapshots.in_segment(segments, views, ()) is second
+    assert second is not third
+    assert snapshots.in_segment(segments, views, ()) is third
+
+
+def test_mappings_for_comparisons_are_few_and_not_inherited(segments: Segments) -> None:
+    snapshots = Snapshots()
+    arrays = [np.full(BIG // 2, number, dtype=np.uint8) for number in range(MOST_COMPARED + 5)]
+    leases = [snapshots.in_segment(segments, [memoryview(array)], ()) for array in arrays]
+    for _ in range(2):
+        for array, lease in zip(arrays, leases, strict=True):
+            assert snapshots.in_segment(segments, [memoryview(array)], ()) is lease
+    assert len(segments._mapped) == MOST_COMPARED
+    child = os.fork()
+    if not child:
+        os._exit(len(segments._mapped))
+    assert os.waitpid(child, 0)[1] == 0
+    assert not segments._mapped
+    assert snapshots.in_segment(segments, [memoryview(arrays[0])], ()) is leases[0]
+    assert len(segments._mapped) == 1
+    del lease
+    leases.clear()
+    assert not segments._mapped
 
 
 def test_a_lease_that_ends_cannot_be_had_any_more(

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 from ..system.memory import keep_freed_memory
-from ..wire.leases import Lease, same
+from ..wire.buffers import same
+from ..wire.leases import Lease
 
 if TYPE_CHECKING:
     from ..wire.buffers import Segments

@@ -41,7 +41,7 @@ from .filling import Filler
 if TYPE_CHECKING:
     from .protocol import Segment
 
-__all__ = ["Segments", "forks"]
+__all__ = ["Segments", "forks", "same"]
 
 IN_SEGMENT: Final = 256 * 1024
 """From this many bytes in all, buffers go into a segment where there are any."""
@@ -58,9 +58,11 @@ MAX_MAPPED: Final = 16384
 
 MAPPED_BY_OTHERS: Final = 128 * 1024 * 1024
 """Bytes of segments that a worker keeps mapped for its next results, at most."""
-COMPARED: Final = 64 * 1024
-"""Bytes that are compared at a time, so that they stay in the processor's cache."""
+MOST_COMPARED: Final = 32
+"""Mappings that are kept for comparisons; before Python 3.13 each has a descriptor."""
 
+_PIECE: Final = 64 * 1024
+"""Bytes that are compared at a time; what is copied of them stays in the processor's cache."""
 _USED = "segments"
 _FREE = "free"
 _forks = 0
@@ -71,13 +73,20 @@ def forks() -> int:
     return _forks
 
 
-def _count_fork() -> None:
+def _before_fork() -> None:
     global _forks
     _forks += 1
+    for reference in tuple(_created):
+        segments = reference()
+        if segments is not None:
+            segments.let_go()
+
+
+_created: set[weakref.ref[Segments]] = set()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_count_fork)
+    os.register_at_fork(before=_before_fork)
 
 
 class Segments:
@@ -101,6 +110,7 @@ class Segments:
         self._filler = Filler()
         self._pid = os.getpid()
         self._numbers = itertools.count(1)
+        self._compared: dict[str, list[memoryview]] = {}
         self._mapped: dict[tuple[str, int], weakref.ref[mmap.mmap]] = {}
         self._most_mapped = _most_mapped()
         self.trim_at: float | None = None
@@ -128,6 +138,7 @@ class Segments:
     def keep_mappings(self, size: int) -> None:
         """Keep mappings of so many bytes for the next `store`; `trim` has to be called then."""
         self._filler = Filler(size)
+        _created.add(weakref.ref(self, _created.discard))
 
     def share_of_mappings(self, processes: int) -> int:
         """How many bytes of mappings each of so many workers may keep.
@@ -138,9 +149,15 @@ class Segments:
             return 0
         return min(MAPPED_BY_OTHERS, self._spared // processes)
 
+    def let_go(self) -> None:
+        """Hold no memory for later: a child would do so for as long as it lives."""
+        self._filler.forget(0.0)
+        self._compared.clear()
+
     def close(self) -> None:
-        """Hold no memory any more; what is opened stays there."""
+        """Hold none from now on; what is opened stays there."""
         self._filler.close()
+        self._compared.clear()
 
     # ------------------------------------------------------------------ storing
 
@@ -222,26 +239,19 @@ class Segments:
         return f"{capacity}-{os.getpid()}-{next(self._numbers)}"
 
     def compare(self, segment: Segment, views: Sequence[memoryview]) -> bool:
-        """Whether a segment that this process has stored has these contents.
-
-        It is read, not mapped: a mapping would have to be made and to be taken off, hold a
-        descriptor in between, and be inherited by forks.
-        """
-        offsets, _ = _layout(segment.sizes)
-        buffer = bytearray(COMPARED)
-        try:
-            file = os.open(
-                os.path.join(self._used, segment.name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-            )
-        except OSError:  # no descriptor left, perhaps
-            return False
-        try:
-            return all(
-                _reads(file, view, offset, buffer)
-                for view, offset in zip(views, offsets, strict=True)
-            )
-        finally:
-            os.close(file)
+        """Whether a segment that this process has stored, and still has, says the same."""
+        contents = self._compared.get(segment.name)
+        if contents is None:
+            if len(self._mapped) >= self._most_mapped:
+                return False
+            try:
+                contents = self.open(segment, readonly=True)
+            except OSError:  # no descriptor left, or no room for a mapping
+                return False
+            while len(self._compared) >= MOST_COMPARED:
+                self._compared.pop(next(iter(self._compared), ""), None)
+            self._compared[segment.name] = contents
+        return all(map(same, views, contents))
 
     # ------------------------------------------------------------------ opening
 
@@ -309,6 +319,7 @@ class Segments:
 
     def give_back(self, name: str, *, reusable: bool = True) -> None:
         """Let a segment be used again, or remove it if some process may have it mapped."""
+        self._compared.pop(name, None)
         if os.getpid() != self._pid:
             return  # a forked child: it is still the parent's
         path = os.path.join(self._used, name)
@@ -396,17 +407,17 @@ def _size(name: str) -> int:
     return int(name.partition("-")[0])
 
 
-def _reads(file: int, view: memoryview, offset: int, buffer: bytearray) -> bool:
-    """Whether this is at that offset of a file; `buffer` is what is read into."""
-    for start in range(0, view.nbytes, COMPARED):
-        part = view[start : start + COMPARED]
-        read = os.preadv(file, [buffer], offset + start)
-        if read < part.nbytes:
-            return False
-        if part.nbytes == COMPARED:
-            if buffer != part:
-                return False
-        elif buffer[: part.nbytes] != part:
+def same(one: memoryview, other: memoryview) -> bool:
+    """Whether two buffers of bytes are equal, compared at the speed of memory.
+
+    Memoryviews compare one item after the other, and `mmap.find` did so before Python 3.13.
+    """
+    size = one.nbytes
+    if size != other.nbytes:
+        return False
+    for start in range(0, size, _PIECE):
+        stop = start + _PIECE
+        if bytearray(one[start:stop]) != other[start:stop]:
             return False
     return True
 

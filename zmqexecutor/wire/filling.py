@@ -21,7 +21,6 @@ import os
 import sys
 import threading
 import time
-import weakref
 from typing import Any, Final
 
 __all__ = ["FILLED_BY_TWO", "Filler"]
@@ -59,8 +58,6 @@ class Filler:
         self._keep = keep
         self._kept: dict[int, _Kept] = {}  # by inode
         self._mapping_costs = self._writing_costs = 0.0  # seconds per byte
-        if keep:
-            _keeping.add(weakref.ref(self, _keeping.discard))
 
     def copy(self, file: int, view: memoryview, offset: int, *, again: bool) -> None:
         """Copy to this offset of a file.
@@ -145,21 +142,6 @@ class Filler:
         _write(file, view, offset)
         self._writing_costs = (time.monotonic() - started) / view.nbytes
         self._mapping_costs *= _REMEMBERED
-
-
-_keeping: set[weakref.ref[Filler]] = set()
-
-
-def _forget_all() -> None:
-    # A child would hold the memory for as long as it lives.
-    for reference in tuple(_keeping):
-        filler = reference()
-        if filler is not None:
-            filler.forget(0.0)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_forget_all)
 
 
 class _Kept:

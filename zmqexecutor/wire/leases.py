@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .buffers import Segments
     from .protocol import Segment
 
-__all__ = ["Lease", "same"]
-
-_PIECE: Final = 64 * 1024
-"""Bytes that are compared at a time; what is copied of them stays in the processor's cache."""
+__all__ = ["Lease"]
 
 
 class Lease:
@@ -77,18 +74,3 @@ class _Held:
 
     def __del__(self) -> None:
         self._segments.give_back(self._name, reusable=self.lent == 0)
-
-
-def same(one: memoryview, other: memoryview) -> bool:
-    """Whether two buffers of bytes are equal, compared at the speed of memory.
-
-    Memoryviews compare one item after the other, and `mmap.find` did so before Python 3.13.
-    """
-    size = one.nbytes
-    if size != other.nbytes:
-        return False
-    for start in range(0, size, _PIECE):
-        stop = start + _PIECE
-        if bytearray(one[start:stop]) != other[start:stop]:
-            return False
-    return True
