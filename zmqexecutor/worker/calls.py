@@ -150,15 +150,18 @@ class Trimmer:
 
     def wake(self) -> None:
         """There is something to be trimmed at `trim_at`."""
+        thread = threading.Thread(target=self._run, name="zmqexecutor memory", daemon=True)
         with self._lock:
             if self._running:
                 return
-            self._running = True
-        try:
-            threading.Thread(target=self._run, name="zmqexecutor memory", daemon=True).start()
-        except RuntimeError:  # there may be no more threads
-            self._running = False
-            self._segments.trim(0.0)
+            try:
+                thread.start()
+            except RuntimeError:  # there may be no more threads
+                pass
+            else:
+                self._running = True
+                return
+        self._segments.trim(0.0)
 
     def _run(self) -> None:
         while True:
