@@ -84,6 +84,65 @@ def test_what_was_mapped_during_a_fork_is_not_used_again(segments: Segments) -> 
     assert os.listdir(segments._free) == []
 
 
+def test_what_is_mapped_just_before_a_fork_is_not_used_again(segments: Segments) -> None:
+    """By a thread, or by what others have registered, when our own preparations are done."""
+    mapped: list[list[memoryview]] = []
+    buffers._before_fork()
+    mapped.append(segments.open(stored(segments), owned=True))
+    buffers._after_fork_in_parent()
+    mapped.clear()
+    assert os.listdir(segments._free) == []
+    mapped.append(segments.open(stored(segments), owned=True))
+    buffers._before_fork()
+    mapped.clear()
+    buffers._after_fork_in_parent()
+    assert os.listdir(segments._free) == []
+    number = buffers.forks()
+    mapped.append(segments.open(stored(segments), owned=True))
+    mapped.clear()
+    assert len(os.listdir(segments._free)) == 1
+    assert not buffers.forked_since(number)
+
+
+def test_a_segment_that_could_not_be_filled_holds_no_memory(
+    segments: Segments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    views = [memoryview(bytes(2 << 20)) for _ in range(5)]
+    segment = segments.store(views)
+    assert segment is not None
+    segments.give_back(segment.name)
+    copied: list[int] = []
+    copy = segments._filler.copy
+
+    def fail(file: int, view: memoryview, offset: int, *, again: bool) -> None:
+        if len(copied) == 4:
+            raise OSError("no space left on device")
+        copied.append(offset)
+        copy(file, view, offset, again=again)
+
+    monkeypatch.setattr(segments._filler, "copy", fail)
+    assert segments.store(views) is None
+    assert not segments._filler._kept
+    assert os.listdir(segments._used) == os.listdir(segments._free) == []
+
+
+def test_who_was_not_woken_to_trim_is_woken_again(
+    segments: Segments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(buffers, "IDLE_SECONDS", 0.0)
+    first, second = stored(segments, 1), stored(segments, 2)
+    segments.on_idle = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        segments.give_back(first.name)
+    woken: list[int] = []
+    segments.on_idle = lambda: woken.append(1)
+    segments.give_back(second.name)
+    assert woken == [1]
+
+
 def test_free_segments_are_bounded_and_trimmed(segments: Segments) -> None:
     woken: list[int] = []
     segments.on_idle = lambda: woken.append(1)

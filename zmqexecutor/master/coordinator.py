@@ -192,7 +192,8 @@ class Coordinator:
             self.roster.ping(now)
         if self.roster.next_look is not None and self.roster.next_look <= now:
             self.roster.see_off(now)
-        if self._segments and self._segments.trim_at and self._segments.trim_at <= now:
+        trim_at = self._segments.trim_at if self._segments else None
+        if self._segments and trim_at is not None and trim_at <= now:
             self._segments.trim()
 
     def make_offer(self) -> Offer | None:

@@ -30,6 +30,7 @@ import itertools
 import mmap
 import os
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -41,7 +42,7 @@ from .filling import Filler
 if TYPE_CHECKING:
     from .protocol import Segment
 
-__all__ = ["Segments", "forks", "same"]
+__all__ = ["Segments", "forked_since", "forks", "same"]
 
 IN_SEGMENT: Final = 256 * 1024
 """From this many bytes in all, buffers go into a segment where there are any."""
@@ -66,27 +67,51 @@ _PIECE: Final = 64 * 1024
 _USED = "segments"
 _FREE = "free"
 _forks = 0
+_next_fork = itertools.count(1)
+_forking: set[int] = set()
+"""Threads that are about to fork."""
 
 
 def forks() -> int:
-    """How often this process has forked. A child has what was mapped before."""
-    return _forks
+    """A number for `forked_since`."""
+    return -1 if _forking else _forks
+
+
+def forked_since(number: int) -> bool:
+    """Whether this process may have forked since `forks` gave this. A child has what was mapped."""
+    return bool(_forking) or number != _forks
 
 
 def _before_fork() -> None:
+    # Functions that are registered by others may run after this one, and other threads meanwhile.
     global _forks
-    _forks += 1
-    for reference in tuple(_created):
+    _forking.add(threading.get_ident())
+    _forks = next(_next_fork)
+    for reference in list(_created):
         segments = reference()
         if segments is not None:
             segments.let_go()
+
+
+def _after_fork_in_parent() -> None:
+    global _forks
+    _forks = next(_next_fork)
+    _forking.discard(threading.get_ident())
+
+
+def _after_fork_in_child() -> None:
+    _forking.clear()
 
 
 _created: set[weakref.ref[Segments]] = set()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork)
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork_in_parent,
+        after_in_child=_after_fork_in_child,
+    )
 
 
 class Segments:
@@ -109,6 +134,7 @@ class Segments:
         self._idle_bytes = min(IDLE_BYTES, total // 4)
         self._filler = Filler()
         self._pid = os.getpid()
+        self._token = os.urandom(4).hex()  # a dead process may have had the same number
         self._numbers = itertools.count(1)
         self._compared: dict[str, list[memoryview]] = {}
         self._mapped: dict[tuple[str, int], weakref.ref[mmap.mmap]] = {}
@@ -195,9 +221,11 @@ class Segments:
             finally:
                 os.close(file)
         except OSError:  # memory is short after all
+            self._filler.forget(0.0)
             self._remove(path)
             return None
         except BaseException:  # an interrupt
+            self._filler.forget(0.0)
             self._remove(path)
             raise
         if taken:
@@ -236,7 +264,7 @@ class Segments:
         return status.f_bavail * status.f_frsize >= size + self._spared
 
     def _name(self, capacity: int) -> str:
-        return f"{capacity}-{os.getpid()}-{next(self._numbers)}"
+        return f"{capacity}-{os.getpid()}-{self._token}{next(self._numbers)}"
 
     def compare(self, segment: Segment, views: Sequence[memoryview]) -> bool:
         """Whether a segment that this process has stored, and still has, says the same."""
@@ -248,8 +276,8 @@ class Segments:
                 contents = self.open(segment, readonly=True)
             except OSError:  # no descriptor left, or no room for a mapping
                 return False
-            while len(self._compared) >= MOST_COMPARED:
-                self._compared.pop(next(iter(self._compared), ""), None)
+            for name in list(self._compared)[: 1 - MOST_COMPARED]:
+                self._compared.pop(name, None)
             self._compared[segment.name] = contents
         return all(map(same, views, contents))
 
@@ -284,7 +312,7 @@ class Segments:
         finally:
             os.close(file)
         key = segment.name, next(self._numbers)  # the same segment may be mapped twice
-        self._mapped[key] = weakref.ref(mapping, partial(self._unmapped, key, owned, _forks))
+        self._mapped[key] = weakref.ref(mapping, partial(self._unmapped, key, owned, forks()))
         whole = memoryview(mapping)
         return [
             whole[offset : offset + length]
@@ -313,7 +341,7 @@ class Segments:
     def _unmapped(self, key: tuple[str, int], owned: bool, forked: int, _: object) -> None:
         self._mapped.pop(key, None)
         if owned:
-            self.give_back(key[0], reusable=forked == _forks)
+            self.give_back(key[0], reusable=not forked_since(forked))
 
     # ------------------------------------------------------------------- ending
 
@@ -335,12 +363,13 @@ class Segments:
 
     def _trim_later(self, due: float | None = None) -> None:
         """Have `trim` called at this time, or a while from now, if not before."""
+        now = time.monotonic()
         if due is None:
-            due = time.monotonic() + IDLE_SECONDS
+            due = now + IDLE_SECONDS
         at = self.trim_at
         if at is None or due < at:
             self.trim_at = due
-        if at is None:
+        if at is None or at < now:  # who should have been woken before may not have been
             self.on_idle()
 
     def _may_keep(self, size: int) -> bool:
@@ -372,7 +401,7 @@ class Segments:
     def sweep(self, pid: int) -> None:
         """Remove what a dead process has stored and nobody has opened."""
         try:
-            mapped = {name for name, _ in tuple(self._mapped)}
+            mapped = {name for name, _ in list(self._mapped)}
             for name in os.listdir(self._used):
                 if name.split("-")[1] == str(pid) and name not in mapped:
                     self._remove(os.path.join(self._used, name))

@@ -83,7 +83,7 @@ class Filler:
         """Let go of the mappings that were not used for so long; when that is due again."""
         before = time.monotonic() - seconds
         dues = []
-        for inode, kept in tuple(self._kept.items()):
+        for inode, kept in self._kept.copy().items():
             if kept.used <= before:
                 self._kept.pop(inode, None)
             else:
@@ -124,7 +124,7 @@ class Filler:
         return self._fits(size)
 
     def _fits(self, size: int) -> bool:
-        sizes = [kept.mapping.size for kept in tuple(self._kept.values()) if kept.mapping]
+        sizes = [kept.mapping.size for kept in list(self._kept.values()) if kept.mapping]
         return len(sizes) < MOST_KEPT and sum(sizes) + size <= self._keep
 
     def _copy_faster(self, file: int, view: memoryview, offset: int) -> None:

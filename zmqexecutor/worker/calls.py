@@ -124,7 +124,7 @@ class CallHandler:
         """Call a function that was defined before."""
         forks = buffers.forks()
         outcome = self._runner.run(job.shared, job.data, frames, job.segment)
-        kept = job.segment is not None and (self._runner.holds() or forks != buffers.forks())
+        kept = job.segment is not None and (self._runner.holds() or buffers.forked_since(forks))
         worn = self._worn() if self._max_memory else ""
         return Outcome(outcome.ok, outcome.data, "", outcome.buffers, outcome.segment, kept, worn)
 
@@ -170,8 +170,12 @@ class Trimmer:
                 if at is None:
                     self._running = False
                     return
-            sleep(max(0.0, at - monotonic()))
-            self._segments.trim()
+            try:
+                sleep(max(0.0, at - monotonic()))
+                self._segments.trim()
+            except BaseException:
+                self._running = False  # the next one may fare better
+                raise
 
 
 def _tell_of_crashes() -> None:
