@@ -238,16 +238,23 @@ def test_the_recall_of_a_worker_that_is_lost_is_over(world: World) -> None:
     assert world.recalls.next_deadline() is None
 
 
-def test_what_is_sent_while_a_recall_is_under_way_stays(world: World) -> None:
+def test_what_comes_while_a_recall_is_under_way_does_not_overtake(world: World) -> None:
     world.submit(3)
+    third = world.state.held[3][0]
     world.note()
     world.pass_time(STALL)
     world.act()
-    world.read()  # progress: it is sent more
+    world.read()  # progress, but it may have to give back the third
     world.submit(2)
-    assert list(world.state.held) == [2, 3, 4, 5]
+    assert list(world.state.held) == [2, 3]
     world.pass_time(SETTLE)
-    assert list(world.state.held) == [2, 4, 5, 6]  # the third is sent again
+    assert list(world.state.held) == [2]
+    world.note()
+    world.act()
+    world.read()
+    world.decide()
+    assert list(world.state.held) == [4, 5, 6]
+    assert world.state.held[4][0] is third
 
 
 class Races(machine.RuleBasedStateMachine):

@@ -566,6 +566,18 @@ def test_jobs_given_back_go_to_the_front_in_their_order() -> None:
     assert [job for job, _ in worker.held.values()] == jobs[:1]
 
 
+def test_no_job_overtakes_those_that_may_be_on_their_way_back() -> None:
+    desk, worker, jobs = stalled_desk()
+    later = desk.submit("tiny", 3)
+    seqs = desk.recall(worker)
+    desk.answer(worker)  # it goes on, but does not start what is recalled
+    assert desk.decide() == []
+    desk.scheduler.recalled(worker, seqs[1:])
+    assert desk.decide() == []  # it has the second to do
+    desk.answer(worker)
+    assert sent_to(desk.decide(), worker) == [*jobs[2:], *later]
+
+
 def test_jobs_given_back_go_to_an_idle_worker() -> None:
     desk, worker, jobs = stalled_desk()
     idle = desk.worker("b")

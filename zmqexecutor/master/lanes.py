@@ -83,6 +83,7 @@ class WorkerState(Generic[J]):
         "load",
         "next_seq",
         "progress",
+        "recalling",
         "stalled",
         "waited",
     )
@@ -115,6 +116,8 @@ class WorkerState(Generic[J]):
         self.busy = False
         self.stalled = False
         """Whether it showed no progress for `STALL` in the job that it runs."""
+        self.recalling = False
+        """Whether jobs may be on their way back, which none that comes later should overtake."""
         self.waited = 0.0
         """Seconds without progress, in steps of `STALL`, that were to be expected."""
         self.active = False

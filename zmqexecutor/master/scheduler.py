@@ -321,6 +321,7 @@ class Scheduler(Generic[J]):
 
     def recalled(self, worker: WorkerState[J], seqs: Iterable[int]) -> None:
         """A worker will not run these jobs; they go to the front."""
+        worker.recalling = False
         self._requeue(worker, [seq for seq in seqs if seq in worker.held])
         if len(worker.held) > 1:
             # It has gone on meanwhile; ask again if the results do not come.
@@ -520,9 +521,10 @@ class Scheduler(Generic[J]):
                 continue
             worker.stalled = True
             worker.progress = now
-            self.settle(worker)
             if len(held) > 1:
+                worker.recalling = True
                 decisions.append(Recall(worker))
+            self.settle(worker)
 
     def _want_workers(self) -> bool:
         """Want as many as there is work for, and say if some stood by."""
@@ -576,6 +578,7 @@ class Scheduler(Generic[J]):
             and held
             and worker.ahead
             and not worker.stalled
+            and not worker.recalling
             and (worker.load < AHEAD / 2 or (held == 1 and worker.load <= LONGEST_AHEAD))
         )
         for lane in worker.lanes:
