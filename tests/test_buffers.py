@@ -10,6 +10,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -102,6 +103,23 @@ def test_what_is_mapped_just_before_a_fork_is_not_used_again(segments: Segments)
     mapped.clear()
     assert len(os.listdir(segments._free)) == 1
     assert not buffers.forked_since(number)
+
+
+def test_a_fork_just_after_the_mapping_was_made_has_it(
+    segments: Segments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    map_ = buffers._map
+
+    def slow_map(*args: Any) -> Any:
+        made = map_(*args)
+        buffers._before_fork()  # of another thread
+        buffers._after_fork_in_parent()
+        return made
+
+    monkeypatch.setattr(buffers, "_map", slow_map)
+    views = segments.open(stored(segments), owned=True)
+    del views
+    assert os.listdir(segments._free) == []
 
 
 def test_a_segment_that_could_not_be_filled_holds_no_memory(

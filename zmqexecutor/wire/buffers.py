@@ -169,11 +169,11 @@ class Segments:
     def share_of_mappings(self, processes: int) -> int:
         """How many bytes of mappings each of so many workers may keep.
 
-        None if there is little memory: what they keep cannot be had back at once.
+        It is 0 where there is little memory: what they keep cannot be had back at once.
         """
         if self._idle_bytes < IDLE_BYTES:
             return 0
-        return min(MAPPED_BY_OTHERS, self._spared // processes)
+        return min(MAPPED_BY_OTHERS, self._spared // max(1, processes))
 
     def let_go(self) -> None:
         """Hold no memory for later: a child would do so for as long as it lives."""
@@ -307,12 +307,13 @@ class Segments:
         file = os.open(
             os.path.join(self._used, segment.name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
         )
+        forked = forks()  # before it is mapped: a fork just after that has it
         try:
             mapping = _map(file, size, readonly)
         finally:
             os.close(file)
         key = segment.name, next(self._numbers)  # the same segment may be mapped twice
-        self._mapped[key] = weakref.ref(mapping, partial(self._unmapped, key, owned, forks()))
+        self._mapped[key] = weakref.ref(mapping, partial(self._unmapped, key, owned, forked))
         whole = memoryview(mapping)
         return [
             whole[offset : offset + length]
