@@ -27,7 +27,7 @@ from zmqexecutor.wire.journal import (
     JournalWriter,
 )
 
-OVERHEAD = 8
+OVERHEAD = 12
 """Bytes that an entry takes beside its result."""
 LARGEST_ENTRY = CAPACITY // PART
 LARGEST_RESULT = LARGEST_ENTRY - OVERHEAD
@@ -56,6 +56,19 @@ class Pair:
         self.writer.unlink()
 
 
+def read(reader: JournalReader) -> list[bytes]:
+    """Results that have no buffers."""
+    results = []
+    for result, buffers in reader.read():
+        assert not buffers
+        results.append(result)
+    return results
+
+
+def append(writer: JournalWriter, result: bytes, buffers: list[bytes]) -> bool:
+    return writer.append(result, [memoryview(buffer) for buffer in buffers])
+
+
 @pytest.fixture
 def pair(tmp_path: Path) -> Iterator[Pair]:
     made = Pair(tmp_path)
@@ -64,25 +77,25 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
 
 
 def test_a_new_journal_has_no_results_and_runs_nothing(pair: Pair) -> None:
-    assert list(pair.reader.read()) == []
+    assert read(pair.reader) == []
     assert pair.reader.running == 0
     assert pair.reader.position == pair.writer.position == 0
 
 
 def test_results_are_read_once_and_in_order(pair: Pair) -> None:
     assert all(pair.writer.append(result) for result in (b"one", b"", b"three"))
-    assert list(pair.reader.read()) == [b"one", b"", b"three"]
+    assert read(pair.reader) == [b"one", b"", b"three"]
     assert pair.reader.position == pair.writer.position
-    assert list(pair.reader.read()) == []
+    assert read(pair.reader) == []
     assert pair.writer.append(b"four")
-    assert list(pair.reader.read()) == [b"four"]
+    assert read(pair.reader) == [b"four"]
 
 
 def test_a_reader_that_comes_late_reads_all(tmp_path: Path) -> None:
     writer = JournalWriter(str(tmp_path))
     assert writer.append(b"early")
     reader = JournalReader(writer.path)
-    assert list(reader.read()) == [b"early"]
+    assert read(reader) == [b"early"]
     reader.close()
     writer.close()
 
@@ -91,7 +104,7 @@ def test_results_known_from_messages_are_skipped(pair: Pair) -> None:
     pair.writer.append(b"came in a message")
     pair.reader.position = pair.writer.position
     pair.writer.append(b"did not come")
-    assert list(pair.reader.read()) == [b"did not come"]
+    assert read(pair.reader) == [b"did not come"]
 
 
 @pytest.mark.parametrize("seq", [1, 255, 256, 2**32, 2**64 - 1])
@@ -186,7 +199,7 @@ def test_entries_that_wrap_around_the_end_are_read_whole(pair: Pair) -> None:
     for number in range(4 * CAPACITY // size):
         result = number.to_bytes(4, "little") * (size // 4)
         assert pair.writer.append(result)
-        assert list(pair.reader.read()) == [result]
+        assert read(pair.reader) == [result]
         pair.writer.confirm(pair.reader.position)
     assert pair.writer.position > 3 * CAPACITY
 
@@ -209,14 +222,14 @@ def test_a_journal_is_a_small_part_of_its_file_system(
         for number in range(3 * PART):  # three times around
             result = bytes([number]) * (capacity // PART - OVERHEAD)
             assert pair.writer.append(result)
-            assert list(pair.reader.read()) == [result]
+            assert read(pair.reader) == [result]
             pair.writer.confirm(pair.reader.position)
         pair.writer.append(b"x" * 1000)
         appended = 1
         while pair.writer.append(b"x" * 1000):
             appended += 1
         assert appended == (capacity - LARGEST_MARKER) // (1000 + OVERHEAD)
-        assert len(list(pair.reader.read())) == appended
+        assert len(read(pair.reader)) == appended
     finally:
         pair.close()
 
@@ -230,34 +243,34 @@ def test_the_end_of_the_ring_may_cut_an_entry_anywhere(pair: Pair, before_the_en
             size -= OVERHEAD  # leave room for a last entry
         assert pair.writer.append(b"x" * (size - OVERHEAD))
         left -= size
-        list(pair.reader.read())
+        read(pair.reader)
         pair.writer.confirm(pair.reader.position)
     assert pair.writer.position == CAPACITY - before_the_end
     assert pair.writer.append(b"cut in two")
-    assert list(pair.reader.read()) == [b"cut in two"]
+    assert read(pair.reader) == [b"cut in two"]
 
 
 def test_a_full_journal_has_room_for_a_marker(pair: Pair) -> None:
     while pair.writer.append(b""):
         pass
-    before = len(list(pair.reader.read()))
+    before = len(read(pair.reader))
     marker = b"m" * (LARGEST_MARKER - OVERHEAD)
     pair.writer.mark(marker)
     assert before > 1
-    assert list(pair.reader.read()) == [marker]
+    assert read(pair.reader) == [marker]
     with pytest.raises(ValueError, match="not confirmed"):
         pair.writer.mark(marker)
     pair.writer.confirm(pair.reader.position)
     pair.writer.mark(marker)
-    assert list(pair.reader.read()) == [marker]
+    assert read(pair.reader) == [marker]
 
 
 def test_what_was_not_taken_is_read_again(pair: Pair) -> None:
     for result in (b"one", b"two", b"three"):
         pair.writer.append(result)
     reading = pair.reader.read()
-    assert [next(reading), next(reading)] == [b"one", b"two"]
-    assert list(pair.reader.read()) == [b"two", b"three"]
+    assert [next(reading), next(reading)] == [(b"one", []), (b"two", [])]
+    assert read(pair.reader) == [b"two", b"three"]
 
 
 def test_a_full_journal_refuses_until_results_are_confirmed(pair: Pair) -> None:
@@ -266,7 +279,7 @@ def test_a_full_journal_refuses_until_results_are_confirmed(pair: Pair) -> None:
         appended += 1
     assert appended == (CAPACITY - LARGEST_MARKER) // (1000 + OVERHEAD)
     position = pair.writer.position
-    assert len(list(pair.reader.read())) == appended, "what is there stays whole"
+    assert len(read(pair.reader)) == appended, "what is there stays whole"
     assert not pair.writer.append(b"x" * 1000), "read is not confirmed"
     assert pair.writer.position == position
     pair.writer.confirm(pair.reader.position)
@@ -300,7 +313,93 @@ def test_the_largest_entry_fits_and_a_larger_one_does_not(pair: Pair) -> None:
     assert not pair.writer.append(b"x" * (LARGEST_RESULT + 1))
     assert pair.writer.position == 0
     assert pair.writer.append(b"x" * LARGEST_RESULT)
-    assert list(pair.reader.read()) == [b"x" * LARGEST_RESULT]
+    assert read(pair.reader) == [b"x" * LARGEST_RESULT]
+
+
+# ---------------------------------------------------------------------- buffers
+
+
+@pytest.fixture(params=["ordered", "unordered"])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """One that shows writes in their order, or another."""
+    monkeypatch.setattr("zmqexecutor.wire.journal._ORDERED", request.param == "ordered")
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("processor")
+def test_buffers_come_with_their_result(pair: Pair) -> None:
+    assert pair.writer.append(b"none")
+    assert append(pair.writer, b"three", [b"a" * 70_000, b"", b"bc"])
+    assert append(pair.writer, b"", [b"\0" * 8])
+    assert list(pair.reader.read()) == [
+        (b"none", []),
+        (b"three", [b"a" * 70_000, b"", b"bc"]),
+        (b"", [bytes(8)]),
+    ]
+    assert pair.reader.position == pair.writer.position
+
+
+def test_buffers_can_be_written_to(pair: Pair) -> None:
+    append(pair.writer, b"small", [b"abc"])
+    append(pair.writer, b"large", [b"abc" * 30_000])
+    for _, (buffer,) in pair.reader.read():
+        memoryview(buffer)[0] = 1  # an array is made of it as it is
+
+
+@pytest.mark.usefixtures("processor")
+def test_buffers_may_go_around_the_end_of_the_ring(pair: Pair) -> None:
+    buffers = [bytes([number]) * size for number, size in enumerate((40_009, 1, 60_013))]
+    while pair.writer.position < 3 * CAPACITY:
+        assert append(pair.writer, b"result", buffers)
+        assert list(pair.reader.read()) == [(b"result", buffers)]
+        pair.writer.confirm(pair.reader.position)
+
+
+def test_buffers_count_as_a_part_of_their_entry(pair: Pair) -> None:
+    room = LARGEST_RESULT - 2 * 4 - len(b"result")
+    assert not append(pair.writer, b"result", [b"x" * (room - 10), b"y" * 11])
+    assert pair.writer.position == 0
+    assert append(pair.writer, b"result", [b"x" * (room - 10), b"y" * 10])
+    assert pair.writer.position == LARGEST_ENTRY
+    assert append(pair.writer, b"result", [b"x" * room])
+    assert append(pair.writer, b"result", [b"x" * room])
+    assert not append(pair.writer, b"result", [b"x" * room]), "one of 128 bytes must still fit"
+
+
+def test_what_was_read_stays_when_the_ring_is_used_again(pair: Pair) -> None:
+    append(pair.writer, b"first", [b"1" * 200_000])
+    ((_, (buffer,)),) = pair.reader.read()
+    pair.writer.confirm(pair.reader.position)
+    while pair.writer.position < 2 * CAPACITY:
+        append(pair.writer, b"later", [b"2" * 200_000])
+        list(pair.reader.read())
+        pair.writer.confirm(pair.reader.position)
+    assert buffer == b"1" * 200_000
+
+
+def test_a_damaged_buffer_is_found_where_it_may_come_late(pair: Pair, processor: str) -> None:
+    append(pair.writer, b"result", [b"x" * 1000])
+    pair.patch(64 + pair.writer.position - 1, b"y")
+    assert len(list(pair.reader.read())) == (processor == "ordered")
+
+
+@pytest.mark.usefixtures("processor")
+@pytest.mark.parametrize("offset", [0, 4, 8, 12, 16])
+def test_impossible_sizes_are_not_read(pair: Pair, offset: int) -> None:
+    append(pair.writer, b"result", [b"x" * 1000, b"y" * 1000])
+    pair.patch(64 + offset, b"\xff\xff\xff\xff")
+    assert list(pair.reader.read()) == []
+    assert pair.reader.position == 0
+
+
+def test_the_reader_may_be_closed_in_the_middle(pair: Pair) -> None:
+    append(pair.writer, b"one", [b"x" * 100_000])
+    append(pair.writer, b"two", [b"x" * 100_000])
+    reading = pair.reader.read()
+    assert next(reading) == (b"one", [b"x" * 100_000])
+    pair.reader.close()
+    del reading
+    pair.reader = JournalReader(pair.writer.path)
 
 
 # --------------------------------------------------------------- torn and foreign
@@ -311,33 +410,33 @@ def test_an_entry_whose_bytes_are_damaged_is_not_read(pair: Pair) -> None:
     damaged_at = pair.writer.position
     pair.writer.append(b"damaged")
     pair.patch(64 + damaged_at + OVERHEAD, b"D")
-    assert list(pair.reader.read()) == [b"good"]
+    assert read(pair.reader) == [b"good"]
     assert pair.reader.position == damaged_at
     pair.patch(64 + damaged_at + OVERHEAD, b"d")
-    assert list(pair.reader.read()) == [b"damaged"], "it is read once its bytes are there"
+    assert read(pair.reader) == [b"damaged"], "it is read once its bytes are there"
 
 
 def test_an_entry_with_an_impossible_length_is_not_read(pair: Pair) -> None:
     pair.writer.append(b"x")
     pair.patch(64, b"\xff\xff\xff\xff")
-    assert list(pair.reader.read()) == []
+    assert read(pair.reader) == []
     assert pair.reader.position == 0
 
 
 def test_an_entry_of_which_no_byte_is_there_yet_is_not_read(pair: Pair) -> None:
     # All zero is what a fresh file holds; it must not pass for an empty result.
     pair.pretend_end(OVERHEAD + 10)
-    assert list(pair.reader.read()) == []
+    assert read(pair.reader) == []
     assert pair.reader.position == 0
 
 
 def test_an_entry_of_an_earlier_round_is_not_read_again(pair: Pair) -> None:
     for _ in range(4):  # exactly once around
         assert pair.writer.append(b"o" * LARGEST_RESULT)
-        list(pair.reader.read())
+        read(pair.reader)
         pair.writer.confirm(pair.reader.position)
     pair.pretend_end(CAPACITY + LARGEST_ENTRY)
-    assert list(pair.reader.read()) == []
+    assert read(pair.reader) == []
     assert pair.reader.position == CAPACITY
 
 
@@ -350,11 +449,11 @@ def test_the_reader_refuses_a_file_that_is_not_there(tmp_path: Path) -> None:
     "content",
     [
         b"",
-        b"zmqexjn1",
+        b"zmqexjn2",
         bytes(64 + CAPACITY),
         b"zmqexjn0" + bytes(56 + CAPACITY),
-        b"zmqexjn2" + bytes(56 + LEAST_CAPACITY - 1),
-        b"zmqexjn2" + bytes(56 + CAPACITY + 1),
+        b"zmqexjn3" + bytes(56 + LEAST_CAPACITY - 1),
+        b"zmqexjn3" + bytes(56 + CAPACITY + 1),
     ],
     ids=["empty", "short", "zeros", "version", "too small", "too large"],
 )
@@ -417,7 +516,7 @@ def test_results_stay_readable_after_the_name_is_removed(pair: Pair) -> None:
     pair.writer.unlink()  # once more does no harm
     assert not os.path.exists(pair.writer.path)
     pair.writer.append(b"still here")
-    assert list(pair.reader.read()) == [b"still here"]
+    assert read(pair.reader) == [b"still here"]
 
 
 def no_room(*_: object) -> None:
@@ -451,7 +550,7 @@ def test_without_posix_fallocate_the_file_is_made_too(
     monkeypatch.delattr(os, "posix_fallocate", raising=False)
     pair = Pair(tmp_path)
     pair.writer.append(b"result")
-    assert list(pair.reader.read()) == [b"result"]
+    assert read(pair.reader) == [b"result"]
     pair.close()
 
 
@@ -470,7 +569,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert ended.returncode == -signal.SIGKILL
     (name,) = os.listdir(tmp_path)
     reader = JournalReader(str(tmp_path / name))
-    assert list(reader.read()) == [b"result 1", b"result 2", b"result 3"]
+    assert read(reader) == [b"result 1", b"result 2", b"result 3"]
     assert reader.running == 4
     reader.close()
 
@@ -482,9 +581,13 @@ results = st.one_of(
     st.integers(0, 2000).map(lambda size: b"m" * size),
     st.integers(LARGEST_RESULT - 2, LARGEST_RESULT + 2).map(lambda size: b"L" * size),
 )
+buffers: st.SearchStrategy[list[bytes]] = st.one_of(
+    st.just([]),
+    st.lists(st.integers(0, 60_000).map(lambda size: b"B" * size), max_size=3),
+)
 steps = st.lists(
     st.one_of(
-        results,
+        st.tuples(results, buffers),
         st.sampled_from(["read", "message", "confirm"]),
     ),
     max_size=60,
@@ -494,20 +597,20 @@ steps = st.lists(
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=steps)
 def test_no_interleaving_loses_or_repeats_a_result(
-    tmp_path: Path, steps: list[bytes | str]
+    tmp_path: Path, steps: list[tuple[bytes, list[bytes]] | str]
 ) -> None:
     """Results reach the master from the journal or by message, and confirmations lag."""
     with ExitStack() as stack:
         pair = Pair(tmp_path)
         stack.callback(pair.close)
-        unread: deque[bytes] = deque()
+        unread: deque[tuple[bytes, list[bytes]]] = deque()
         confirmed = 0
         for step in steps:
-            if isinstance(step, bytes):
+            if isinstance(step, tuple):
                 used = pair.writer.position - confirmed
-                size = len(step) + OVERHEAD
+                size = OVERHEAD + len(step[0]) + sum(4 + len(buffer) for buffer in step[1])
                 fits = size <= LARGEST_ENTRY and used + size <= CAPACITY - LARGEST_MARKER
-                assert pair.writer.append(step) == fits
+                assert append(pair.writer, *step) == fits
                 if fits:
                     unread.append(step)
             elif step == "read":

@@ -27,7 +27,7 @@ LAYERS = """
     : keys
     wire: liveness protocol codecs wakeup journal shortcuts security handshakes filling
         buffers leases
-    payload: namespaces byvalue shares bulk picklers bindings packing proofs definitions
+    payload: namespaces arrays byvalue shares bulk picklers bindings packing proofs definitions
         snapshots values failures serialization inheritance setups
     worker: handler targets registration worker calls
     supervision: terminal last_words prctl template launch process group supervisor
@@ -78,6 +78,7 @@ PICKLERS = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "copyreg"}
 MAY_PICKLE = {
     "wire.codecs",
     "payload.namespaces",
+    "payload.arrays",
     "payload.byvalue",
     "payload.shares",
     "payload.bulk",

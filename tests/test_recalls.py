@@ -82,7 +82,7 @@ class World:
 
     def read(self) -> None:
         assert self.peer.journal is not None
-        results = [decode_result(entry) for entry in self.peer.journal.read()]
+        results = [decode_result(entry) for entry, _ in self.peer.journal.read()]
         done = self.scheduler.results(self.state, results, self.now)
         self.done += [job for job in done if job is not None]
 

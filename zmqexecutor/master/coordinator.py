@@ -332,15 +332,18 @@ class Coordinator:
         """Take results that the worker has written down but that have not come."""
         if peer.journal and peer.state:
             results = []
-            for entry in peer.journal.read():
+            frames: list[Frame] = []
+            for entry, buffers in peer.journal.read():
                 result = protocol.decode_result(entry)
-                if result.buffers:
+                if result.buffers != len(buffers):
                     # It comes as a message, or not at all; it is not confirmed before.
                     peer.finished = max(peer.finished, result.seq)
                     break
                 results.append(result)
+                if buffers:
+                    frames += buffers
             if results:
-                self._on_results(peer, results, [])
+                self._on_results(peer, results, frames)
 
     def _taken_back(self, peer: Peer, seqs: list[int]) -> None:
         assert peer.state

@@ -33,6 +33,7 @@ from typing import Any, Final, Protocol, TypeAlias
 
 from cloudpickle import cloudpickle as cp
 
+from .arrays import reduce_array
 from .namespaces import Key, class_by_id, importable, is_dynamic, namespace
 
 __all__ = [
@@ -364,9 +365,14 @@ def reducer_of(kind: type) -> Callable[[Any], Reduced] | None:
 
 
 def reduce(obj: Any) -> Reduced:
-    """What `reducer_of` its class says; NotImplemented if that is nothing."""
-    reducer = reducer_of(type(obj))
-    return NotImplemented if reducer is None else reducer(obj)
+    """What `reducer_of` its class says, or `reduce_array`; NotImplemented if that is nothing."""
+    kind = type(obj)
+    reducer = reducer_of(kind)
+    if reducer is not None:
+        return reducer(obj)
+    if kind.__module__ == "numpy" and kind not in copyreg.dispatch_table:
+        return reduce_array(obj)
+    return NotImplemented
 
 
 class Unavailable:

@@ -100,8 +100,10 @@ class ValuePickler(pickle.Pickler, ABC):
                 return NotImplemented
             make = self._function_by_value
         elif issubclass(kind, type):
-            if not is_dynamic(obj):
-                return cp._class_reduce(obj)
+            if obj.__module__ == "builtins":
+                return cp._class_reduce(obj)  # some have no name there, such as NoneType
+            if importable(obj):
+                return NotImplemented
             make = self._class_by_value
         elif kind is functools._lru_cache_wrapper and not importable(obj):
             make = byvalue.reduce_lru_cache

@@ -58,7 +58,6 @@ from .values import (
     NO_KEYS,
     OUT_OF_BAND,
     PICKLED,
-    RESULT_OUT_OF_BAND,
     Buffer,
     Packed,
     Pieces,
@@ -414,7 +413,7 @@ class CallRunner:
         try:
             pickler = self._spare.pop()
         except IndexError:
-            pickler = ReusedPickler(ResultPickler, RESULT_OUT_OF_BAND)
+            pickler = ReusedPickler(ResultPickler, OUT_OF_BAND)
         dumped = pickler.dumps(result, self.segments)
         pickler.take_keys()
         if pickler.reusable:

@@ -3,8 +3,8 @@
 - *Data* is a plain pickle, which `pickle.loads` reads at C speed. Numbers and short
   text alone are marshalled instead, in a third of the time: the arguments if there are
   no kwargs, or the result. Both ends are of the same version of Python.
-- *Buffers* are the memory of big arrays (pickle protocol 5), at least 32 KiB each, 192 in
-  results; what is smaller stays in the data. One byte for each buffer, after the pickle in
+- *Buffers* are the memory of big arrays (pickle protocol 5), at least 32 KiB each; what
+  is smaller stays in the data. One byte for each buffer, after the pickle in
   the data, says whether it is read-only. Arguments are copied when the call is
   made: the caller may go on to change them. Results are not: send them before
   the next call runs.
@@ -35,7 +35,6 @@ __all__ = [
     "NO_KEYS",
     "OUT_OF_BAND",
     "PICKLED",
-    "RESULT_OUT_OF_BAND",
     "Buffer",
     "Packed",
     "Pieces",
@@ -46,16 +45,14 @@ __all__ = [
 ]
 
 OUT_OF_BAND: Final = 32 * 1024
-"""Buffers of arguments of at least this many bytes travel beside the data, not in it."""
-RESULT_OUT_OF_BAND: Final = 192 * 1024
-"""The same for results. What is smaller arrives sooner in the data, which a journal takes."""
+"""Buffers of at least this many bytes travel beside the data, not in it."""
 
 Buffer = bytes | bytearray | memoryview
 """What buffers may be when they arrive. Read-only ones are copied where an array
 has to be writable; writable ones are used in place, so their giver gives them up."""
 
-_FEW_OBJECTS: Final = 4096
-"""Bytes of a pickle that has no more objects than a pickler forgets at little cost."""
+_LARGEST_TABLE: Final = 64 * 1024
+"""Bytes of a pickler's table of objects that is cleared at little cost."""
 NO_KEYS: frozenset[Key] = frozenset()
 
 _NUMBERS: Final = frozenset((int, float, complex, bool, type(None)))
@@ -174,13 +171,14 @@ class ReusedPickler(Generic[_P]):
         self._snapshots = snapshots
         self.pickler = kind(file, functools.partial(_take_buffer, self._buffers, out_of_band))
         self._dump = self.pickler.dump
+        self._size = self.pickler.__sizeof__  # its table's, as no pickle is in it after `dump`
         self._clear_memo = self.pickler.clear_memo
 
     def dumps(self, obj: object, segments: Segments | None = None) -> Packed:
         """Pickle an object; `take_keys` has to follow."""
         pieces = self._pieces
         self._dump(obj)
-        self.reusable = len(pieces) == 1 and len(pieces[0]) <= _FEW_OBJECTS
+        self.reusable = self._size() <= _LARGEST_TABLE
         if self._buffers or len(pieces) > 1 or len(pieces[0]) >= self._out_of_band:
             packed = self._pack(segments)
         else:

@@ -39,10 +39,15 @@ the master confirms positions, and what it has confirmed may be overwritten.
     append(result) ──► ring ──► position ──────────►  read(from its position)
     confirmed ◄──────────── Jobs.confirmed ◄────────  position seen so far
 
+A result's large buffers follow it in its entry: they are copied once into the ring, and
+once out of it.
+
 Every entry has a checksum, since on some processors another process may see the
 new end of the ring before it sees the bytes. An entry that does not check is one
 that has not been written yet. The checksum covers the entry's position too, so
-that neither a fresh file's zeros nor the entry of an earlier round pass for it.
+that neither a fresh file's zeros nor the entry of an earlier round pass for it. Of
+buffers, to check which takes several times as long as to copy them, there is one
+only on such processors.
 """
 
 from __future__ import annotations
@@ -53,7 +58,11 @@ import stat
 import struct
 import tempfile
 import zlib
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from .protocol import Frame
 
 __all__ = ["JournalReader", "JournalWriter"]
 
@@ -73,18 +82,30 @@ LARGEST_MARKER = 128
 # jobs are recalled, number of the one of these that may start, number of the running
 # job if it waits for that.
 _HEADER = 64
-_MAGIC = b"zmqexjn2"
+_MAGIC = b"zmqexjn3"
 # The header's words by their places, in the machine's byte order. They are read and written
 # through a memoryview, each as a whole; `struct.pack_into` would show zeros in between.
 _RUNNING, _END, _STARTED, _CONDEMNED, _RECALLED, _SETTLED, _WAITING = range(1, 8)
 # The lowest bits of the last two say which recall it is.
 _COUNTED = 16
 _COUNT = (1 << _COUNTED) - 1
-_entry = struct.Struct("<II")  # length, checksum
+_entry = struct.Struct("=III")  # length of the result, checksum, how many buffers
+_NUMBER = array("I").itemsize
+
+_ORDERED: Final = os.uname().machine in ("x86_64", "amd64", "i386", "i686")
+"""Whether others see what this processor writes in the order in which it was written: the
+manuals of Intel ("Memory Ordering" in volume 3A, also for copies by string operations) and
+AMD (in volume 2) say so."""
+_VIEWED: Final = 16 * 1024
+"""From this many bytes it is worth it not to copy entries before they are looked at."""
 
 
-def _checksum(result: bytes, position: int) -> int:
-    return zlib.crc32(result, (position + 1) & 0xFFFFFFFF)
+def _checksum(head: bytes, buffers: Sequence[Frame], position: int) -> int:
+    checksum = zlib.crc32(head, (position + 1) & 0xFFFFFFFF)
+    if not _ORDERED:
+        for buffer in buffers:
+            checksum = zlib.crc32(buffer, checksum)
+    return checksum
 
 
 def _capacity(directory: str) -> int:
@@ -158,21 +179,31 @@ class JournalWriter:
         """The master waits for the results of jobs up to this number."""
         return self._words[_RECALLED] >> _COUNTED
 
-    def append(self, result: bytes) -> bool:
-        """Keep an encoded result, and say whether there was room for it."""
+    def append(self, result: bytes, buffers: Sequence[Frame] = ()) -> bool:
+        """Keep an encoded result and its buffers (of bytes); say whether there was room for it."""
         capacity = self.capacity
-        return self._append(result, capacity // PART, capacity - LARGEST_MARKER)
+        return self._append(result, buffers, capacity // PART, capacity - LARGEST_MARKER)
 
     def mark(self, marker: bytes) -> None:
         """Note a result that is only in a message; until that is confirmed, no other follows."""
-        if not self._append(marker, LARGEST_MARKER, self.capacity):
+        if not self._append(marker, (), LARGEST_MARKER, self.capacity):
             raise ValueError("a result follows one that was not confirmed")
 
-    def _append(self, result: bytes, largest: int, capacity: int) -> bool:
-        position, size = self.position, _entry.size + len(result)
+    def _append(self, result: bytes, buffers: Sequence[Frame], largest: int, capacity: int) -> bool:
+        position, head = self.position, result
+        size = _entry.size + len(result)
+        if buffers:
+            sizes = array("I", map(len, buffers))
+            head = sizes.tobytes() + result
+            size += len(sizes) * _NUMBER + sum(sizes)
         if size > largest or position + size - self._confirmed > capacity:
             return False
-        self._write(position, _entry.pack(len(result), _checksum(result, position)) + result)
+        checksum = _checksum(head, buffers, position)
+        self._write(position, _entry.pack(len(result), checksum, len(buffers)) + head)
+        end = position + size
+        for buffer in reversed(buffers):
+            end -= len(buffer)
+            self._write(end, buffer)
         self.position = position + size
         self._words[_END] = position + size
         return True
@@ -181,7 +212,7 @@ class JournalWriter:
         """The master has everything up to this position."""
         self._confirmed = max(self._confirmed, min(position, self.position))
 
-    def _write(self, position: int, data: bytes) -> None:
+    def _write(self, position: int, data: Frame) -> None:
         start = position % self.capacity
         first = min(len(data), self.capacity - start)
         self._map[_HEADER + start : _HEADER + start + first] = data[:first]
@@ -265,27 +296,37 @@ class JournalReader:
         """What was recalled is taken back, but for this job: the worker may run it."""
         self._words[_SETTLED] = seq << _COUNTED | self._recalls
 
-    def read(self) -> Iterator[bytes]:
-        """The encoded results after `position`, which moves as they are taken."""
+    def read(self) -> Iterator[tuple[bytes, list[Frame]]]:
+        """Encoded results after `position`, which moves as they are taken, with their buffers."""
         start = self.position
         size = self._words[_END] - start
         if not 0 < size <= self._capacity:
             return
         data = self._bytes(start, size)
-        at, head, unpack = 0, _entry.size, _entry.unpack_from
-        while at + head <= size:
-            length, checksum = unpack(data, at)
-            end = at + head + length
-            result = data[at + head : end]
-            if len(result) != length or _checksum(result, start + at) != checksum:
+        at, fixed, unpack = 0, _entry.size, _entry.unpack_from
+        while at + fixed <= size:
+            length, checksum, count = unpack(data, at)
+            body = at + fixed
+            end = body + count * _NUMBER + length
+            if end > size:
                 return
-            yield result
+            head = bytes(data[body:end])
+            buffers: list[Frame] = []
+            if count:
+                for nbytes in array("I", head[: count * _NUMBER]):
+                    buffers.append(bytearray(data[end : end + nbytes]))
+                    end += nbytes
+            if end > size or _checksum(head, buffers, start + at) != checksum:
+                return
+            yield head[count * _NUMBER :], buffers
             self.position = start + end
             at = end
 
-    def _bytes(self, position: int, size: int) -> bytes:
+    def _bytes(self, position: int, size: int) -> bytes | memoryview:
         start = position % self._capacity
         first = min(size, self._capacity - start)
+        if first == size >= _VIEWED:
+            return memoryview(self._map)[_HEADER + start : _HEADER + start + size]
         data = self._map[_HEADER + start : _HEADER + start + first]
         if first < size:
             data += self._map[_HEADER : _HEADER + size - first]
@@ -295,4 +336,4 @@ class JournalReader:
         """Give back the memory."""
         self._words.release()
         self._times.release()
-        self._map.close()
+        del self._map  # not `close`, which raises while somebody is in the middle of `read`

@@ -503,7 +503,7 @@ class Worker:
             outcome.kept,
         )
         journal = self._journal
-        if self._bell and journal and not buffers and journal.append(protocol.encode(result)):
+        if self._bell and journal and journal.append(protocol.encode(result), buffers):
             if self._untold_since is None:
                 self._untold_since = started
             if seq <= journal.recalled:
