@@ -10,7 +10,7 @@ import stat
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -269,7 +269,7 @@ def test_what_was_not_taken_is_read_again(pair: Pair) -> None:
     for result in (b"one", b"two", b"three"):
         pair.writer.append(result)
     reading = pair.reader.read()
-    assert [next(reading), next(reading)] == [(b"one", []), (b"two", [])]
+    assert [next(reading), next(reading)] == [(b"one", ()), (b"two", ())]
     assert read(pair.reader) == [b"two", b"three"]
 
 
@@ -332,7 +332,7 @@ def test_buffers_come_with_their_result(pair: Pair) -> None:
     assert append(pair.writer, b"three", [b"a" * 70_000, b"", b"bc"])
     assert append(pair.writer, b"", [b"\0" * 8])
     assert list(pair.reader.read()) == [
-        (b"none", []),
+        (b"none", ()),
         (b"three", [b"a" * 70_000, b"", b"bc"]),
         (b"", [bytes(8)]),
     ]
@@ -603,7 +603,7 @@ def test_no_interleaving_loses_or_repeats_a_result(
     with ExitStack() as stack:
         pair = Pair(tmp_path)
         stack.callback(pair.close)
-        unread: deque[tuple[bytes, list[bytes]]] = deque()
+        unread: deque[tuple[bytes, Sequence[bytes]]] = deque()
         confirmed = 0
         for step in steps:
             if isinstance(step, tuple):
@@ -612,7 +612,7 @@ def test_no_interleaving_loses_or_repeats_a_result(
                 fits = size <= LARGEST_ENTRY and used + size <= CAPACITY - LARGEST_MARKER
                 assert append(pair.writer, *step) == fits
                 if fits:
-                    unread.append(step)
+                    unread.append((step[0], step[1] or ()))
             elif step == "read":
                 assert list(pair.reader.read()) == list(unread)
                 unread.clear()

@@ -100,8 +100,11 @@ _VIEWED: Final = 16 * 1024
 """From this many bytes it is worth it not to copy entries before they are looked at."""
 
 
-def _checksum(head: bytes, buffers: Sequence[Frame], position: int) -> int:
-    checksum = zlib.crc32(head, (position + 1) & 0xFFFFFFFF)
+def _checksum(head: bytes, position: int) -> int:
+    return zlib.crc32(head, (position + 1) & 0xFFFFFFFF)
+
+
+def _checked_with(buffers: Sequence[Frame], checksum: int) -> int:
     if not _ORDERED:
         for buffer in buffers:
             checksum = zlib.crc32(buffer, checksum)
@@ -198,14 +201,16 @@ class JournalWriter:
             size += len(sizes) * _NUMBER + sum(sizes)
         if size > largest or position + size - self._confirmed > capacity:
             return False
-        checksum = _checksum(head, buffers, position)
+        end = at = position + size
+        checksum = _checksum(head, position)
+        if buffers:
+            checksum = _checked_with(buffers, checksum)
+            for buffer in reversed(buffers):
+                at -= len(buffer)
+                self._write(at, buffer)
         self._write(position, _entry.pack(len(result), checksum, len(buffers)) + head)
-        end = position + size
-        for buffer in reversed(buffers):
-            end -= len(buffer)
-            self._write(end, buffer)
-        self.position = position + size
-        self._words[_END] = position + size
+        self.position = end
+        self._words[_END] = end
         return True
 
     def confirm(self, position: int) -> None:
@@ -296,7 +301,7 @@ class JournalReader:
         """What was recalled is taken back, but for this job: the worker may run it."""
         self._words[_SETTLED] = seq << _COUNTED | self._recalls
 
-    def read(self) -> Iterator[tuple[bytes, list[Frame]]]:
+    def read(self) -> Iterator[tuple[bytes, Sequence[Frame]]]:
         """Encoded results after `position`, which moves as they are taken, with their buffers."""
         start = self.position
         size = self._words[_END] - start
@@ -311,14 +316,20 @@ class JournalReader:
             if end > size:
                 return
             head = bytes(data[body:end])
-            buffers: list[Frame] = []
+            found = _checksum(head, start + at)
+            buffers: list[Frame] | tuple[()] = ()
             if count:
+                buffers = []
                 for nbytes in array("I", head[: count * _NUMBER]):
                     buffers.append(bytearray(data[end : end + nbytes]))
                     end += nbytes
-            if end > size or _checksum(head, buffers, start + at) != checksum:
+                if end > size:
+                    return
+                head = head[count * _NUMBER :]
+                found = _checked_with(buffers, found)
+            if found != checksum:
                 return
-            yield head[count * _NUMBER :], buffers
+            yield head, buffers
             self.position = start + end
             at = end
 
