@@ -28,7 +28,7 @@ LAYERS = """
     wire: liveness protocol codecs wakeup journal shortcuts security handshakes filling
         buffers leases
     payload: namespaces arrays byvalue shares bulk picklers bindings packing proofs definitions
-        snapshots values failures serialization inheritance setups
+        snapshots values plain failures serialization inheritance setups
     worker: handler targets registration worker calls
     supervision: terminal last_words prctl template launch process group supervisor
         supervisor_boot supervisor_process supervisor_link workers
@@ -87,6 +87,7 @@ MAY_PICKLE = {
     "payload.proofs",
     "payload.definitions",
     "payload.values",
+    "payload.plain",
     "payload.failures",
     "payload.serialization",
 }

@@ -16,29 +16,38 @@ import pickle
 import sys
 from typing import Any
 
-__all__ = ["reduce_array"]
+__all__ = ["is_simple", "known_kinds", "reduce_array"]
 
 _kinds: dict[type, bool] = {}
-"""Of numpy: its array type, and those of its scalars that a Python number can be made of."""
+
+
+def known_kinds() -> dict[type, bool]:
+    """The type of numpy's arrays, with False, and those of scalars that numbers make, with True.
+
+    Nothing if numpy has not been imported.
+    """
+    if not _kinds:
+        _find_kinds()
+    return _kinds
+
+
+def is_simple(array: Any) -> bool:
+    """Whether it is an array of numbers in one piece, by rows or by columns."""
+    dtype = array.dtype
+    return dtype.isbuiltin == 1 and not dtype.hasobject and not dtype.metadata and array.flags.forc
 
 
 def reduce_array(obj: Any) -> Any:
     """How to pickle an object of a class that is in numpy; NotImplemented if as numpy does."""
-    kind = type(obj)
-    if not _kinds:
-        _find_kinds()
-    is_scalar = _kinds.get(kind)
+    is_scalar = known_kinds().get(type(obj))
     if is_scalar:
-        return kind, (obj.item(),)
-    if is_scalar is None:
-        return NotImplemented
-    dtype, flags = obj.dtype, obj.flags
-    if dtype.isbuiltin != 1 or dtype.hasobject or dtype.metadata is not None or not flags.forc:
+        return type(obj), (obj.item(),)
+    if is_scalar is None or not is_simple(obj):
         return NotImplemented
     buffer = pickle.PickleBuffer(obj)
-    if flags.c_contiguous:
-        return kind, (obj.shape, dtype.str, buffer)
-    return kind, (obj.shape, dtype.str, buffer, 0, None, "F")
+    if obj.flags.c_contiguous:
+        return type(obj), (obj.shape, obj.dtype.str, buffer)
+    return type(obj), (obj.shape, obj.dtype.str, buffer, 0, None, "F")
 
 
 def _find_kinds() -> None:
@@ -47,9 +56,7 @@ def _find_kinds() -> None:
     names = [f"{name}{bits}" for name in sizes for bits in sizes[name]]
     names += ["complex64", "complex128", "bool_"]
     try:
-        scalars: list[type] = [
-            getattr(numpy, name) for name in (*names, "complex64", "complex128", "bool_")
-        ]
+        scalars: list[type] = [getattr(numpy, name) for name in names]
         found = {kind: True for kind in scalars if getattr(numpy, kind.__name__, None) is kind}
         found[numpy.ndarray] = False
     except AttributeError:  # another thread is about to import it

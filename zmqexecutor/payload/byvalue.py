@@ -44,6 +44,7 @@ __all__ = [
     "Reduced",
     "Unavailable",
     "arrived",
+    "is_registered",
     "lookup",
     "make_class",
     "make_function",
@@ -373,6 +374,11 @@ def reduce(obj: Any) -> Reduced:
     if kind.__module__ == "numpy" and kind not in copyreg.dispatch_table:
         return reduce_array(obj)
     return NotImplemented
+
+
+def is_registered(kind: type) -> bool:
+    """Whether the program, or a library, has said how instances of this class are reduced."""
+    return kind in copyreg.dispatch_table or reducer_of(kind) is not None
 
 
 class Unavailable:

@@ -52,17 +52,16 @@ from .failures import (
 from .namespaces import Entry, Key
 from .packing import Packer
 from .picklers import ArgumentPickler, ResultPickler
+from .plain import PICKLED, are_plain, dump_arrays, load_plain
 from .shares import Contents, Share
 from .snapshots import Snapshots
 from .values import (
     NO_KEYS,
     OUT_OF_BAND,
-    PICKLED,
     Buffer,
     Packed,
     Pieces,
     ReusedPickler,
-    are_plain,
     loads,
     take_any_buffer,
 )
@@ -155,10 +154,10 @@ class CallPickler:
             args = (fn.__self__, *args)
             fn = fn.__func__
         try:
-            if kwargs or not are_plain(args):
-                arguments = self._dump_arguments(args, kwargs)
-            else:
+            if not kwargs and are_plain(args):
                 arguments = _Arguments(marshal.dumps(args))
+            else:
+                arguments = self._dump_arguments(args, kwargs)
             if made and not arguments.keys:
                 definition = made[0]
             else:
@@ -184,6 +183,10 @@ class CallPickler:
         self.packer.clear()
 
     def _dump_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
+        if not kwargs:
+            packed = dump_arrays(args, self.packer.segments, self._snapshots)
+            if packed is not None:
+                return _Arguments(packed.data, packed.buffers, packed.lease)
         try:
             pickler = self._spare.pop()
         except IndexError:
@@ -243,9 +246,10 @@ class CallPickler:
         try:
             if outcome.segment is not None and self.packer.segments is not None:
                 buffers = self.packer.segments.open(outcome.segment, owned=True)
-            if outcome.data[:1] not in PICKLED:
-                return marshal.loads(outcome.data)
-            return loads(outcome.data, buffers)
+            if outcome.data[:1] in PICKLED:
+                return loads(outcome.data, buffers)
+            result = load_plain(outcome.data, buffers)
+            return result[0] if type(result) is list else result
         except BaseException as error:
             message = f"The result cannot be unpickled: {describe(error)}."
             failure = serialization_error(message, error)
@@ -394,11 +398,11 @@ class CallRunner:
             if segment is not None and self.segments is not None:
                 buffers = self.segments.open(segment)
                 self._mapping = _mapping_of(buffers)
-            if data[:1] not in PICKLED:
-                args, kwargs = marshal.loads(data), {}
-            else:
+            if data[:1] in PICKLED:
                 args, kwargs = loads(data, buffers)
-                buffers = ()
+            else:
+                args, kwargs = load_plain(data, buffers), {}
+            buffers = ()
             stage = RUNNING
             result = function.call(*args, **kwargs)  # type: ignore[misc]  # refreshed above
             stage = PICKLING
@@ -410,6 +414,9 @@ class CallRunner:
             return Outcome(False, dump_exception(stage, error, self._note))
 
     def _dump_result(self, result: object) -> Packed:
+        plain = dump_arrays((result,), self.segments)
+        if plain is not None:
+            return plain
         try:
             pickler = self._spare.pop()
         except IndexError:

@@ -1,8 +1,7 @@
 """Values to data and buffers, and back.
 
-- *Data* is a plain pickle, which `pickle.loads` reads at C speed. Numbers and short
-  text alone are marshalled instead, in a third of the time: the arguments if there are
-  no kwargs, or the result. Both ends are of the same version of Python.
+- *Data* is a plain pickle, which `pickle.loads` reads at C speed. `plain` has what is
+  marshalled instead: arguments if there are no kwargs, or a result.
 - *Buffers* are the memory of big arrays (pickle protocol 5), at least 32 KiB each; what
   is smaller stays in the data. One byte for each buffer, after the pickle in
   the data, says whether it is read-only. Arguments are copied when the call is
@@ -34,14 +33,14 @@ if TYPE_CHECKING:
 __all__ = [
     "NO_KEYS",
     "OUT_OF_BAND",
-    "PICKLED",
     "Buffer",
     "Packed",
     "Pieces",
     "ReusedPickler",
-    "are_plain",
     "loads",
+    "pack",
     "take_any_buffer",
+    "writable",
 ]
 
 OUT_OF_BAND: Final = 32 * 1024
@@ -55,22 +54,6 @@ _LARGEST_TABLE: Final = 64 * 1024
 """Bytes of a pickler's table of objects that is cleared at little cost."""
 NO_KEYS: frozenset[Key] = frozenset()
 
-_NUMBERS: Final = frozenset((int, float, complex, bool, type(None)))
-_TEXT: Final = frozenset((str, bytes))
-_SHORT_TEXT: Final = 10_000
-"""Characters or bytes; longer text is pickled, and may travel beside the data."""
-PICKLED: Final = (b"\x80", b"")
-"""How data begins that was not marshalled. The pickle may be beside it."""
-
-
-def are_plain(values: tuple[object, ...]) -> bool:
-    """Whether they are marshalled: exactly of types that hold nothing else."""
-    for value in values:
-        kind = type(value)
-        if kind not in _NUMBERS and (kind not in _TEXT or len(value) >= _SHORT_TEXT):  # type: ignore[arg-type]
-            return False
-    return True
-
 
 class Packed(msgspec.Struct, frozen=True):
     """A pickle and its buffers: in `buffers`, or in a segment."""
@@ -81,6 +64,40 @@ class Packed(msgspec.Struct, frozen=True):
     """For somebody else to own."""
     lease: Lease | None = None
     """On a segment that others may use too."""
+
+
+def pack(
+    data: bytes,
+    views: list[memoryview],
+    segments: Segments | None,
+    snapshots: Snapshots | None,
+    *,
+    first: Sequence[bytes] = (),
+) -> Packed:
+    """Find a place for buffers.
+
+    Args:
+        data: what is beside them.
+        views: the buffers.
+        segments: where they go to if they are big; None leaves them in messages.
+        snapshots: where they are copied, if they may change before they are sent.
+        first: what another buffer before them is to be put together from.
+    """
+    total = sum(view.nbytes for view in views) + sum(map(len, first))
+    if segments is not None and total >= IN_SEGMENT:
+        if snapshots is None:
+            segment = segments.store(views, first=first)
+            if segment is not None:
+                return Packed(data, segment=segment)
+        else:
+            lease = snapshots.in_segment(segments, views, first)
+            if lease is not None:
+                return Packed(data, lease=lease)
+    if snapshots is not None:
+        views = snapshots.copies(views)
+    if first:
+        views = [memoryview(b"".join(first)), *views]
+    return Packed(data, views)
 
 
 def loads(data: Buffer, buffers: Sequence[Buffer]) -> Any:
@@ -94,13 +111,14 @@ def loads(data: Buffer, buffers: Sequence[Buffer]) -> Any:
     return pickle.loads(
         data,
         buffers=[
-            memoryview(buffer).toreadonly() if readonly else _writable(buffer)
+            memoryview(buffer).toreadonly() if readonly else writable(buffer)
             for buffer, readonly in zip(buffers, flags, strict=True)
         ],
     )
 
 
-def _writable(buffer: Buffer) -> Buffer:
+def writable(buffer: Buffer) -> Buffer:
+    """The same memory if it can be written to, else a copy."""
     return bytearray(buffer) if memoryview(buffer).readonly else buffer
 
 
@@ -192,25 +210,9 @@ class ReusedPickler(Generic[_P]):
         pieces, views = self._pieces, self._buffers[:]
         self._buffers.clear()
         pieces.append(bytes(view.readonly for view in views))
-        size = sum(map(len, pieces))
-        beside = size >= self._out_of_band
-        total = sum(view.nbytes for view in views) + (size if beside else 0)
-        snapshots = self._snapshots
-        if segments is not None and total >= IN_SEGMENT:
-            first = pieces if beside else ()
-            data = b"" if beside else b"".join(pieces)
-            if snapshots is None:
-                segment = segments.store(views, first=first)
-                if segment is not None:
-                    return Packed(data, segment=segment)
-            else:
-                lease = snapshots.in_segment(segments, views, first)
-                if lease is not None:
-                    return Packed(data, lease=lease)
-        if snapshots is not None:
-            views = snapshots.copies(views)
-        pickled = b"".join(pieces)
-        return Packed(b"", [memoryview(pickled), *views]) if beside else Packed(pickled, views)
+        if sum(map(len, pieces)) >= self._out_of_band:
+            return pack(b"", views, segments, self._snapshots, first=pieces)
+        return pack(b"".join(pieces), views, segments, self._snapshots)
 
     def take_keys(self) -> frozenset[Key]:
         """Return what the last pickle refers to, and forget it."""
