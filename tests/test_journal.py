@@ -366,6 +366,13 @@ def test_buffers_count_as_a_part_of_their_entry(pair: Pair) -> None:
     assert not append(pair.writer, b"result", [b"x" * room]), "one of 128 bytes must still fit"
 
 
+def test_buffers_of_any_size_and_number_are_refused_in_peace(pair: Pair) -> None:
+    assert not append(pair.writer, b"", [bytes(1 << 32)])  # never touched
+    assert not append(pair.writer, b"", [b""] * (LARGEST_ENTRY // 4))
+    assert append(pair.writer, b"", [b""] * 1000)
+    assert list(pair.reader.read()) == [(b"", [b""] * 1000)]
+
+
 def test_what_was_read_stays_when_the_ring_is_used_again(pair: Pair) -> None:
     append(pair.writer, b"first", [b"1" * 200_000])
     ((_, (buffer,)),) = pair.reader.read()

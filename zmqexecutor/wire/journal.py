@@ -196,11 +196,12 @@ class JournalWriter:
         position, head = self.position, result
         size = _entry.size + len(result)
         if buffers:
-            sizes = array("I", map(len, buffers))
-            head = sizes.tobytes() + result
+            sizes = list(map(len, buffers))
             size += len(sizes) * _NUMBER + sum(sizes)
         if size > largest or position + size - self._confirmed > capacity:
             return False
+        if buffers:
+            head = array("I", sizes).tobytes() + result
         end = at = position + size
         checksum = _checksum(head, position)
         if buffers:

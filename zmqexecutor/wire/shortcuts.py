@@ -177,11 +177,11 @@ class Post:
                     return False
                 self._socket.send(b"\0" + message)
             else:
-                sizes = array.array("I", map(len, buffers))
+                sizes = list(map(len, buffers))
                 size = 1 + len(sizes) * _NUMBER + len(message) + sum(sizes)
                 if len(sizes) > MOST_BUFFERS or size > LARGEST_LETTER:
                     return False
-                head = bytes([len(sizes)]) + sizes.tobytes()
+                head = bytes([len(sizes)]) + array.array("I", sizes).tobytes()
                 self._socket.sendmsg([head, message, *buffers])
         except OSError:  # full, too large for this system, or the worker is gone
             return False
