@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import copyreg
 import functools
 import gc
 import importlib
 import os
 import signal
 import sys
+import warnings
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +26,8 @@ from tests.test_share import either, files
 from zmqexecutor import WorkerLostError, ZmqExecutor
 from zmqexecutor.payload import shares
 from zmqexecutor.payload.bulk import BULK, Bulk, flags
-from zmqexecutor.payload.serialization import CallPickler
+from zmqexecutor.payload.picklers import DefinitionPickler
+from zmqexecutor.payload.serialization import CallPickler, CallRunner
 from zmqexecutor.payload.shares import Share
 from zmqexecutor.wire.leases import Lease
 
@@ -59,6 +64,15 @@ def last():
 
 def fill(value):
     table[:] = value
+
+def describe():
+    if table is None:
+        return None
+    flags = table.flags
+    return table.shape, table.strides, str(table.dtype), flags.writeable, table.tobytes()
+
+def get_both():
+    return both
 
 def grow():
     numbers.append(0)
@@ -247,3 +261,177 @@ def test_no_room_for_a_mapping(script: Any, monkeypatch: pytest.MonkeyPatch) -> 
     with ZmqExecutor(1) as executor:
         assert executor.submit(script.first).result(60) == 0
         assert eventually(lambda: files(executor) == [])
+
+
+# ----------------------------------------------------------------- proofs of arrays
+
+
+class Counted:
+    """How many pickles definitions are made of."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pickles = 0
+        dumps = DefinitionPickler.dumps
+
+        def count(pickler: DefinitionPickler, value: Any) -> Any:
+            self.pickles += 1
+            return dumps(pickler, value)
+
+        monkeypatch.setattr(DefinitionPickler, "dumps", count)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    return Counted(monkeypatch)
+
+
+@pytest.mark.parametrize("size", [0, 3, 2000, 2047, 2048, 2049, 100_000])
+def test_a_global_array_that_has_not_changed_is_not_pickled_again(
+    script: Any, counted: Counted, size: int
+) -> None:
+    script.table = np.arange(float(size))
+    pickler = CallPickler()
+    calls = [pickler.dump_call(script.first, (), {}) for _ in range(2)]
+    before = counted.pickles
+    calls += [pickler.dump_call(script.first, (), {}) for _ in range(3)]
+    assert counted.pickles == before
+    assert len({call.shared.key for call in calls}) == 1
+    assert {len(call.shares) for call in calls} == {int(size * 8 + 100 >= BULK)}  # with its form
+
+
+@contextlib.contextmanager
+def ignored() -> Iterator[None]:
+    """Setting these attributes is deprecated since numpy 2.5, and done."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
+
+
+def change_an_item(module: Any) -> None:
+    module.table[-1] += 1
+
+
+def change_its_shape(module: Any) -> None:
+    with ignored():
+        module.table.shape = (2, -1)
+
+
+def change_its_type(module: Any) -> None:
+    with ignored():
+        module.table.dtype = "i8"
+
+
+def make_it_readonly(module: Any) -> None:
+    module.table.flags.writeable = False
+
+
+def bind_an_equal_one(module: Any) -> None:
+    module.table = module.table.copy()
+
+
+def bind_one_by_columns(module: Any) -> None:
+    module.table = np.asfortranarray(module.table.reshape(2, -1))
+
+
+def bind_another_at_its_place(module: Any) -> None:
+    size, ident = module.table.size, id(module.table)
+    others: list[Any] = []
+    module.table = None
+    while True:
+        module.table = np.full(size, 3.0)
+        if id(module.table) == ident or len(others) > 100:
+            return
+        others.append(module.table)
+
+
+def change_and_forget(module: Any) -> None:
+    module.table = None
+    gc.collect()
+
+
+@pytest.mark.parametrize("size", [4, 100_000])
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_an_item,
+        change_its_shape,
+        change_its_type,
+        make_it_readonly,
+        bind_an_equal_one,
+        bind_one_by_columns,
+        bind_another_at_its_place,
+        change_and_forget,
+    ],
+)
+def test_every_change_of_a_global_array_is_seen(script: Any, change: Any, size: int) -> None:
+    script.table = np.arange(float(size))
+    pickler, runner = CallPickler(), CallRunner()
+
+    def look() -> Any:
+        call = pickler.dump_call(script.describe, (), {})
+        for share in call.shares:
+            runner.load_share(share.key, share.contents(mapped=False))
+        runner.load_function(call.shared.key, call.shared.data)
+        return pickler.load_outcome(runner.run(call.shared.key, call.data, call.buffers))
+
+    for _ in range(3):
+        assert look() == script.describe()
+    change(script)
+    for _ in range(3):
+        assert look() == script.describe()
+
+
+@pytest.mark.parametrize("size", [4, 100_000])
+def test_a_proof_keeps_no_array_alive(script: Any, size: int) -> None:
+    script.table = np.arange(float(size))
+    pickler = CallPickler()
+    for _ in range(3):
+        pickler.dump_call(script.first, (), {})
+    array = weakref.ref(script.table)
+    script.table = None
+    assert array() is None
+
+
+def test_arrays_in_a_container_are_compared_too(script: Any, counted: Counted) -> None:
+    script.both = {"small": np.zeros(4), "number": np.float64(1)}
+    pickler = CallPickler()
+    keys = [pickler.dump_call(script.get_both, (), {}).shared.key for _ in range(3)]
+    before = counted.pickles
+    keys.append(pickler.dump_call(script.get_both, (), {}).shared.key)
+    assert counted.pickles == before
+    script.both["small"][0] = 1
+    keys.append(pickler.dump_call(script.get_both, (), {}).shared.key)
+    script.both["number"] = np.float64(2)
+    keys.append(pickler.dump_call(script.get_both, (), {}).shared.key)
+    assert [keys.index(key) for key in keys] == [0, 0, 0, 0, 4, 5]
+
+
+def test_what_no_function_would_send_any_more_is_not_kept(script: Any) -> None:
+    """Each of two functions has a definition with the table; one of them is used again."""
+    with ZmqExecutor(1) as executor:
+        before = files(executor)
+        for _ in range(3):
+            assert executor.submit(script.first).result(60) == 0
+            assert executor.submit(script.fill, 0).result(60) is None
+        assert len(files(executor)) == len(before) + 1
+        script.table[0] = 1
+        assert executor.submit(script.first).result(60) == 1
+        assert eventually(lambda: len(files(executor)) == len(before) + 1)
+        script.table = None
+        assert executor.submit(script.fill, 0).exception(60) is not None
+        assert eventually(lambda: files(executor) == before)
+
+
+def test_an_array_that_the_user_reduces_has_no_proof(
+    script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script.table = np.zeros(4)
+    numbers = iter(range(100))
+
+    def reduce(array: Any) -> Any:
+        return np.full, (array.shape, next(numbers))
+
+    monkeypatch.setitem(copyreg.dispatch_table, np.ndarray, reduce)
+    pickler = CallPickler()
+    keys = {pickler.dump_call(script.first, (), {}).shared.key for _ in range(4)}
+    assert len(keys) == 4

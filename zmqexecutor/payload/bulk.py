@@ -79,6 +79,11 @@ class Bulk:
             hashed.update(part)
         self.digest = hashed.digest()
 
+    @property
+    def buffers(self) -> Sequence[memoryview]:
+        """Those beside the pickle, as they were packed."""
+        return self._parts[1:]
+
     def says(self, data: bytes, views: Sequence[memoryview]) -> bool:
         """Whether this pickle with these buffers is the same."""
         parts = [memoryview(data), *views]

@@ -46,7 +46,7 @@ from .byvalue import Unavailable
 from .namespaces import MISSING, Entry, Key, Payload, class_by_id, importable, is_class, namespace
 from .packing import Packer
 from .picklers import DefinitionPickler, find_key
-from .proofs import CONTAINERS, Proof, holds, prove
+from .proofs import CONTAINERS, LargeArray, Proof, holds, prove
 from .shares import Share
 
 __all__ = ["Definition", "DefinitionError", "Definitions"]
@@ -245,20 +245,39 @@ class Definitions:
             proof = Proof()
             proof.bind([key])
             return _Piece((), b"", frozenset(), frozenset(), False, proof)
-        _, before = self._bulks.get(key, (0, None))
+        ident, before = self._bulks.get(key, (0, None))
+        array = LargeArray.of(value)
         piece = self._make_piece(value, key, before=before)
-        if piece.bulk is not None:
-            self._bulks[key] = id(value), piece.bulk
-        else:
-            self._bulks.pop(key, None)
+        bulk = piece.bulk
+        if before is not None and bulk is not before:
+            self._drop({key: (ident, before)})
+        if bulk is not None:
+            self._bulks[key] = id(value), bulk
+            if array is not None and piece.proof is None and len(bulk.buffers) == 1:
+                piece = piece._replace(proof=array.proof(key, bulk.buffers[0]))
         return piece
 
     def _drop_bulks(self) -> None:
         """Keep nothing of globals that have been deleted, or bound to something else."""
-        for (module, name), (ident, _) in list(self._bulks.items()):
+        gone = {}
+        for key, (ident, bulk) in list(self._bulks.items()):
+            module, name = key
             value = namespace(module).get(name, MISSING) if module else class_by_id(name)
             if id(value) != ident:
-                self._bulks.pop((module, name), None)
+                gone[key] = ident, bulk
+        if gone:
+            self._drop(gone)
+
+    def _drop(self, bulks: dict[Key, tuple[int, Bulk]]) -> None:
+        """Keep neither these nor what is made of them."""
+        shares = {bulk.share for _, bulk in bulks.values()}
+        for key in bulks:
+            self._bulks.pop(key, None)
+            self._pieces.pop(key, None)
+        for known in list(self._known.values()):
+            for keys, definition in list(known.by_keys.items()):
+                if not shares.isdisjoint(definition.shares):
+                    known.by_keys.pop(keys, None)
 
     def _make_piece(
         self, value: object, key: Key | None, *, proven: bool = True, before: Bulk | None = None

@@ -19,6 +19,7 @@ import functools
 import itertools
 import logging
 import operator
+import pickle
 import sys
 import types
 import typing
@@ -29,7 +30,9 @@ from typing import Any, Final, TypeAlias
 
 from cloudpickle import cloudpickle as cp
 
-from .byvalue import reducer_of
+from ..wire.buffers import same
+from .arrays import is_simple, known_kinds
+from .byvalue import is_registered, reducer_of
 from .namespaces import (
     MISSING,
     Key,
@@ -41,7 +44,7 @@ from .namespaces import (
     travels_by_value,
 )
 
-__all__ = ["CONTAINERS", "Proof", "holds", "prove"]
+__all__ = ["CONTAINERS", "LargeArray", "Proof", "holds", "prove"]
 
 Read: TypeAlias = Callable[[Any], Iterable[object]]
 """Returns the children of a node, given the node or a weak reference to it."""
@@ -55,6 +58,8 @@ class Unprovable(Exception):  # noqa: N818 - an answer, not an error
 
 _MAX_CHILDREN: Final = 2000
 """A graph that is larger than this is pickled anew, rather than looked through."""
+_LARGEST_ARRAYS: Final = 64 * 1024
+"""Bytes of arrays in a graph, of which the proof keeps a copy; if there are more, the same."""
 
 _ATOMS: Final = frozenset(
     (
@@ -216,6 +221,48 @@ def _plain_function(ref: Callable[[], Any], func: Any) -> Check | None:
     return functools.partial(_is_plain_function, ref, parts[:_ATTRIBUTES], notes)
 
 
+def _is_array(value: object) -> bool:
+    kind = type(value)
+    return known_kinds().get(kind) is False and not is_registered(kind) and is_simple(value)
+
+
+def _form(array: Any) -> tuple[Any, ...]:
+    return array.shape, array.strides, array.dtype, array.flags.writeable
+
+
+def _has_contents(ref: Callable[[], Any], form: tuple[Any, ...], contents: bytes) -> bool:
+    array = ref()
+    return _form(array) == form and bool(array.tobytes("A") == contents)
+
+
+def _has_buffer(ref: Callable[[], Any], form: tuple[Any, ...], contents: memoryview) -> bool:
+    array = ref()
+    return _form(array) == form and same(pickle.PickleBuffer(array).raw(), contents)
+
+
+class LargeArray:
+    """Proves that an array is what it was when it was packed, of which there is a copy."""
+
+    def __init__(self, array: Any) -> None:
+        """Note its form, before it is packed."""
+        self._ref = weakref.ref(array)
+        self._form = _form(array)
+
+    @classmethod
+    def of(cls, value: object) -> LargeArray | None:
+        """None if it is no array that a comparison of memory could prove."""
+        return cls(value) if _is_array(value) else None
+
+    def proof(self, key: Key, contents: memoryview) -> Proof:
+        """The proof, for a global that is bound to the array, given a copy of its memory."""
+        proof = Proof()
+        proof.bind([key])
+        proof.checks[_has_buffer, id(self._ref)] = functools.partial(
+            _has_buffer, self._ref, self._form, contents
+        )
+        return proof
+
+
 class Proof:
     """Tells whether anything a pickle was made of has changed since.
 
@@ -293,6 +340,8 @@ def holds(proof: Proof | None) -> bool:
 
 
 def _may_be_kept(value: object) -> bool:
+    if known_kinds().get(type(value)) is False:  # large, perhaps; a check has a reference
+        return not _is_array(value)
     return type(value) is not types.FunctionType and not is_class(value)
 
 
@@ -310,6 +359,7 @@ class _Prover:
     def __init__(self, value: object) -> None:
         self.proof = Proof()
         self._children = 0
+        self._bytes = 0  # of arrays
         self._todo = [value]
         self._seen: set[int] = set()
         while self._todo:
@@ -339,6 +389,8 @@ class _Prover:
             self._todo += value
         elif kind in _READERS:
             self._check(_READERS[kind], value)
+        elif kind in known_kinds():
+            self._visit_numpy(value)
         elif kind.__module__.partition(".")[0] in _IMMUTABLE_MODULES:
             self._todo += [typing.get_origin(value), *typing.get_args(value)]
         elif kind.__module__ == "attr._make" and issubclass(kind, tuple):
@@ -347,6 +399,19 @@ class _Prover:
             self._check(_read_instance, value)
         else:
             raise Unprovable
+
+    def _visit_numpy(self, value: Any) -> None:
+        if known_kinds()[type(value)]:
+            return  # a scalar, which does not change
+        if not _is_array(value):
+            raise Unprovable
+        self._bytes += value.nbytes
+        if self._bytes > _LARGEST_ARRAYS:
+            raise Unprovable
+        ref = weakref.ref(value)
+        self.proof.checks[_has_contents, id(ref)] = functools.partial(
+            _has_contents, ref, _form(value), value.tobytes("A")
+        )
 
     def _check(self, read: Read, source: Any, children: Iterable[object] | None = None) -> None:
         found = list(read(source))
