@@ -14,19 +14,20 @@ from __future__ import annotations
 
 import pickle
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 __all__ = ["is_simple", "known_kinds", "reduce_array"]
 
-_kinds: dict[type, bool] = {}
+_kinds: dict[type, str] = {}
 
 
-def known_kinds() -> dict[type, bool]:
-    """The type of numpy's arrays, with False, and those of scalars that numbers make, with True.
+def known_kinds() -> Mapping[type, str]:
+    """The type of numpy's arrays, as "", and the names of those of its scalars that numbers make.
 
     Nothing if numpy has not been imported.
     """
-    if not _kinds:
+    if not _kinds and "numpy" in sys.modules:
         _find_kinds()
     return _kinds
 
@@ -34,31 +35,37 @@ def known_kinds() -> dict[type, bool]:
 def is_simple(array: Any) -> bool:
     """Whether it is an array of numbers in one piece, by rows or by columns."""
     dtype = array.dtype
-    return dtype.isbuiltin == 1 and not dtype.hasobject and not dtype.metadata and array.flags.forc
+    return (
+        dtype.kind in "biufc" and dtype.isbuiltin == 1 and not dtype.metadata and array.flags.forc
+    )
 
 
 def reduce_array(obj: Any) -> Any:
-    """How to pickle an object of a class that is in numpy; NotImplemented if as numpy does."""
-    is_scalar = known_kinds().get(type(obj))
-    if is_scalar:
-        return type(obj), (obj.item(),)
-    if is_scalar is None or not is_simple(obj):
+    """How to pickle an object of one of these kinds; NotImplemented if as numpy does."""
+    kind = type(obj)
+    name = _kinds[kind]
+    if name:
+        number = obj.item()
+        # Of numbers that are none there are several. Older versions have no numpy.bool.
+        if number != number or name != kind.__name__:
+            return NotImplemented
+        return kind, (number,)
+    if not is_simple(obj):
         return NotImplemented
-    buffer = pickle.PickleBuffer(obj)
     if obj.flags.c_contiguous:
-        return type(obj), (obj.shape, obj.dtype.str, buffer)
-    return type(obj), (obj.shape, obj.dtype.str, buffer, 0, None, "F")
+        return kind, (obj.shape, obj.dtype.str, pickle.PickleBuffer(obj))
+    # The same memory, by rows: pickle takes it as it is.
+    return kind, (obj.shape, obj.dtype.str, pickle.PickleBuffer(obj.T), 0, None, "F")
 
 
 def _find_kinds() -> None:
-    numpy: Any = sys.modules.get("numpy")
+    numpy: Any = sys.modules["numpy"]
     sizes = {"int": (8, 16, 32, 64), "uint": (8, 16, 32, 64), "float": (16, 32, 64)}
     names = [f"{name}{bits}" for name in sizes for bits in sizes[name]]
     names += ["complex64", "complex128", "bool_"]
     try:
-        scalars: list[type] = [getattr(numpy, name) for name in names]
-        found = {kind: True for kind in scalars if getattr(numpy, kind.__name__, None) is kind}
-        found[numpy.ndarray] = False
+        found: dict[type, str] = {getattr(numpy, name): name for name in names}
+        found[numpy.ndarray] = ""
     except AttributeError:  # another thread is about to import it
         return
     _kinds.update(found)

@@ -33,7 +33,7 @@ from typing import Any, Final, Protocol, TypeAlias
 
 from cloudpickle import cloudpickle as cp
 
-from .arrays import reduce_array
+from .arrays import known_kinds, reduce_array
 from .namespaces import Key, class_by_id, importable, is_dynamic, namespace
 
 __all__ = [
@@ -371,7 +371,7 @@ def reduce(obj: Any) -> Reduced:
     reducer = reducer_of(kind)
     if reducer is not None:
         return reducer(obj)
-    if kind.__module__ == "numpy" and kind not in copyreg.dispatch_table:
+    if kind in known_kinds() and kind not in copyreg.dispatch_table:
         return reduce_array(obj)
     return NotImplemented
 

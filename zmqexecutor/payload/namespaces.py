@@ -123,7 +123,12 @@ def importable(obj: Any) -> bool:
     name = getattr(obj, "__qualname__", None) or getattr(obj, "__name__", None)
     if not name:
         return False
-    if module != MAIN and not cp._PICKLE_BY_VALUE_MODULES and isinstance(module, str):
+    if (
+        isinstance(module, str)
+        and module != MAIN
+        and "." not in name
+        and not cp._PICKLE_BY_VALUE_MODULES
+    ):
         # What cloudpickle would find, for most objects in a third of the time.
         home = sys.modules.get(module)
         if type(home) is types.ModuleType and vars(home).get(name) is obj:

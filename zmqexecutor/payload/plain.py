@@ -45,7 +45,7 @@ def are_plain(values: Iterable[object]) -> bool:
 
 
 def dump_arrays(
-    values: Iterable[Any], segments: Segments | None = None, snapshots: Snapshots | None = None
+    values: Sequence[Any], segments: Segments | None = None, snapshots: Snapshots | None = None
 ) -> Packed | None:
     """Marshal values that are plain but for arrays and scalars; None if others are among them.
 
@@ -55,24 +55,28 @@ def dump_arrays(
         snapshots: the same.
     """
     kinds = known_kinds()
-    if not kinds:
+    if kinds.keys().isdisjoint(map(type, values)):
         return None
     marshalled: list[Any] = []
     views: list[memoryview] = []
-    arrays: set[int] = set()
+    met: set[int] = set()
     for value in values:
         kind = type(value)
-        is_scalar = kinds.get(kind)
-        if is_scalar is None:
+        name = kinds.get(kind)
+        if name is None:
             if not are_plain((value,)):
                 return None
             marshalled.append(value)
-        elif is_registered(kind):
+            continue
+        if is_registered(kind) or id(value) in met:  # one twice stays one
             return None
-        elif is_scalar:
-            marshalled.append((kind.__name__, value.item()))
-        elif is_simple(value) and id(value) not in arrays:  # one twice stays one
-            arrays.add(id(value))
+        met.add(id(value))
+        if name:
+            number = value.item()
+            if number != number:  # there are several of them
+                return None
+            marshalled.append((name, number))
+        elif is_simple(value):
             flags = value.flags
             by_rows, memory = flags.c_contiguous, None
             if value.nbytes >= OUT_OF_BAND:

@@ -223,7 +223,7 @@ def _plain_function(ref: Callable[[], Any], func: Any) -> Check | None:
 
 def _is_array(value: object) -> bool:
     kind = type(value)
-    return known_kinds().get(kind) is False and not is_registered(kind) and is_simple(value)
+    return known_kinds().get(kind) == "" and not is_registered(kind) and is_simple(value)
 
 
 def _form(array: Any) -> tuple[Any, ...]:
@@ -340,7 +340,7 @@ def holds(proof: Proof | None) -> bool:
 
 
 def _may_be_kept(value: object) -> bool:
-    if known_kinds().get(type(value)) is False:  # large, perhaps; a check has a reference
+    if known_kinds().get(type(value)) == "":  # large, perhaps; a check has a reference
         return not _is_array(value)
     return type(value) is not types.FunctionType and not is_class(value)
 

@@ -150,9 +150,10 @@ class Pieces:
 
     def write(self, piece: bytes | bytearray | pickle.PickleBuffer) -> None:
         """Take a part of the pickle; called by the pickler."""
-        # Of a bytearray the size is in the pickle already, and another thread may change it;
-        # a smaller array comes as a PickleBuffer.
-        self.pieces.append(piece if isinstance(piece, bytes) else bytes(piece))
+        # Of a bytearray the size is in the pickle already, and another thread may change it.
+        if not isinstance(piece, bytes):
+            piece = bytes(piece.raw() if isinstance(piece, pickle.PickleBuffer) else piece)
+        self.pieces.append(piece)
 
 
 _P = TypeVar("_P", bound=ValuePickler)
@@ -161,10 +162,10 @@ _P = TypeVar("_P", bound=ValuePickler)
 class ReusedPickler(Generic[_P]):
     """A pickler that is made once; making one costs more than pickling (1, "a").
 
-    After an exception it is not used again, nor once it was used for many objects: the
-    table in which it notes what it has seen keeps its size, and to clear a large one
-    would cost every later call more than a new pickler does. Between two uses it keeps
-    nothing.
+    After an exception it is not used again, nor once it was used for many objects or for a
+    large pickle: the table in which it notes what it has seen keeps its size, and to clear a
+    large one would cost every later call more than a new pickler does; so does its room for a
+    pickle. Between two uses it keeps nothing.
     """
 
     reusable = True
@@ -196,7 +197,7 @@ class ReusedPickler(Generic[_P]):
         """Pickle an object; `take_keys` has to follow."""
         pieces = self._pieces
         self._dump(obj)
-        self.reusable = self._size() <= _LARGEST_TABLE
+        self.reusable = len(pieces) == 1 and self._size() <= _LARGEST_TABLE
         if self._buffers or len(pieces) > 1 or len(pieces[0]) >= self._out_of_band:
             packed = self._pack(segments)
         else:

@@ -52,6 +52,7 @@ only on such processors.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import stat
@@ -348,4 +349,5 @@ class JournalReader:
         """Give back the memory."""
         self._words.release()
         self._times.release()
-        del self._map  # not `close`, which raises while somebody is in the middle of `read`
+        with contextlib.suppress(BufferError):  # somebody is in the middle of `read`
+            self._map.close()
