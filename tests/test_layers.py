@@ -26,7 +26,7 @@ LAYERS = """
     system: machine memory limits interpreter descriptors directories shutdown
     : keys
     wire: liveness protocol codecs wakeup journal shortcuts security handshakes filling
-        buffers leases
+        comparison buffers leases
     payload: namespaces arrays byvalue shares bulk picklers bindings packing proofs definitions
         snapshots values plain failures serialization inheritance setups
     worker: handler targets registration worker calls

@@ -21,7 +21,7 @@ from zmqexecutor import ZmqExecutor
 from zmqexecutor.payload import snapshots as module
 from zmqexecutor.payload.serialization import CallPickler, CallRunner
 from zmqexecutor.payload.snapshots import Snapshots
-from zmqexecutor.wire.buffers import MOST_COMPARED, Segments, same
+from zmqexecutor.wire.buffers import MOST_COMPARED, Segments
 from zmqexecutor.wire.leases import Lease
 
 __all__ = ["either", "segments"]
@@ -281,14 +281,3 @@ def test_threads_that_submit_while_an_array_changes(either: ZmqExecutor) -> None
             array = np.full(BIG // 4, number, dtype=np.uint8)
             futures = list(threads.map(lambda _, a=array: either.submit(total, a), range(8)))
             assert {future.result(60) for future in futures} == {number * BIG // 4}
-
-
-@pytest.mark.parametrize("size", [0, 1, 65_536, 65_537, 200_000])
-def test_same(size: int) -> None:
-    data = os.urandom(size)
-    assert same(memoryview(data), memoryview(bytearray(data)))
-    assert not same(memoryview(data), memoryview(data + b"x"))
-    for position in {0, size // 2, size - 1} if size else ():
-        other = bytearray(data)
-        other[position] ^= 1
-        assert not same(memoryview(data), memoryview(other))

@@ -17,7 +17,7 @@ import pickle
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from ..wire.buffers import same
+from ..wire.comparison import same
 from .shares import Share, open_share
 
 __all__ = ["BULK", "Bulk", "Outside", "flags", "load_bulk"]

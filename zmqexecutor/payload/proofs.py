@@ -30,7 +30,7 @@ from typing import Any, Final, TypeAlias
 
 from cloudpickle import cloudpickle as cp
 
-from ..wire.buffers import same
+from ..wire.comparison import same
 from .arrays import is_simple, known_kinds
 from .byvalue import is_registered, reducer_of
 from .namespaces import (

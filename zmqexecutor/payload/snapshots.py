@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 from ..system.memory import keep_freed_memory
-from ..wire.buffers import same
+from ..wire.comparison import same
 from ..wire.leases import Lease
 
 if TYPE_CHECKING:

@@ -37,12 +37,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from .comparison import same
 from .filling import Filler
 
 if TYPE_CHECKING:
     from .protocol import Segment
 
-__all__ = ["Segments", "forked_since", "forks", "same"]
+__all__ = ["Segments", "forked_since", "forks"]
 
 IN_SEGMENT: Final = 256 * 1024
 """From this many bytes in all, buffers go into a segment where there are any."""
@@ -62,8 +63,6 @@ MAPPED_BY_OTHERS: Final = 128 * 1024 * 1024
 MOST_COMPARED: Final = 32
 """Mappings that are kept for comparisons; before Python 3.13 each has a descriptor."""
 
-_PIECE: Final = 64 * 1024
-"""Bytes that are compared at a time; what is copied of them stays in the processor's cache."""
 _USED = "segments"
 _FREE = "free"
 _forks = 0
@@ -435,21 +434,6 @@ def _capacity(size: int) -> int:
 
 def _size(name: str) -> int:
     return int(name.partition("-")[0])
-
-
-def same(one: memoryview, other: memoryview) -> bool:
-    """Whether two buffers of bytes are equal, compared at the speed of memory.
-
-    Memoryviews compare one item after the other, and `mmap.find` did so before Python 3.13.
-    """
-    size = one.nbytes
-    if size != other.nbytes:
-        return False
-    for start in range(0, size, _PIECE):
-        stop = start + _PIECE
-        if bytearray(one[start:stop]) != other[start:stop]:
-            return False
-    return True
 
 
 def _map(file: int, size: int, readonly: bool) -> mmap.mmap:
