@@ -23,9 +23,9 @@ _kinds: dict[type, str] = {}
 
 
 def known_kinds() -> Mapping[type, str]:
-    """The type of numpy's arrays, as "", and the names of those of its scalars that numbers make.
+    """The types that are treated here: that of arrays, with "", and of scalars, with their names.
 
-    Nothing if numpy has not been imported.
+    There are none before numpy is imported.
     """
     if not _kinds and "numpy" in sys.modules:
         _find_kinds()
