@@ -117,6 +117,22 @@ def test_segments_are_used_again_and_go_back_to_the_system(
     assert eventually(lambda: not files(executor) and not files(executor, "free"))
 
 
+def some_of(array: Any, size: int) -> Any:
+    return array[:size]
+
+
+@pytest.mark.parametrize("size", [10, 6000, 20_000])
+def test_a_part_of_an_argument_as_result_does_not_hold_it(executor: ZmqExecutor, size: int) -> None:
+    """The segment is free when the task has ended, and is what the next one goes into."""
+    files(executor)
+    for number in range(5):
+        back = executor.submit(some_of, np.full(BIG, float(number)), size).result()
+        assert back.tolist() == [number] * size
+        assert back.flags.writeable
+        assert eventually(lambda: len(files(executor, "free")) == 1)
+        assert not files(executor)
+
+
 def test_an_argument_kept_in_a_global_stays_intact(executor: ZmqExecutor) -> None:
     def keep(array: Any) -> int:
         import builtins

@@ -124,9 +124,16 @@ class CallHandler:
         """Call a function that was defined before."""
         forks = buffers.forks()
         outcome = self._runner.run(job.shared, job.data, frames, job.segment)
-        kept = job.segment is not None and (self._runner.holds() or buffers.forked_since(forks))
+        ok, data, result, segment = outcome.ok, outcome.data, outcome.buffers, outcome.segment
+        del outcome
+        kept = False
+        if job.segment is not None:
+            if result and self._runner.holds():
+                # Perhaps parts of an argument, whose segment could not be used again for them.
+                result = [memoryview(bytes(buffer)) for buffer in result]
+            kept = self._runner.holds() or buffers.forked_since(forks)
         worn = self._worn() if self._max_memory else ""
-        return Outcome(outcome.ok, outcome.data, "", outcome.buffers, outcome.segment, kept, worn)
+        return Outcome(ok, data, "", result, segment, kept, worn)
 
     def _worn(self) -> str:
         """Why this process should be replaced, told once."""
