@@ -27,7 +27,7 @@ from zmqexecutor import WorkerLostError, ZmqExecutor
 from zmqexecutor.payload import shares
 from zmqexecutor.payload.bulk import BULK, Bulk, flags
 from zmqexecutor.payload.picklers import DefinitionPickler
-from zmqexecutor.payload.serialization import CallPickler, CallRunner
+from zmqexecutor.payload.serialization import CallPickler
 from zmqexecutor.payload.shares import Share
 from zmqexecutor.wire.leases import Lease
 
@@ -365,20 +365,12 @@ def change_and_forget(module: Any) -> None:
 )
 def test_every_change_of_a_global_array_is_seen(script: Any, change: Any, size: int) -> None:
     script.table = np.arange(float(size))
-    pickler, runner = CallPickler(), CallRunner()
-
-    def look() -> Any:
-        call = pickler.dump_call(script.describe, (), {})
-        for share in call.shares:
-            runner.load_share(share.key, share.contents(mapped=False))
-        runner.load_function(call.shared.key, call.shared.data)
-        return pickler.load_outcome(runner.run(call.shared.key, call.data, call.buffers))
-
-    for _ in range(3):
-        assert look() == script.describe()
-    change(script)
-    for _ in range(3):
-        assert look() == script.describe()
+    with ZmqExecutor(1) as executor:
+        for _ in range(3):
+            assert executor.submit(script.describe).result(60) == script.describe()
+        change(script)
+        for _ in range(3):
+            assert executor.submit(script.describe).result(60) == script.describe()
 
 
 @pytest.mark.parametrize("size", [4, 100_000])
@@ -404,6 +396,25 @@ def test_arrays_in_a_container_are_compared_too(script: Any, counted: Counted) -
     script.both["number"] = np.float64(2)
     keys.append(pickler.dump_call(script.get_both, (), {}).shared.key)
     assert [keys.index(key) for key in keys] == [0, 0, 0, 0, 4, 5]
+
+
+@pytest.mark.parametrize("value", [np.zeros(4), np.zeros(100_000), [0.0] * 4])
+def test_a_global_that_another_thread_binds_in_the_middle(
+    script: Any, monkeypatch: pytest.MonkeyPatch, value: Any
+) -> None:
+    """What is pickled has been bound before, and proves nothing of what is bound now."""
+    script.table = value
+    dumps = DefinitionPickler.dumps
+
+    def bind_another(pickler: DefinitionPickler, obj: Any) -> Any:
+        pickled = dumps(pickler, obj)
+        if obj is value:
+            script.table = [1.0]
+        return pickled
+
+    monkeypatch.setattr(DefinitionPickler, "dumps", bind_another)
+    with ZmqExecutor(1) as executor:
+        assert [executor.submit(script.first).result(60) for _ in range(3)] == [0, 1, 1]
 
 
 def test_what_no_function_would_send_any_more_is_not_kept(script: Any) -> None:

@@ -255,6 +255,8 @@ class Definitions:
             self._bulks[key] = id(value), bulk
             if array is not None and piece.proof is None and len(bulk.buffers) == 1:
                 piece = piece._replace(proof=array.proof(key, bulk.buffers[0]))
+        if module and piece.proof is not None and piece.proof.bindings[key] != id(value):
+            return piece._replace(proof=None)  # another thread has bound another object meanwhile
         return piece
 
     def _drop_bulks(self) -> None:
