@@ -6,6 +6,8 @@ import array
 import importlib.util
 import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -330,3 +332,103 @@ def test_pyarrow(pool: ZmqExecutor, size: int) -> None:
         back[name].validate(full=True)
     buffer = pool.submit(identity, pa.py_buffer(b"x" * size * 8)).result()
     assert buffer.to_pybytes() == b"x" * size * 8
+
+
+# ------------------------------------------------------------- globals of a script
+
+
+Script = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_a_context_variable_keeps_its_default(run_script: Script) -> None:
+    done = run_script("""
+        from contextvars import Context, ContextVar
+        from zmqexecutor import ZmqExecutor
+        NOTHING = object()
+        level, empty = ContextVar("level", default=[5]), ContextVar("empty", default=None)
+        unset, marked = ContextVar("unset"), ContextVar("marked", default=NOTHING)
+        level.set("of the parent")
+        def read():
+            return level.get(), empty.get(), unset.get("unset"), marked.get() is NOTHING
+        with ZmqExecutor(1) as pool:
+            print(pool.submit(read).result())
+            Context().run(level.get).append(6)  # the default itself
+            print(pool.submit(read).result())
+    """)
+    assert done.stdout == "([5], None, 'unset', True)\n([5, 6], None, 'unset', True)\n", done.stderr
+
+
+def test_a_generic_function_keeps_its_attributes(run_script: Script) -> None:
+    done = run_script("""
+        import functools
+        from zmqexecutor import ZmqExecutor
+        def show(value): return "object"
+        show.calls = 0
+        show = functools.singledispatch(show)
+        show.register(int, lambda value: "int")
+        show.calls, show.itself = 1, show
+        class Box:
+            @functools.singledispatchmethod
+            def show(self, value): return "object"
+            show.register(int, lambda self, value: "int")
+            show.calls = 2
+        def look():
+            method = vars(Box)["show"]
+            return show("x"), show(1), show.calls, show.itself is show, show.__wrapped__(1), (
+                Box().show("x"), Box().show(1), method.calls)
+        with ZmqExecutor(1) as pool:
+            print(pool.submit(look).result() == look(), pool.submit(look).result())
+            show.calls, vars(Box)["show"].calls = 3, 4
+            print(pool.submit(look).result() == look(), show.calls)
+    """)
+    assert done.stdout == (
+        "True ('object', 'int', 1, True, 'object', ('object', 'int', 2))\nTrue 3\n"
+    ), done.stderr
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="has no aliases")
+def test_a_type_alias_keeps_its_parameters(run_script: Script) -> None:
+    done = run_script("""
+        from zmqexecutor import ZmqExecutor
+        exec("type Table[K] = dict[K, int]\\ntype Plain = list[int]\\ntype Args[**P, *Ts] = int")
+        def look():
+            (parameter,) = Table.__type_params__
+            return (Table[str].__args__, parameter is Table.__value__.__args__[0],
+                Plain.__type_params__, Plain.__value__, [p.__name__ for p in Args.__type_params__])
+        with ZmqExecutor(1) as pool:
+            print(pool.submit(look).result() == look(), look()[:3])
+    """)
+    assert done.stdout == "True ((<class 'str'>,), True, ())\n", done.stderr
+
+
+@pytest.mark.skipif(sys.version_info < (3, 13), reason="has no defaults")
+def test_type_parameters_keep_their_defaults(run_script: Script) -> None:
+    done = run_script("""
+        from typing import Generic, ParamSpec, TypeVar, TypeVarTuple
+        from zmqexecutor import ZmqExecutor
+        T, U = TypeVar("T"), TypeVar("U", bound=object, covariant=True, default=int)
+        P, Ts = ParamSpec("P", default=[int]), TypeVarTuple("Ts", default=None)
+        class Pair(Generic[T, U]): pass
+        exec("class New[T, U = int]: pass")
+        def look():
+            return (Pair[str].__args__, New[str].__args__, Pair.__parameters__[1] is U,
+                U.__bound__, U.__covariant__, U.__default__, P.__default__, Ts.__default__)
+        with ZmqExecutor(1) as pool:
+            print(pool.submit(look).result() == look(), look()[:2])
+    """)
+    expected = "((<class 'str'>, <class 'int'>), (<class 'str'>, <class 'int'>))"
+    assert done.stdout == f"True {expected}\n", done.stderr
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="has no such functions")
+def test_a_generic_function_keeps_its_parameters(run_script: Script) -> None:
+    done = run_script("""
+        from typing import get_type_hints
+        from zmqexecutor import ZmqExecutor
+        exec("def first[T](items: 'list[T]') -> 'T': return items[0]")
+        def look():
+            (parameter,) = first.__type_params__
+            return get_type_hints(first)["return"] is parameter, parameter.__name__
+        with ZmqExecutor(1) as pool: print(pool.submit(look).result())
+    """)
+    assert done.stdout == "(True, 'T')\n", done.stderr

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import enum
+import functools
 import gc
 import importlib
 import io
 import multiprocessing
+import operator
 import os
 import pickle
 import subprocess
@@ -23,6 +25,7 @@ import numpy as np
 import pytest
 
 from zmqexecutor.errors import SerializationError
+from zmqexecutor.payload.constancy import is_constant
 from zmqexecutor.payload.proofs import prove
 from zmqexecutor.payload.serialization import Call, CallPickler, CallRunner, Outcome
 from zmqexecutor.payload.values import OUT_OF_BAND
@@ -1059,7 +1062,8 @@ def test_functions_of_the_script(script: Script) -> None:
             assert w.call(even, 10) is True
             assert w.call(outer(), 5) == 120
             step = counting()
-            assert [w.call(step) for _ in range(3)] == [1, 2, 3]
+            assert [w.call(step) for _ in range(3)] == [1, 1, 1]
+            assert [w.call(lambda: step()) for _ in range(3)] == [1, 2, 3]
             assert step() == 1
             assert w.call(recursive, 3) == 0 and w.call(calls) == 4 and recursive.calls == 0
             assert w.call(hidden, 3) == 0
@@ -1206,9 +1210,292 @@ def test_a_captured_object_is_the_callers(script: Script) -> None:
             assert w.call(get, settings) == (1, 2)
             assert w.call(functools.partial(get, settings)) == (1, 2)
             assert w.call((lambda captured: lambda: get(captured))(settings)) == (1, 2)
-            assert [w.call(counted) for _ in range(3)] == [1, 2, 3]
-            assert w.call(lambda: counted()) == 4
+            # An object is a value also if a global is bound to it; the global is another one.
+            assert [w.call(counted) for _ in range(3)] == [1, 1, 1]
+            assert [w.call(lambda: counted()) for _ in range(2)] == [1, 2]
     """)
+
+
+def test_each_task_has_its_own_copy_of_what_its_callable_holds(script: Script) -> None:
+    script("""
+        import functools, io
+        from harness import Worker
+        def append(to, *values):
+            to.append(len(to))
+            return len(to)
+        class Model:
+            def __init__(self): self.calls = 0
+            def __call__(self):
+                self.calls += 1
+                return self.calls
+        model = Model()
+        def closure():
+            seen = []
+            return lambda: append(seen)
+        def counter():
+            n = 0
+            def count():
+                nonlocal n
+                n += 1
+                return n
+            return count
+        def nested_counter():
+            n = 0
+            def count():
+                def add():
+                    nonlocal n
+                    n += 1
+                add()
+                return n
+            return count
+        def attribute():
+            def count():
+                count.calls = getattr(count, "calls", 0) + 1
+                return count.calls
+            return count
+        def attribute_of_another():
+            def inner(): pass
+            def count():
+                inner.calls = getattr(inner, "calls", 0) + 1
+                return inner.calls
+            return count
+        def two():
+            count = counter()
+            return lambda: count()
+        with Worker() as w:
+            for once in [
+                functools.partial(append, []),
+                functools.partial(append, to=[]),
+                functools.partial(functools.partial, append, []).func(append, []),
+                Model(),
+                model,
+                closure(),
+                counter(),
+                nested_counter(),
+                attribute(),
+                attribute_of_another(),
+                two(),
+                lambda seen=[]: append(seen),
+                io.BytesIO(b"a").getvalue,
+            ]:
+                assert len({w.call(once) for _ in range(3)}) == 1, once
+            assert [w.call({"a": 1}.popitem) for _ in range(2)] == [("a", 1)] * 2
+            assert [w.call(functools.partial(append, seen)) for seen in ([], [1])] == [1, 2]
+            cached = functools.lru_cache(lambda: object())
+            assert w.call(lambda: cached() is cached())
+    """)
+
+
+def test_a_callable_in_which_nothing_changes_is_unpickled_once() -> None:
+    def closure(value: object) -> Callable[..., object]:
+        return lambda: value
+
+    def recursive(depth: int) -> int:
+        return recursive(depth - 1) if depth else 0
+
+    def with_default(table: dict[str, int] = {}) -> None:  # noqa: B006
+        pass
+
+    def with_attribute() -> None:
+        pass
+
+    with_attribute.table = {}  # type: ignore[attr-defined]
+    constant = [
+        echo,
+        Node,
+        len,
+        "a".upper,
+        str.upper,
+        Node.named,
+        np.add,
+        closure((1, "a", None, frozenset((2.5,)))),
+        closure(np.float64(1.5)),
+        closure(Fruit(1)),
+        closure(closure(echo)),
+        partial(echo, 1, x=closure(2)),
+        operator.itemgetter(1, 2),
+        operator.methodcaller("count", 1, x=2),
+        functools.lru_cache(closure(1)),
+    ]
+    changing = [
+        Node(),
+        Node().method,
+        [].append,
+        closure([]),
+        closure(([],)),
+        closure(np.arange(3)),
+        closure(closure([])),
+        partial(echo, []),
+        partial(echo, x={}),
+        operator.itemgetter([1]),
+        functools.lru_cache(closure([])),
+        recursive,
+        with_default,
+        with_attribute,
+    ]
+    assert [value for value in constant if not is_constant(value)] == []
+    assert [value for value in changing if is_constant(value)] == []
+
+
+def test_a_global_that_is_bound_anew_is_a_new_one(script: Script) -> None:
+    script("""
+        from zmqexecutor import ZmqExecutor
+        import numpy as np
+        cache, seen, big, text, pair = {}, [], np.zeros(50_000), "a", (1, [2])
+        def helper(): return 1
+        runs = []
+        def use(key):
+            cache[key] = helper()
+            seen.append(key)
+            big[0] += 1
+            runs.append(text)
+            pair[1].append(key)
+            return sorted(cache), len(seen), big[0], len(runs), len(pair[1])
+        with ZmqExecutor(1) as executor:
+            assert executor.submit(use, 1).result() == ([1], 1, 1.0, 1, 2)
+            assert executor.submit(use, 2).result() == ([1, 2], 2, 2.0, 2, 3)
+            cache = {}
+            assert executor.submit(use, 3).result() == ([3], 3, 3.0, 3, 4)
+            assert executor.submit(use, 4).result() == ([3, 4], 4, 4.0, 4, 5)
+            cache, seen, big, pair = {}, [], np.zeros(50_000), (1, [2])
+            assert executor.submit(use, 5).result() == ([5], 1, 1.0, 5, 2)
+            # In these nothing can change: a task that has bound others keeps them.
+            text = "".join(["a"])
+            def helper(): return 1
+            assert executor.submit(use, 6).result() == ([5, 6], 2, 2.0, 6, 3)
+    """)
+
+
+def test_changes_of_what_looks_constant(script: Script) -> None:
+    script("""
+        import collections, datetime, decimal, operator
+        from harness import Worker
+        class Zone(datetime.tzinfo):
+            hours = 1
+            def utcoffset(self, _): return datetime.timedelta(hours=self.hours)
+            def dst(self, _): return datetime.timedelta()
+        context = decimal.Context(prec=5)
+        counted = []
+        count = operator.methodcaller("count", counted)
+        part = slice([1], None)
+        table = collections.OrderedDict()
+        moment = datetime.datetime(2026, 1, 1, tzinfo=Zone())
+        def look():
+            return (
+                str(context.divide(decimal.Decimal(1), decimal.Decimal(3))),
+                count([[1], []]), part.start, getattr(table, "tag", None),
+                moment.utcoffset().total_seconds(),
+            )
+        with Worker() as w:
+            for _ in range(3):
+                assert w.call(look) == look() == ("0.33333", 1, [1], None, 3600.0)
+            context.prec = 3
+            assert w.call(look) == look()
+            counted.append(1)
+            assert w.call(look) == look()
+            part.start.append(2)
+            assert w.call(look) == look()
+            table.tag = 5
+            assert w.call(look) == look()
+            moment.tzinfo.hours = 2
+            assert w.call(look) == look() == ("0.333", 1, [1, 2], 5, 7200.0)
+    """)
+
+
+def test_what_could_not_be_pickled_can_be_mended(script: Script) -> None:
+    script("""
+        import collections
+        from harness import Worker
+        from zmqexecutor import SerializationError
+        class Service:
+            handle = open("/dev/null")
+        held = collections.UserDict(handle=Service.handle)
+        def closure(handle):
+            def get(): return handle
+            def forget():
+                nonlocal handle
+                handle = None
+            return get, forget
+        get, forget = closure(Service.handle)
+        class User:
+            def service(self): return Service.handle
+            def held(self): return len(held)
+            def get(self): return get()
+        def call(user, method): return getattr(user, method)()
+        def fails(method):
+            try:
+                w.call(call, User(), method)
+            except SerializationError:
+                return True
+        with Worker() as w:
+            for _ in range(3):
+                assert fails("service") and fails("held") and fails("get")
+            Service.handle = None
+            assert w.call(call, User(), "service") is None
+            del held["handle"]
+            assert w.call(call, User(), "held") == 0
+            forget()
+            assert w.call(call, User(), "get") is None
+    """)
+
+
+def test_global_arrays_can_be_resized(script: Script) -> None:
+    script("""
+        import numpy as np
+        from zmqexecutor import ZmqExecutor
+        small, large = np.arange(10), np.arange(50_000)
+        def sizes(): return len(small), len(large)
+        with ZmqExecutor(1) as executor:
+            for _ in range(3):
+                assert executor.submit(sizes).result() == (10, 50_000)
+            small.resize(20)
+            large.resize(60_000)
+            assert executor.submit(sizes).result() == (20, 60_000)
+    """)
+
+
+class Proxy:
+    """Something that answers whatever it is asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__reduce") or name in ("__getstate__", "__setstate__"):
+            raise AttributeError(name)
+        return lambda *_: name
+
+    def __call__(self, value: int) -> int:
+        return value + 1
+
+
+class Refusing:
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
+    def __reduce__(self) -> Any:
+        return Refusing, ()
+
+    def __call__(self, value: int) -> int:
+        return value + 1
+
+
+@pytest.mark.parametrize("kind", [Proxy, Refusing])
+def test_callables_that_answer_anything(pair: Pair, kind: type[Any]) -> None:
+    assert pair.call(kind(), 1) == 2
+    assert pair.call(partial(kind(), 1)) == 2
+    assert pair.call(make, kind(), 1) == 2
+
+
+def test_ctrl_c_while_the_culprit_is_looked_for(pair: Pair) -> None:
+    class Slow:
+        asked = 0
+
+        def __reduce__(self) -> Any:
+            Slow.asked += 1
+            if Slow.asked == 2:
+                raise KeyboardInterrupt
+            raise ValueError("no")
+
+    with pytest.raises(KeyboardInterrupt):
+        pair.call(first, Slow())
 
 
 def test_redefinition(script: Script) -> None:

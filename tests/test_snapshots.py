@@ -77,17 +77,19 @@ def test_what_waits_shares_one_copy_that_goes_with_the_last(tmp_path: Any) -> No
         assert files(executor, "free") != []
 
 
+_kept: list[Any] = []
+
+
+def keep(one: Any, number: int) -> int:
+    if number == 0:
+        _kept.append(one)
+    one += number + 1
+    return int(one[-1])
+
+
 def test_a_worker_that_keeps_one_argument_of_two_that_are_the_same(segments: Segments) -> None:
     pickler, runner = CallPickler(segments), CallRunner(segments)
     array = np.zeros(BIG, dtype=np.uint8)
-    kept: list[Any] = []
-
-    def keep(one: Any, number: int) -> int:
-        if number == 0:
-            kept.append(one)
-        one += number + 1
-        return int(one[-1])
-
     held = []
     for number in range(3):
         call = pickler.dump_call(keep, (array, number), {})
@@ -102,6 +104,7 @@ def test_a_worker_that_keeps_one_argument_of_two_that_are_the_same(segments: Seg
             first = call.lease
         assert call.lease is first
     assert held == [True, False, False]
+    _kept.clear()
     del call, first
     gc.collect()
     assert os.listdir(segments._used) == []

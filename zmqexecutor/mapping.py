@@ -69,9 +69,12 @@ class MappingExecutor(Executor):
             submit = self._submitter(fn, same=same)
             arguments = zip(*iterables)  # noqa: B905  (the shortest one ends it)
             return results((submit(*args) for args in arguments), deadline, buffersize)
+        # Not at the top: with it come libraries that the program need not wait for so soon.
+        from .payload.namespaces import name_of
+
         run = partial(_run_chunk, fn)
         # What errors call the task.
-        vars(run)["__qualname__"] = getattr(fn, "__qualname__", None) or type(fn).__name__
+        vars(run)["__qualname__"] = name_of(fn)
         submit_chunk = self._submitter(run, same=same)
         submitted = (submit_chunk(*columns) for columns in _chunks(iterables, chunksize))
         return _flattened(results(submitted, deadline, buffersize))

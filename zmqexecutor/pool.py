@@ -34,6 +34,7 @@ from .master.peers import WorkerInfo
 from .master.tasks import PLAIN, Task, TaskOptions
 from .payload.definitions import Definition
 from .payload.inheritance import inheritable
+from .payload.namespaces import name_of
 from .payload.serialization import CallPickler
 from .payload.setups import Initializer, Setup, boot_code, call_service, main_of_workers
 from .payload.shares import Share, SharedObject
@@ -185,7 +186,7 @@ class Pool:
             future=future,
             data=call.data,
             decode=self._decode,
-            name=options.name or getattr(fn, "__qualname__", None) or type(fn).__name__,
+            name=options.name or name_of(fn),
             shared=call.shared,
             buffers=call.buffers,
             lease=call.lease,

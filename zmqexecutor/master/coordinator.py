@@ -422,7 +422,7 @@ class Coordinator:
             try:
                 delay = task.retry_after(error)
             except Exception as problem:  # of a class in the user's `retry_on`
-                problem.__cause__ = error
+                BaseException.__setattr__(problem, "__cause__", error)  # it may be frozen
                 error = problem
         if delay is None:
             task.fail(error)

@@ -170,7 +170,7 @@ class Task(Job, eq=False, kw_only=True):
             value = self.decode(result, buffers)
         except BaseException as error:
             # Its traceback would keep this task and its arguments alive.
-            return error.with_traceback(None)
+            return BaseException.with_traceback(error, None)  # its class may have its own
         self._let_go()
         try:
             self.future.set_result(value)

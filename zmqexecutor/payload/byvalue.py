@@ -44,6 +44,7 @@ __all__ = [
     "Reduced",
     "Unavailable",
     "arrived",
+    "is_ordinary",
     "is_registered",
     "lookup",
     "make_class",
@@ -267,23 +268,41 @@ def _reduce_cached_property(prop: functools.cached_property[Any]) -> Reduced:
 SINGLEDISPATCH_CODE: Final = functools.singledispatch(lambda _: None).__code__  # type: ignore[attr-defined]
 
 
-def _register_all(dispatcher: Any, cases: list[tuple[type, Callable[..., Any]]]) -> None:
+_Cases: TypeAlias = list[tuple[type, Callable[..., Any]]]
+
+
+def _set_dispatcher_state(dispatcher: Any, state: tuple[_Cases, dict[str, Any]]) -> None:
+    cases, attributes = state
     for cls, func in cases:
         dispatcher.register(cls, func)
+    vars(dispatcher).update(attributes)
+
+
+# What each of them has before anybody gives it attributes.
+_DISPATCHERS: Final[dict[Any, frozenset[str]]] = {
+    make: frozenset(vars(make(lambda _: None)))
+    for make in (functools.singledispatch, functools.singledispatchmethod)
+}
+
+
+def _reduce_dispatcher(make: Any, dispatcher: Any, func: Any, registry: Any) -> Reduced:
+    # Copies, at once: another thread may register a case.
+    cases, attributes = dict(registry), dict(vars(dispatcher))
+    del cases[object]
+    for name in _DISPATCHERS[make]:
+        attributes.pop(name, None)
+    return make, (func,), (list(cases.items()), attributes), None, None, _set_dispatcher_state
 
 
 def reduce_singledispatch(dispatcher: Any) -> Reduced:
-    """Send a generic function as its cases."""
-    cases = dict(dispatcher.registry)
-    args = (cases.pop(object),)
-    return functools.singledispatch, args, list(cases.items()), None, None, _register_all
+    """Send a generic function as its cases, and what attributes it was given."""
+    cases = dispatcher.registry
+    return _reduce_dispatcher(functools.singledispatch, dispatcher, cases[object], cases)
 
 
 def _reduce_singledispatchmethod(method: functools.singledispatchmethod[Any]) -> Reduced:
-    cases = dict(method.dispatcher.registry)
-    del cases[object]
-    args = (method.func,)
-    return functools.singledispatchmethod, args, list(cases.items()), None, None, _register_all
+    cases = method.dispatcher.registry
+    return _reduce_dispatcher(functools.singledispatchmethod, method, method.func, cases)
 
 
 # Things of `typing` that pickle as a name, and what makes each of them anew.
@@ -302,7 +321,38 @@ _TYPING_ARGUMENTS: Final = {
 def _reduce_typing(obj: Any) -> Reduced:
     if importable(obj):
         return obj.__name__
-    return type(obj), tuple(getattr(obj, name) for name in _TYPING_ARGUMENTS[type(obj)])
+    kind: Any = type(obj)
+    arguments = tuple(getattr(obj, name) for name in _TYPING_ARGUMENTS[kind])
+    keywords = {}
+    if getattr(obj, "__type_params__", ()):  # of an alias, since Python 3.12
+        keywords["type_params"] = obj.__type_params__
+    if _has_default(obj):
+        keywords["default"] = obj.__default__
+    return functools.partial(kind, **keywords) if keywords else kind, arguments
+
+
+def _has_default(parameter: Any) -> bool:
+    """Whether a type parameter has one, as it may since Python 3.13."""
+    return hasattr(parameter, "has_default") and parameter.has_default()
+
+
+def _make_type_variable(tracker_id: str, name: str, constraints: Any, options: Any) -> Any:
+    return cp._lookup_class_or_track(tracker_id, typing.TypeVar(name, *constraints, **options))
+
+
+def _reduce_type_variable(variable: Any) -> Reduced:
+    reduced = cp._typevar_reduce(variable)
+    if reduced[0] is not cp._make_typevar or not _has_default(variable):
+        return reduced
+    # cloudpickle forgets the default, without which a generic class wants more arguments.
+    name, bound, constraints, covariant, contravariant, tracker_id = reduced[1]
+    options = {
+        "bound": bound,
+        "covariant": covariant,
+        "contravariant": contravariant,
+        "default": variable.__default__,
+    }
+    return _make_type_variable, (tracker_id, name, constraints or (), options)
 
 
 def _reduce_text_file(file: io.TextIOWrapper) -> Reduced:
@@ -315,11 +365,24 @@ def _reduce_text_file(file: io.TextIOWrapper) -> Reduced:
     )
 
 
+def _make_context_variable(name: str, options: dict[str, Any]) -> contextvars.ContextVar[Any]:
+    return contextvars.ContextVar(name, **options)
+
+
+def _reduce_context_variable(variable: contextvars.ContextVar[Any]) -> Reduced:
+    # Its value stays at home. In a context where it has none, it gives its default.
+    try:
+        options = {"default": contextvars.Context().run(variable.get)}
+    except LookupError:
+        options = {}
+    return _make_context_variable, (variable.name, options)
+
+
 GUARDS: Final[dict[type, Callable[[Any], Reduced]]] = {
     type(threading.Lock()): lambda _: (threading.Lock, ()),
     type(threading.RLock()): lambda _: (threading.RLock, ()),
     threading.local: lambda _: (threading.local, ()),
-    contextvars.ContextVar: lambda variable: (contextvars.ContextVar, (variable.name,)),
+    contextvars.ContextVar: _reduce_context_variable,
 }
 """What a program keeps beside its globals to guard them, and how to make a new one."""
 
@@ -345,6 +408,7 @@ REDUCERS: Final[dict[type, Callable[[Any], Reduced]]] = {
     functools.cached_property: _reduce_cached_property,
     functools.singledispatchmethod: _reduce_singledispatchmethod,
     functools._lru_cache_wrapper: reduce_lru_cache,
+    typing.TypeVar: _reduce_type_variable,
     **dict.fromkeys(_TYPING_ARGUMENTS, _reduce_typing),
 }
 """Ours, and cloudpickle's."""
@@ -376,13 +440,21 @@ def reduce(obj: Any) -> Reduced:
     return NotImplemented
 
 
+def is_ordinary(kind: type) -> bool:
+    """Whether `reduce` leaves all instances of this class to pickle."""
+    return reducer_of(kind) is None and kind not in known_kinds()
+
+
 def is_registered(kind: type) -> bool:
     """Whether the program, or a library, has said how instances of this class are reduced."""
     return kind in copyreg.dispatch_table or reducer_of(kind) is not None
 
 
 class Unavailable:
-    """Takes the place of a global that could not be sent; any use of it says so."""
+    """Takes the place of a global that could not be sent; any use of it says so.
+
+    Only what debuggers, pickle and copy do with every object leaves it alone.
+    """
 
     def __init__(self, reason: str) -> None:
         self.__dict__["reason"] = reason
@@ -398,7 +470,20 @@ class Unavailable:
 
         raise SerializationError(self.__dict__["reason"])
 
-    __enter__ = __iter__ = __len__ = __getitem__ = __setitem__ = __contains__ = __call__
-
     def __exit__(self, *_: object) -> None:  # "with" looks for it before it enters
         pass
+
+    __aexit__ = __exit__
+
+
+_USES: Final = """
+    bool str format bytes hash fspath eq ne lt le gt ge
+    int float complex index round trunc floor ceil neg pos abs invert
+    add sub mul matmul truediv floordiv mod divmod pow lshift rshift and xor or
+    radd rsub rmul rmatmul rtruediv rfloordiv rmod rdivmod rpow rlshift rrshift rand rxor ror
+    len iter next reversed contains getitem setitem delitem setattr delattr
+    enter aenter await aiter anext instancecheck subclasscheck mro_entries
+"""
+# Python looks for these on the class, and does not ask `__getattr__`.
+for _use in _USES.split():
+    setattr(Unavailable, f"__{_use}__", Unavailable.__call__)

@@ -17,10 +17,12 @@ namespace per module, as they did at home:
 - An *entry* is one global: a module, a name, its pickled value, and a digest.
   A function is pickled without its globals; their names lead to more entries.
   What another global is bound to is pickled as a *reference* to that entry. So
-  cycles through globals do no harm, and identity is kept.
+  cycles through globals do no harm, and identity is kept; but not that of lists,
+  dicts and sets, for which a pickler asks nobody: of those each entry has a copy.
 - The worker binds an entry only if the digest differs from the one it bound for
   that name before. What a task or an initializer put there itself (a counter, a
-  connection) therefore stays until the parent rebinds or changes its own value.
+  connection) therefore stays until the parent rebinds or changes its own value. An
+  object that replaces an equal one has another digest.
 - Classes are found by cloudpickle's tracker id, so they are the same class on
   both sides. A class that is sent again changes in place. Classes without a
   global name (local ones) are entries too, of the module "" and their id.
@@ -36,17 +38,22 @@ it while `proofs` says that a new one would be the same.
 
 from __future__ import annotations
 
+import itertools
 import pickle
+import threading
+import types
 import weakref
+from collections.abc import Collection
 from typing import Any, Final, NamedTuple
 
 from ..wire.protocol import Shared
 from .bulk import BULK, Bulk
 from .byvalue import Unavailable
+from .constancy import is_constant
 from .namespaces import MISSING, Entry, Key, Payload, class_by_id, importable, is_class, namespace
 from .packing import Packer
-from .picklers import DefinitionPickler, find_key
-from .proofs import CONTAINERS, LargeArray, Proof, holds, prove
+from .picklers import DefinitionPickler, global_of
+from .proofs import CONTAINERS, GlobalArray, Proof, holds, prove
 from .shares import Share
 
 __all__ = ["Definition", "DefinitionError", "Definitions"]
@@ -127,6 +134,10 @@ class Definitions:
         self._pieces: dict[Key, _Piece] = {}
         # Of globals that may be in no kept piece: the id of their value, and its bulk.
         self._bulks: dict[Key, tuple[int, Bulk]] = {}
+        # The id of what a global was bound to last, and its number (see `_number`).
+        self._bound: dict[Key, tuple[int, int]] = {}
+        self._numbers = itertools.count(1)
+        self._numbering = threading.RLock()
         self._packer = packer
 
     def define(self, func: Any, keys: frozenset[Key]) -> Definition:
@@ -170,7 +181,7 @@ class Definitions:
         self, func: Any, keys: frozenset[Key], old: Definition | None
     ) -> Definition:
         again = old is not None
-        key = None if importable(func) else find_key(func)
+        key = global_of(func)
         try:
             # If it is a global, the proof of that entry is enough.
             root = self._make_piece(
@@ -246,18 +257,35 @@ class Definitions:
             proof.bind([key])
             return _Piece((), b"", frozenset(), frozenset(), False, proof)
         ident, before = self._bulks.get(key, (0, None))
-        array = LargeArray.of(value)
-        piece = self._make_piece(value, key, before=before)
+        number = self._number(key, value)
+        array = GlobalArray.of(value)
+        piece = self._make_piece(value, key, proven=array is None, before=before)
         bulk = piece.bulk
         if before is not None and bulk is not before:
             self._drop({key: (ident, before)})
         if bulk is not None:
             self._bulks[key] = id(value), bulk
-            if array is not None and piece.proof is None and len(bulk.buffers) == 1:
-                piece = piece._replace(proof=array.proof(key, bulk.buffers[0]))
+        if array is not None:
+            piece = piece._replace(proof=array.proof(key, bulk.buffers if bulk else ()))
+        if number:
+            piece = piece._replace(digest=_digest(piece.digest, b"%d" % number))
         if module and piece.proof is not None and piece.proof.bindings[key] != id(value):
             return piece._replace(proof=None)  # another thread has bound another object meanwhile
         return piece
+
+    def _number(self, key: Key, value: object) -> int:
+        """Of this object, among those that the global was bound to; 0 for the first.
+
+        Another object is not what a task has changed, though it may look like what the first was.
+        """
+        with self._numbering:
+            ident, number = self._bound.get(key, (id(value), 0))
+            if ident != id(value) and not is_constant(value):
+                number = next(self._numbers)
+            if len(self._bound) >= self._BOUND:
+                self._bound.clear()
+            self._bound[key] = id(value), number
+        return number
 
     def _drop_bulks(self) -> None:
         """Keep nothing of globals that have been deleted, or bound to something else."""
@@ -303,12 +331,19 @@ def _describe_key(key: Key) -> str:
 
 def _make_unavailable(key: Key, error: BaseException) -> _Piece:
     value = namespace(key[0]).get(key[1], MISSING) if key[0] else MISSING
-    why = str(error)[:2000]
+    try:
+        why = str(error)[:2000]
+    except Exception:
+        why = type(error).__name__
     reason = f"{_describe_key(key)} cannot be used in a worker, as it cannot be pickled: {why}"
     piece = _make_piece(Unavailable(reason), None)[0]._replace(available=False)
-    # A lock or a pool stays what it is. Something in a container may be replaced.
+    # A lock or a pool stays what it is. What else holds something may come to hold another thing.
     kind = type(value)
-    replaceable = kind in CONTAINERS or (kind.__module__ != "builtins" and not importable(kind))
+    replaceable = (
+        kind in CONTAINERS
+        or issubclass(kind, (type, types.FunctionType, Collection))
+        or (kind.__module__ != "builtins" and not importable(kind))
+    )
     if piece.proof is None or replaceable:
         return piece._replace(proof=None)
     piece.proof.bind([key])
@@ -365,9 +400,10 @@ def _grouped(pieces: dict[Key, _Piece]) -> dict[Key, _Piece]:
         pickler = DefinitionPickler(key, frozenset(group))
         values = tuple(namespace(module).get(name) for module, name in group)
         payload = (*pickler.dumps(values), pickle.dumps(group, 5), b"")
+        digest = _digest(*payload, *(pieces[member].digest for member in group))
         for member in group:
             grouped[member] = pieces[member]._replace(
-                payload=payload, digest=_digest(*payload), refs=frozenset(pickler.refs), bulk=None
+                payload=payload, digest=digest, refs=frozenset(pickler.refs), bulk=None
             )
     return grouped
 

@@ -5,12 +5,16 @@ Whatever an exception's own pickle does, the text of its traceback travels besid
 
 from __future__ import annotations
 
+import copyreg
 import io
 import pickle
 import traceback
+import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from .byvalue import Reduced
 from .picklers import ResultPickler
 
 if TYPE_CHECKING:
@@ -66,10 +70,10 @@ def describe(error: BaseException) -> str:
 
 def _format(error: BaseException) -> str:
     """Return the traceback as text, without the frame of the one who caught it."""
-    trace = error.__traceback__
-    if trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
     try:
+        trace = error.__traceback__
+        if trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
         return "".join(traceback.format_exception(type(error), error, trace))
     except BaseException:  # memory or stack may have run out, a __str__ may do anything
         return f"{type(error).__name__}\n"
@@ -83,6 +87,14 @@ def _remote_traceback(text: str) -> Exception:
     return remote(f'\n"""\n{text}"""')
 
 
+# Past what an exception's own class makes of `__setattr__`: a frozen dataclass refuses.
+_set_cause: Final = vars(BaseException)["__cause__"].__set__
+
+
+def _drop_traceback(error: BaseException) -> None:
+    BaseException.with_traceback(error, None)
+
+
 def serialization_error(message: str, error: BaseException) -> SerializationError:
     """Return a SerializationError caused by the given one.
 
@@ -92,11 +104,42 @@ def serialization_error(message: str, error: BaseException) -> SerializationErro
     from ..worker_errors import SerializationError
 
     if error.__cause__ is None and error.__traceback__ is not None:
-        error.__cause__ = _remote_traceback(_format(error))
-    error.__traceback__ = None
+        _set_cause(error, _remote_traceback(_format(error)))
+    _drop_traceback(error)
     wrapped = SerializationError(message)
     wrapped.__cause__ = error
     return wrapped
+
+
+def _set_attributes(error: BaseException, attributes: dict[str, Any]) -> None:
+    for name, value in attributes.items():
+        BaseException.__setattr__(error, name, value)
+
+
+def _is_guarded(kind: type) -> bool:
+    """Whether a `__setattr__` stands in the way of what pickle does with such exceptions."""
+    return (
+        issubclass(kind, BaseException)
+        and kind.__setattr__ is not BaseException.__setattr__
+        and kind.__setstate__ is BaseException.__setstate__
+        and kind not in copyreg.dispatch_table
+    )
+
+
+class _ExceptionPickler(ResultPickler):
+    """The worker's pickler of what was raised: its type and message are worth the most."""
+
+    def reducer_override(self, obj: Any) -> Reduced:
+        """As in results; but text for what Python's own exceptions hold and cannot be pickled."""
+        kind = type(obj)
+        if kind is ContextVar or kind is weakref.ref:  # of a LookupError, a KeyError
+            return str, (repr(obj),)
+        reduced = super().reducer_override(obj)
+        if reduced is NotImplemented and _is_guarded(kind):
+            reduced = obj.__reduce_ex__(5)
+            if isinstance(reduced, tuple) and len(reduced) == 3 and isinstance(reduced[2], dict):
+                return *reduced, None, None, _set_attributes
+        return reduced
 
 
 def dump_exception(stage: str, error: BaseException, note: Callable[[BaseException], str]) -> bytes:
@@ -108,7 +151,7 @@ def dump_exception(stage: str, error: BaseException, note: Callable[[BaseExcepti
         note: what to add, as lines, to the text of that.
     """
     text = _format(error)
-    error.__traceback__ = None  # its frames hold the arguments
+    _drop_traceback(error)  # its frames hold the arguments
     text += note(error)
     message = ""
     # sys.exit() while the result is pickled is the task's own doing, like an error in it.
@@ -117,7 +160,7 @@ def dump_exception(stage: str, error: BaseException, note: Callable[[BaseExcepti
     pickled = b""
     try:
         with io.BytesIO() as file:
-            ResultPickler(file).dump(error)
+            _ExceptionPickler(file).dump(error)
             pickled = file.getvalue()
     except BaseException as problem:
         if not message:
@@ -146,7 +189,7 @@ def load_exception(data: Buffer) -> BaseException:
             )
             failure.task_raised = raised
             return failure
-        error.__cause__ = cause
+        _set_cause(error, cause)
         if not message:
             return error
         cause = error

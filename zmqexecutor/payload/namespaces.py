@@ -33,6 +33,7 @@ __all__ = [
     "is_class",
     "is_dynamic",
     "module_of",
+    "name_of",
     "namespace",
     "travels_by_value",
 ]
@@ -53,6 +54,8 @@ MISSING: Final = object()
 """Stands for the value of a global that does not exist."""
 
 MAIN: Final = "__main__"
+
+_ERRORS: Final = f"{__name__.partition('.')[0]}.errors"
 
 _namespaces: dict[str, dict[str, Any]] = {}
 """Globals of modules that are here only because code of theirs arrived by value."""
@@ -100,6 +103,15 @@ def module_of(obj: Any) -> str:
     return MAIN if module == "__mp_main__" else module if isinstance(module, str) else ""
 
 
+def name_of(func: Any) -> str:
+    """What a callable is called."""
+    try:
+        name = getattr(func, "__qualname__", None)
+    except Exception:  # of a `__getattr__` of its own
+        name = None
+    return name if isinstance(name, str) and name else type(func).__qualname__
+
+
 def home_of(namespace_: dict[str, Any]) -> str | None:
     """Return the module whose globals these are, or None for a dict of their own."""
     module = namespace_.get("__name__")
@@ -117,12 +129,15 @@ def home_of(namespace_: dict[str, Any]) -> str | None:
 
 def importable(obj: Any) -> bool:
     """Say whether the other side finds a function, class or the like by its name."""
-    module = getattr(obj, "__module__", None)
-    if module == "__mp_main__":
+    try:
+        module = getattr(obj, "__module__", None)
+        name = getattr(obj, "__qualname__", None) or getattr(obj, "__name__", None)
+    except Exception:  # of a `__getattr__` of its own
         return False
-    name = getattr(obj, "__qualname__", None) or getattr(obj, "__name__", None)
-    if not name:
+    if module == "__mp_main__" or not name or not isinstance(name, str):
         return False
+    if module == _ERRORS:
+        return True  # though a worker has not imported it, until pickle does
     if (
         isinstance(module, str)
         and module != MAIN

@@ -55,6 +55,7 @@ __all__ = [
     "ResultPickler",
     "ValuePickler",
     "find_key",
+    "global_of",
 ]
 
 _OURS: Final = vars(byvalue)
@@ -65,6 +66,8 @@ class ValuePickler(pickle.Pickler, ABC):
 
     Attributes:
         by_value: whether anything that is sent by value was met.
+        ordinary: classes that were met whose instances are left to pickle. What is told of
+            a class may change between two pickles.
         refs: entries whose objects the pickle refers to.
         names: globals that code in the pickle uses.
     """
@@ -79,6 +82,7 @@ class ValuePickler(pickle.Pickler, ABC):
     ) -> None:
         super().__init__(file, protocol=5, buffer_callback=buffer_callback)
         self.by_value = False
+        self.ordinary: set[type] = set()
         self.refs: set[Key] = set()
         self.names: set[Key] = set()
         self._own_globals: dict[int, dict[str, Any]] = {}
@@ -94,6 +98,8 @@ class ValuePickler(pickle.Pickler, ABC):
     def reducer_override(self, obj: Any) -> Reduced:
         """Take functions and classes from pickle; it would look for their names."""
         kind = type(obj)
+        if kind in self.ordinary:
+            return NotImplemented  # at once: of these there may be many
         make: Callable[[Any], Reduced]
         if kind is types.FunctionType:
             if obj.__globals__ is _OURS or importable(obj):
@@ -110,7 +116,10 @@ class ValuePickler(pickle.Pickler, ABC):
         elif kind is SharedObject:
             return self._share(obj)
         else:
-            return byvalue.reduce(obj)
+            reduced = byvalue.reduce(obj)
+            if reduced is NotImplemented and byvalue.is_ordinary(kind):
+                self.ordinary.add(kind)
+            return reduced
         self.by_value = True
         reference = self.reference(obj)
         return make(obj) if reference is None else reference
@@ -128,6 +137,8 @@ class ValuePickler(pickle.Pickler, ABC):
         state, slots = cp._function_getstate(func)
         used = slots.pop("__globals__")
         closure = slots.pop("__closure__")
+        if parameters := getattr(func, "__type_params__", ()):
+            slots["__type_params__"] = parameters  # since Python 3.12; cloudpickle forgets them
         if not slots["_cloudpickle_submodules"]:
             del slots["_cloudpickle_submodules"]
         home = home_of(func.__globals__)
@@ -245,6 +256,23 @@ def find_key(obj: Any) -> Key | None:
     return None
 
 
+def global_of(func: Any) -> Key | None:
+    """Return the global that a task calls, or None if it calls a value, with what that holds.
+
+    An object is a value, and so is a function that was not defined under the name it is bound
+    to: a closure, a lambda. Of what it holds each task has a copy. Other code can still name
+    the global.
+    """
+    if not (isinstance(func, (types.FunctionType, functools._lru_cache_wrapper)) or is_class(func)):
+        return None
+    if importable(func):
+        return None
+    if is_class(func):
+        return find_key(func)
+    home, name = module_of(func), getattr(func, "__qualname__", "")
+    return (home, name) if travels_by_value(home) and namespace(home).get(name) is func else None
+
+
 def _bound_objects() -> dict[int, Key]:
     """Map the ids of all objects that globals are bound to; of two names the first counts."""
     return {
@@ -265,7 +293,8 @@ class DefinitionPickler(ArgumentPickler):
         outside: takes large buffers out of the pickle.
     """
 
-    _callable: object = None
+    _value: object = None
+    """What is not to be a reference."""
 
     def __init__(self, root: Key | None, inline: frozenset[Key] = frozenset()) -> None:
         self._file = io.BytesIO()
@@ -279,7 +308,7 @@ class DefinitionPickler(ArgumentPickler):
         """Pickle a value, or an ordinary class in two parts."""
         root = self._root
         if root is None:
-            self._callable = value
+            self._value = value if global_of(value) is None else None
         elif (
             is_class(value)
             and is_dynamic(value)
@@ -305,6 +334,10 @@ class DefinitionPickler(ArgumentPickler):
     def _share(self, _handle: SharedObject[Any]) -> Reduced:
         return NotImplemented  # a definition outlives the call, and would keep it
 
+    def key_of(self, obj: Any) -> Key | None:
+        """As for arguments, but for the callable itself."""
+        return None if obj is self._value else super().key_of(obj)
+
     def _is_inside(self, key: Key) -> bool:
         return key in self._inline or (key == self._root and not self._inside_class)
 
@@ -321,7 +354,7 @@ class DefinitionPickler(ArgumentPickler):
             return byvalue.reduce(obj)
         if isinstance(obj, types.ModuleType):
             return cp._module_reduce(obj)
-        if self._root is None and obj is not self._callable:
+        if self._root is None:
             return super().reducer_override(obj)
         reference = self.reference(obj)
         if reference is None and kind in byvalue.GUARDS:

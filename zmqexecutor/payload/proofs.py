@@ -25,6 +25,7 @@ import types
 import typing
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from decimal import Context
 from enum import Enum
 from typing import Any, Final, TypeAlias
 
@@ -44,7 +45,7 @@ from .namespaces import (
     travels_by_value,
 )
 
-__all__ = ["CONTAINERS", "LargeArray", "Proof", "holds", "prove"]
+__all__ = ["CONTAINERS", "GlobalArray", "Proof", "holds", "prove"]
 
 Read: TypeAlias = Callable[[Any], Iterable[object]]
 """Returns the children of a node, given the node or a weak reference to it."""
@@ -63,7 +64,7 @@ _LARGEST_ARRAYS: Final = 64 * 1024
 
 _ATOMS: Final = frozenset(
     (
-        *(type(None), bool, int, float, complex, str, bytes, range, slice),
+        *(type(None), bool, int, float, complex, str, bytes, range),
         *(type(...), type(NotImplemented), types.CodeType, types.BuiltinFunctionType),
         *(types.MethodDescriptorType, types.WrapperDescriptorType),
         *(types.ClassMethodDescriptorType, dataclasses._FIELD_BASE),  # type: ignore[attr-defined]
@@ -72,7 +73,7 @@ _ATOMS: Final = frozenset(
 # Modules, some of which pydantic's classes need, whose instances do not change.
 _IMMUTABLE_MODULES: Final = frozenset(
     (
-        *("annotated_types", "datetime", "decimal", "fractions", "ipaddress", "operator"),
+        *("annotated_types", "datetime", "decimal", "fractions", "ipaddress"),
         *("pathlib", "pydantic_core", "re", "typing", "uuid", "zoneinfo"),
     )
 )
@@ -142,7 +143,7 @@ _READERS: Final[dict[type, Read]] = {
     functools._lru_cache_wrapper: _read_instance,
     types.GenericAlias: operator.attrgetter("__origin__", "__args__"),
     types.SimpleNamespace: lambda obj: _read_dict(vars(obj)),
-    collections.OrderedDict: _read_dict,
+    collections.OrderedDict: lambda table: (*_read_dict(table), *_read_dict(vars(table))),
     collections.Counter: _read_dict,
     collections.defaultdict: lambda table: (table.default_factory, *_read_dict(table)),
     collections.deque: lambda queue: (queue.maxlen, *queue),
@@ -235,31 +236,43 @@ def _has_contents(ref: Callable[[], Any], form: tuple[Any, ...], contents: bytes
     return _form(array) == form and bool(array.tobytes("A") == contents)
 
 
-def _has_buffer(ref: Callable[[], Any], form: tuple[Any, ...], contents: memoryview) -> bool:
-    array = ref()
-    return _form(array) == form and same(pickle.PickleBuffer(array).raw(), contents)
+def _is_bound_to(key: Key, form: tuple[Any, ...], contents: memoryview) -> bool:
+    module, name = key
+    array = namespace(module)[name]
+    return (
+        _is_array(array)
+        and _form(array) == form
+        and same(pickle.PickleBuffer(array).raw(), contents)
+    )
 
 
-class LargeArray:
-    """Proves that an array is what it was when it was packed, of which there is a copy."""
+class GlobalArray:
+    """Proves that a global is the array that it was, by a copy of its memory.
+
+    Without a reference to the array, not even a weak one: numpy would not resize it in place.
+    """
 
     def __init__(self, array: Any) -> None:
-        """Note its form, before it is packed."""
-        self._ref = weakref.ref(array)
+        """Note what it is, before it is packed."""
         self._form = _form(array)
+        small = array.nbytes <= _LARGEST_ARRAYS
+        self._contents = memoryview(array.tobytes("A")) if small else None
 
     @classmethod
-    def of(cls, value: object) -> LargeArray | None:
+    def of(cls, value: object) -> GlobalArray | None:
         """None if it is no array that a comparison of memory could prove."""
         return cls(value) if _is_array(value) else None
 
-    def proof(self, key: Key, contents: memoryview) -> Proof:
-        """The proof, for a global that is bound to the array, given a copy of its memory."""
+    def proof(self, key: Key, packed: Sequence[memoryview]) -> Proof | None:
+        """The proof, for the global that is bound to it, given the memory that was packed."""
+        contents = self._contents
+        if contents is None:
+            if len(packed) != 1:
+                return None
+            contents = packed[0]
         proof = Proof()
         proof.bind([key])
-        proof.checks[_has_buffer, id(self._ref)] = functools.partial(
-            _has_buffer, self._ref, self._form, contents
-        )
+        proof.checks[_is_bound_to, key] = functools.partial(_is_bound_to, key, self._form, contents)
         return proof
 
 
@@ -391,8 +404,14 @@ class _Prover:
             self._check(_READERS[kind], value)
         elif kind in known_kinds():
             self._visit_numpy(value)
-        elif kind.__module__.partition(".")[0] in _IMMUTABLE_MODULES:
+        elif kind is slice:
+            self._todo += (value.start, value.stop, value.step)
+        elif kind.__module__ == "operator":  # `itemgetter` and the like
+            make, arguments = value.__reduce__()
+            self._todo += (make, *arguments)
+        elif kind.__module__.partition(".")[0] in _IMMUTABLE_MODULES and kind is not Context:
             self._todo += [typing.get_origin(value), *typing.get_args(value)]
+            self._todo.append(getattr(value, "tzinfo", None))
         elif kind.__module__ == "attr._make" and issubclass(kind, tuple):
             self._todo += value  # the fields of a class of attrs
         elif isinstance(value, Enum) or _has_plain_state(kind):

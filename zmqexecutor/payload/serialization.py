@@ -38,6 +38,7 @@ from ..wire.buffers import Segments
 from ..wire.leases import Lease
 from . import shares
 from .bindings import Received
+from .constancy import is_constant
 from .definitions import Definition, DefinitionError, Definitions
 from .failures import (
     HINT,
@@ -49,7 +50,7 @@ from .failures import (
     load_exception,
     serialization_error,
 )
-from .namespaces import Entry, Key
+from .namespaces import Entry, Key, name_of
 from .packing import Packer
 from .picklers import ArgumentPickler, ResultPickler
 from .plain import PICKLED, are_plain, dump_arrays, load_plain
@@ -260,7 +261,7 @@ def _explain(
     fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException
 ) -> SerializationError:
     """Return what to raise when this call could not be pickled."""
-    name = getattr(fn, "__qualname__", None) or type(fn).__qualname__
+    name = name_of(fn)
     if isinstance(error, DefinitionError):
         what = f"{error.what}, which it uses," if error.what else "the function itself"
         error = error.error
@@ -279,6 +280,8 @@ def _culprit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     for name, arg in named:
         try:
             ArgumentPickler(io.BytesIO()).dump(arg)
+        except KeyboardInterrupt:
+            raise
         except BaseException:
             return f"{name} (of type {type(arg).__qualname__})"
     return None
@@ -290,13 +293,14 @@ def _culprit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
 class _Function:
     """A function in the worker, unpickled when first called."""
 
-    __slots__ = ("call", "classes", "definition", "entries", "root", "version")
+    __slots__ = ("call", "classes", "constant", "definition", "entries", "root", "version")
 
     def __init__(self, definition: Buffer) -> None:
         self.definition: Buffer | None = definition
         self.entries: list[Entry] = []
         self.root = b""
         self.call: Callable[..., Any] | None = None
+        self.constant = False  # then there is a `call`, for any number of tasks
         self.classes: list[type | None] = []  # kept alive for later calls
         self.version = -1
 
@@ -312,7 +316,13 @@ class _Function:
         changed, self.classes = received.apply(self.entries)
         if changed or self.call is None:
             self.call = pickle.loads(self.root)
+            self.constant = is_constant(self.call)
         self.version = received.version
+
+    def take(self) -> Callable[..., Any]:
+        """A callable for one task, which may change what it holds."""
+        call, self.call = self.call, None
+        return pickle.loads(self.root) if call is None else call
 
 
 def _nothing() -> None:
@@ -395,6 +405,7 @@ class CallRunner:
             function = self._functions[function_id]
             if function.version != self._received.version:
                 function.refresh(self._received)
+            call = function.call if function.constant else function.take()
             if segment is not None and self.segments is not None:
                 buffers = self.segments.open(segment)
                 self._mapping = _mapping_of(buffers)
@@ -404,7 +415,7 @@ class CallRunner:
                 args, kwargs = load_plain(data, buffers), {}
             buffers = ()
             stage = RUNNING
-            result = function.call(*args, **kwargs)  # type: ignore[misc]  # refreshed above
+            result = call(*args, **kwargs)  # type: ignore[misc]
             stage = PICKLING
             if are_plain((result,)):
                 return Outcome(True, marshal.dumps(result))

@@ -192,6 +192,7 @@ class ReusedPickler(Generic[_P]):
         self._dump = self.pickler.dump
         self._size = self.pickler.__sizeof__  # its table's, as no pickle is in it after `dump`
         self._clear_memo = self.pickler.clear_memo
+        self._clear_ordinary = self.pickler.ordinary.clear
 
     def dumps(self, obj: object, segments: Segments | None = None) -> Packed:
         """Pickle an object; `take_keys` has to follow."""
@@ -204,6 +205,7 @@ class ReusedPickler(Generic[_P]):
             packed = Packed(pieces[0])
         if self.reusable:
             self._clear_memo()
+            self._clear_ordinary()
         pieces.clear()
         return packed
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from ..payload.failures import describe
 from ..payload.serialization import CallPickler, CallRunner
 from ..payload.setups import Initializer, Setup, call_service
 from ..payload.shares import is_share
@@ -99,9 +100,7 @@ class CallHandler:
             )
             # The pool ends now; exit handlers, which flush queues of logging, may finish.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            raise InitializerError(
-                f"the initializer raised {type(error).__name__}: {error}"
-            ) from None
+            raise InitializerError(f"the initializer raised {describe(error)}") from None
 
     def define(self, key: bytes, data: bytes) -> None:
         """Keep a function, or a shared object."""
