@@ -61,6 +61,24 @@ def test_a_segment_is_used_again_when_the_last_view_has_died(segments: Segments)
     assert len(os.listdir(segments._used)) == 1
 
 
+def test_two_processes_have_each_its_own_segment_again(segments: Segments) -> None:
+    """One has arguments and the other results of the same size, and both keep mappings."""
+    directory = os.path.dirname(segments._used)
+    one, other = Segments(directory), Segments(directory)
+    one._token, other._token = "ffffffff", "00000000"
+
+    def inode(segment: Segment) -> int:
+        return os.stat(os.path.join(segments._used, segment.name)).st_ino
+
+    pairs = []
+    for _ in range(4):
+        argument, result = stored(one), stored(other)
+        pairs.append((inode(argument), inode(result)))
+        for segment in (argument, result):
+            segments.give_back(segment.name)
+    assert pairs == [pairs[0]] * 4
+
+
 @pytest.mark.parametrize(
     ("kept", "free"), [([], 1), ([False], 1), ([True], 0), ([True, False], 0), ([None], 0)]
 )
@@ -286,7 +304,7 @@ def test_a_mapping_copies_every_byte_to_its_place(
     monkeypatch: pytest.MonkeyPatch, offset: int, before: str, numpy: str
 ) -> None:
     if numpy == "missing":
-        monkeypatch.delitem(sys.modules, "numpy")
+        monkeypatch.delitem(sys.modules, "numpy", raising=False)
     elif numpy == "broken":
         monkeypatch.setitem(sys.modules, "numpy", None)
     data = os.urandom(filling.FILLED_BY_TWO + 12345)

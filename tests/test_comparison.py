@@ -22,7 +22,7 @@ WAYS = ["numpy", "no numpy", "half of numpy", "no ctypes"]
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison, "_memcmp", None)
     if request.param == "no numpy":
-        monkeypatch.delitem(sys.modules, "numpy")
+        monkeypatch.delitem(sys.modules, "numpy", raising=False)
     elif request.param == "half of numpy":
         monkeypatch.setitem(sys.modules, "numpy", types.ModuleType("numpy"))
     elif request.param == "no ctypes":

@@ -232,12 +232,15 @@ class Segments:
         return Segment(name, sizes)
 
     def _take(self, size: int) -> str:
-        """Make a free segment our own: the smallest that fits and is not far too large."""
+        """Make a free segment our own: the smallest that fits and is not far too large.
+
+        Of two of a size the one that was ours the last time, which may still be mapped here.
+        """
         try:
-            free = [(_size(name), name) for name in os.listdir(self._free)]
+            free = [(_size(name), self._token not in name, name) for name in os.listdir(self._free)]
         except OSError:
             return ""
-        for capacity, name in sorted(free):
+        for capacity, _, name in sorted(free):
             if size <= capacity <= 2 * size:
                 taken = self._name(capacity)
                 try:
