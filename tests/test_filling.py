@@ -268,7 +268,7 @@ def test_who_is_closed_keeps_nothing(files: list[Any]) -> None:
 
 def test_workers_share_what_may_be_kept(segments: Segments) -> None:
     segments._idle_bytes, segments._spared = buffers.IDLE_BYTES, 1024 * MIB
-    assert segments.share_of_mappings(2) == 128 * MIB
+    assert segments.share_of_mappings(2) == buffers.MAPPED_BY_OTHERS
     assert segments.share_of_mappings(64) == 16 * MIB
     segments._idle_bytes = buffers.IDLE_BYTES - 1
     assert segments.share_of_mappings(2) == 0

@@ -58,8 +58,11 @@ ALIGNMENT: Final = 64
 MAX_MAPPED: Final = 16384
 """Mappings that a process holds at a time; what comes then is copied."""
 
-MAPPED_BY_OTHERS: Final = 128 * 1024 * 1024
-"""Bytes of segments that a worker keeps mapped for its next results, at most."""
+MAPPED_BY_OTHERS: Final = 256 * 1024 * 1024
+"""Bytes of segments that a worker keeps mapped for its next results, at most.
+
+A program that gets one result after the other often holds one while the next is made.
+"""
 MOST_COMPARED: Final = 32
 """Mappings that are kept for comparisons; before Python 3.13 each has a descriptor."""
 
