@@ -15,6 +15,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -1062,8 +1063,8 @@ def test_functions_of_the_script(script: Script) -> None:
             assert w.call(even, 10) is True
             assert w.call(outer(), 5) == 120
             step = counting()
-            assert [w.call(step) for _ in range(3)] == [1, 1, 1]
-            assert [w.call(lambda: step()) for _ in range(3)] == [1, 2, 3]
+            assert [w.call(step) for _ in range(3)] == [1, 2, 3]
+            assert w.call(lambda: step()) == 4
             assert step() == 1
             assert w.call(recursive, 3) == 0 and w.call(calls) == 4 and recursive.calls == 0
             assert w.call(hidden, 3) == 0
@@ -1262,8 +1263,23 @@ def test_each_task_has_its_own_copy_of_what_its_callable_holds(script: Script) -
         def two():
             count = counter()
             return lambda: count()
-        with Worker() as w:
-            for once in [
+        def held_partial():
+            p = functools.partial(len, ())
+            def count():
+                p.n = getattr(p, "n", 0) + 1
+                return p.n
+            return count
+        def once(f):
+            f.calls = getattr(f, "calls", 0) + 1
+            return f.calls
+        def held_cache():
+            def new(): return []
+            cached = functools.lru_cache(new)
+            return lambda: append(cached())
+        def helper(): return "helper"
+        def holding(f, seen): return lambda: (f(), append(seen))
+        def check(w):
+            for callable_ in [
                 functools.partial(append, []),
                 functools.partial(append, to=[]),
                 functools.partial(functools.partial, append, []).func(append, []),
@@ -1276,13 +1292,30 @@ def test_each_task_has_its_own_copy_of_what_its_callable_holds(script: Script) -
                 attribute_of_another(),
                 two(),
                 lambda seen=[]: append(seen),
+                held_partial(),
+                functools.partial(once, lambda: 0),
+                (lambda f: lambda: once(f))(lambda: 0),
+                held_cache(),
+                functools.lru_cache(closure()),
                 io.BytesIO(b"a").getvalue,
             ]:
-                assert len({w.call(once) for _ in range(3)}) == 1, once
+                assert len({w.call(callable_) for _ in range(3)}) == 1, callable_
             assert [w.call({"a": 1}.popitem) for _ in range(2)] == [("a", 1)] * 2
             assert [w.call(functools.partial(append, seen)) for seen in ([], [1])] == [1, 2]
-            cached = functools.lru_cache(lambda: object())
-            assert w.call(lambda: cached() is cached())
+            # Also of functions whose names a task has bound to others.
+            held = holding(helper, [])
+            assert w.call(held) == ("helper", 1)
+            def rebind():
+                global helper
+                helper = None
+            w.call(rebind)
+            assert w.call(held) == ("helper", 1)
+        with Worker() as w:
+            check(w)
+            # What a global is bound to is the same for all tasks of a worker.
+            counted = counter()
+            assert [w.call(counted) for _ in range(2)] == [1, 2]
+            assert w.call(lambda f: f(), counted) == 3
     """)
 
 
@@ -1311,8 +1344,7 @@ def test_a_callable_in_which_nothing_changes_is_unpickled_once() -> None:
         closure((1, "a", None, frozenset((2.5,)))),
         closure(np.float64(1.5)),
         closure(Fruit(1)),
-        closure(closure(echo)),
-        partial(echo, 1, x=closure(2)),
+        partial(closure(echo), 1, x=first),
         operator.itemgetter(1, 2),
         operator.methodcaller("count", 1, x=2),
         functools.lru_cache(closure(1)),
@@ -1326,6 +1358,10 @@ def test_a_callable_in_which_nothing_changes_is_unpickled_once() -> None:
         closure(np.arange(3)),
         closure(closure([])),
         partial(echo, []),
+        partial(echo, closure(1)),
+        closure(closure(1)),
+        closure(partial(echo, 1)),
+        closure(types.ModuleType("made")),
         partial(echo, x={}),
         operator.itemgetter([1]),
         functools.lru_cache(closure([])),
@@ -1335,6 +1371,10 @@ def test_a_callable_in_which_nothing_changes_is_unpickled_once() -> None:
     ]
     assert [value for value in constant if not is_constant(value)] == []
     assert [value for value in changing if is_constant(value)] == []
+    many: tuple[Any, ...] = (1,)
+    for _ in range(60):
+        many = (many, many)
+    assert is_constant(partial(echo, many))
 
 
 def test_a_global_that_is_bound_anew_is_a_new_one(script: Script) -> None:
@@ -1358,11 +1398,80 @@ def test_a_global_that_is_bound_anew_is_a_new_one(script: Script) -> None:
             assert executor.submit(use, 3).result() == ([3], 3, 3.0, 3, 4)
             assert executor.submit(use, 4).result() == ([3, 4], 4, 4.0, 4, 5)
             cache, seen, big, pair = {}, [], np.zeros(50_000), (1, [2])
-            assert executor.submit(use, 5).result() == ([5], 1, 1.0, 5, 2)
-            # In these nothing can change: a task that has bound others keeps them.
+            assert executor.submit(use, 5).result() == ([5], 1, 5.0, 5, 2)
+            # In these nothing can change, but what a task changes stays. So it is with arrays.
             text = "".join(["a"])
             def helper(): return 1
-            assert executor.submit(use, 6).result() == ([5, 6], 2, 2.0, 6, 3)
+            assert executor.submit(use, 6).result() == ([5, 6], 2, 6.0, 6, 3)
+    """)
+
+
+def test_an_array_with_two_names(script: Script) -> None:
+    script("""
+        import numpy as np
+        from zmqexecutor import ZmqExecutor
+        weights = best = np.ones(8)
+        def both(): return weights.sum(), best.sum()
+        def one(): return best.sum()
+        with ZmqExecutor(1) as executor:
+            for _ in range(3):
+                assert executor.submit(both).result() == (8, 8)
+            for _ in range(2):
+                weights = weights * 2
+                assert executor.submit(both).result() == (weights.sum(), 8)
+            weights = best
+            assert executor.submit(one).result() == 8
+            del weights
+            assert executor.submit(one).result() == 8
+    """)
+
+
+def test_a_cache_that_is_made_anew_is_empty(script: Script) -> None:
+    script("""
+        import functools
+        from harness import Worker
+        def define():
+            global load, count
+            calls = []
+            @functools.lru_cache
+            def load():
+                calls.append(1)
+                return len(calls)
+            def count():
+                count.calls += 1
+                return count.calls
+            count.calls = 0
+        def use(): return load(), load.cache_info().hits, count()
+        with Worker() as w:
+            for _ in range(2):
+                define()
+                assert w.call(use) == (1, 0, 1)
+                assert w.call(use) == (1, 1, 2)
+    """)
+
+
+def test_a_callable_object_of_the_script_with_a_lock(script: Script) -> None:
+    script("""
+        import threading
+        from harness import Worker
+        class Service:
+            def __init__(self): self.lock, self.calls = threading.Lock(), 0
+            def __call__(self):
+                with self.lock:
+                    self.calls += 1
+                    return self.calls
+        service = Service()
+        def synchronized(f):
+            lock = threading.RLock()
+            def run(*args):
+                with lock:
+                    return f(*args)
+            return run
+        @synchronized
+        def work(x): return x + 1
+        with Worker() as w:
+            assert [w.call(service) for _ in range(2)] == [1, 1]
+            assert [w.call(work, 1) for _ in range(2)] == [2, 2]
     """)
 
 

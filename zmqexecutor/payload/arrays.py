@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["is_simple", "known_kinds", "reduce_array"]
+__all__ = ["is_array", "is_simple", "known_kinds", "reduce_array"]
 
 _kinds: dict[type, str] = {}
 
@@ -30,6 +30,11 @@ def known_kinds() -> Mapping[type, str]:
     if not _kinds and "numpy" in sys.modules:
         _find_kinds()
     return _kinds
+
+
+def is_array(value: object) -> bool:
+    """Whether it is one of numpy's arrays, of whatever class."""
+    return bool(known_kinds()) and issubclass(type(value), sys.modules["numpy"].ndarray)
 
 
 def is_simple(array: Any) -> bool:

@@ -81,6 +81,8 @@ class Binder(Protocol):
 class _Unpickling(threading.local):
     binder: Binder | None = None
     """At work in this thread, if there is one."""
+    found: dict[tuple[str, str, str | None], Any] | None = None
+    """What references lead to, of a pickle that is unpickled again and again."""
 
 
 unpickling: Final = _Unpickling()
@@ -94,6 +96,15 @@ _empty_classes: weakref.WeakSet[type] = weakref.WeakSet()
 
 def lookup(module: str, name: str, tracker_id: str | None = None) -> Any:
     """Resolve a reference to an entry."""
+    found = unpickling.found
+    if found is None:
+        return _look_up(module, name, tracker_id)
+    if (module, name, tracker_id) not in found:
+        found[module, name, tracker_id] = _look_up(module, name, tracker_id)
+    return found[module, name, tracker_id]
+
+
+def _look_up(module: str, name: str, tracker_id: str | None) -> Any:
     binder = unpickling.binder
     if binder is not None:
         binder.prepare((module, name))
@@ -372,8 +383,11 @@ def _make_context_variable(name: str, options: dict[str, Any]) -> contextvars.Co
 def _reduce_context_variable(variable: contextvars.ContextVar[Any]) -> Reduced:
     # Its value stays at home. In a context where it has none, it gives its default.
     try:
-        options = {"default": contextvars.Context().run(variable.get)}
-    except LookupError:
+        default = contextvars.Context().run(variable.get)
+        options = {"default": default}
+        if type(default) not in GUARDS:
+            cp.dumps(default)
+    except Exception:  # there is none, or it cannot be sent: then tasks that set it do without
         options = {}
     return _make_context_variable, (variable.name, options)
 

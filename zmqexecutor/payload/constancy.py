@@ -11,8 +11,9 @@ from __future__ import annotations
 import dis
 import functools
 import operator
+import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable
 from enum import Enum
 from typing import Any, Final
 
@@ -25,70 +26,74 @@ __all__ = ["is_constant"]
 _CONSTANTS: Final = frozenset(
     (
         *(type(None), bool, int, float, complex, str, bytes, range, type(...)),
-        *(types.CodeType, types.ModuleType, types.MethodDescriptorType),
+        *(types.CodeType, types.MethodDescriptorType),
         *(types.WrapperDescriptorType, types.ClassMethodDescriptorType),
     )
 )
 _OF_OPERATOR: Final = (operator.attrgetter, operator.itemgetter, operator.methodcaller)
-_CELL_OPS: Final = frozenset(("STORE_DEREF", "DELETE_DEREF"))
-_ATTRIBUTE_OPS: Final = frozenset(("STORE_ATTR", "DELETE_ATTR"))
+_CELL_OPS: Final = frozenset(dis.opmap[name] for name in ("STORE_DEREF", "DELETE_DEREF"))
 
 
-def is_constant(value: object) -> bool:
-    """Whether nothing in it can change. Global functions and classes count as that.
+def is_constant(func: Any) -> bool:
+    """Whether no call of it can change what it is. Where that is not known the answer is no.
 
-    Where it is not known the answer is no.
+    Of what it holds all must be fixed: what its code can reach it may change, or have changed.
     """
-    functions: dict[int, types.FunctionType] = {}
-    todo = [value]
+    kind = type(func)
+    if _are_fixed((func,)):
+        return True
+    if kind is types.FunctionType:
+        return (
+            home_of(func.__globals__) is not None
+            and not (func.__closure__ and _binds_cells(func.__code__))
+            and _are_fixed(map(_contents, func.__closure__ or ()))
+            and _are_fixed(func.__defaults__ or ())
+            and _are_fixed((func.__kwdefaults__ or {}).values())
+            and _are_fixed(vars(func).values())
+        )
+    if kind is functools.partial:
+        held = (*func.args, *func.keywords.values(), *vars(func).values())
+        return is_constant(func.func) and _are_fixed(held)
+    if kind is types.MethodType:
+        return is_constant(func.__func__) and _are_fixed((func.__self__,))
+    if kind in (types.BuiltinFunctionType, types.MethodWrapperType):
+        return _are_fixed((func.__self__,))
+    if kind is functools._lru_cache_wrapper:
+        made = ("__wrapped__", "cache_parameters", *functools.WRAPPER_ASSIGNMENTS)
+        held = tuple(value for name, value in vars(func).items() if name not in made)
+        return is_constant(func.__wrapped__) and _are_fixed(held)
+    if kind in _OF_OPERATOR:
+        make, arguments = func.__reduce__()
+        return is_constant(make) and _are_fixed(arguments)
+    return False
+
+
+def _are_fixed(values: Iterable[Any]) -> bool:
+    """Whether these stay what they are, or are what all tasks share: globals, classes."""
+    todo = list(values)
+    seen: dict[int, object] = {}
     while todo:
         value = todo.pop()
         kind = type(value)
         if kind in _CONSTANTS or known_kinds().get(kind) or isinstance(value, (type, Enum)):
             continue
-        if _is_global(value):
-            continue
-        if isinstance(value, types.FunctionType):
-            # One that holds itself may well count its calls.
-            if id(value) in functions or home_of(value.__globals__) is None or _stores(value):
-                return False
-            functions[id(value)] = value
-        children = _children(value)
-        if children is None:
+        if kind in (tuple, frozenset):
+            if id(value) not in seen:
+                seen[id(value)] = value
+                todo += value
+        elif not _is_global(value):
             return False
-        todo += children
-    codes = [function.__code__ for function in functions.values()]
-    return len(codes) < 2 or not any(op in _ATTRIBUTE_OPS for op, _ in _operations(*codes))
+    return True
 
 
 def _is_global(value: Any) -> bool:
+    if isinstance(value, types.ModuleType):
+        return sys.modules.get(value.__name__) is value
     if isinstance(value, (types.FunctionType, functools._lru_cache_wrapper)):
         return value in arrived or importable(value)
+    if type(value) is types.BuiltinFunctionType:
+        return _are_fixed((value.__self__,))
     return type(value).__name__ == "ufunc" and importable(value)  # numpy's
-
-
-def _children(value: Any) -> list[Any] | None:
-    """What it holds; None if that may change."""
-    kind = type(value)
-    if kind in (tuple, frozenset):
-        return list(value)
-    if kind is types.FunctionType:
-        cells = value.__closure__ or ()
-        named = {**(value.__kwdefaults__ or {}), **vars(value)}
-        return [*map(_contents, cells), *(value.__defaults__ or ()), *named.values()]
-    if kind is functools.partial:
-        named = {**value.keywords, **vars(value)}
-        return [value.func, *value.args, *named.values()]
-    if kind is types.MethodType:
-        return [value.__func__, value.__self__]
-    if kind in (types.BuiltinFunctionType, types.MethodWrapperType):
-        return [value.__self__]
-    if kind is functools._lru_cache_wrapper:
-        return [value.__wrapped__]
-    if kind in _OF_OPERATOR:
-        make, arguments = value.__reduce__()
-        return [make, *arguments]
-    return None
 
 
 def _contents(cell: types.CellType) -> object:
@@ -98,18 +103,8 @@ def _contents(cell: types.CellType) -> object:
         return None  # empty
 
 
-def _stores(function: types.FunctionType) -> bool:
-    """Whether it, or a function in it, binds what it closes over."""
-    names = function.__code__.co_freevars
-    return bool(names) and any(
-        op in _CELL_OPS and name in names for op, name in _operations(function.__code__)
-    )
-
-
-def _operations(*codes: types.CodeType) -> Iterator[tuple[str, Any]]:
-    for code in codes:
-        for instruction in dis.get_instructions(code):
-            yield instruction.opname, instruction.argval
-        yield from _operations(
-            *(part for part in code.co_consts if isinstance(part, types.CodeType))
-        )
+def _binds_cells(code: types.CodeType) -> bool:
+    """Whether it, or code in it, binds variables in cells: those it closes over, perhaps."""
+    if not _CELL_OPS.isdisjoint(code.co_code[::2]):
+        return True
+    return any(_binds_cells(part) for part in code.co_consts if isinstance(part, types.CodeType))

@@ -21,8 +21,8 @@ namespace per module, as they did at home:
   dicts and sets, for which a pickler asks nobody: of those each entry has a copy.
 - The worker binds an entry only if the digest differs from the one it bound for
   that name before. What a task or an initializer put there itself (a counter, a
-  connection) therefore stays until the parent rebinds or changes its own value. An
-  object that replaces an equal one has another digest.
+  connection) therefore stays until the parent rebinds or changes its own value. A
+  new object that can change has another digest than the equal one that it replaces.
 - Classes are found by cloudpickle's tracker id, so they are the same class on
   both sides. A class that is sent again changes in place. Classes without a
   global name (local ones) are entries too, of the module "" and their id.
@@ -38,15 +38,16 @@ it while `proofs` says that a new one would be the same.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import pickle
-import threading
 import types
 import weakref
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, Final, NamedTuple
 
 from ..wire.protocol import Shared
+from .arrays import is_array
 from .bulk import BULK, Bulk
 from .byvalue import Unavailable
 from .constancy import is_constant
@@ -134,10 +135,9 @@ class Definitions:
         self._pieces: dict[Key, _Piece] = {}
         # Of globals that may be in no kept piece: the id of their value, and its bulk.
         self._bulks: dict[Key, tuple[int, Bulk]] = {}
-        # The id of what a global was bound to last, and its number (see `_number`).
-        self._bound: dict[Key, tuple[int, int]] = {}
+        # What tells the object that a global was bound to last, and its number (see `_number`).
+        self._bound: dict[Key, tuple[Callable[[object], bool], int]] = {}
         self._numbers = itertools.count(1)
-        self._numbering = threading.RLock()
         self._packer = packer
 
     def define(self, func: Any, keys: frozenset[Key]) -> Definition:
@@ -266,7 +266,8 @@ class Definitions:
         if bulk is not None:
             self._bulks[key] = id(value), bulk
         if array is not None:
-            piece = piece._replace(proof=array.proof(key, bulk.buffers if bulk else ()))
+            packed = bulk.buffers if bulk else ()
+            piece = piece._replace(proof=array.proof((key, *piece.refs), packed))
         if number:
             piece = piece._replace(digest=_digest(piece.digest, b"%d" % number))
         if module and piece.proof is not None and piece.proof.bindings[key] != id(value):
@@ -276,15 +277,14 @@ class Definitions:
     def _number(self, key: Key, value: object) -> int:
         """Of this object, among those that the global was bound to; 0 for the first.
 
-        Another object is not what a task has changed, though it may look like what the first was.
+        Another object is not what tasks have changed, though it may look like what the first
+        was. If nothing of it can change, it is the same; so are equal arrays, to which there may
+        be no reference (see `proofs`).
         """
-        with self._numbering:
-            ident, number = self._bound.get(key, (id(value), 0))
-            if ident != id(value) and not is_constant(value):
-                number = next(self._numbers)
-            if len(self._bound) >= self._BOUND:
-                self._bound.clear()
-            self._bound[key] = id(value), number
+        known, number = self._bound.get(key, (None, 0))
+        if known is not None and not known(value) and _can_change(value):
+            number = next(self._numbers)
+        self._bound[key] = _identity(value), number
         return number
 
     def _drop_bulks(self) -> None:
@@ -320,6 +320,29 @@ class Definitions:
         if bulk is not same:
             self._drop_bulks()
         return piece._replace(payload=(bulk.payload,), digest=bulk.digest, bulk=bulk)
+
+
+def _identity(value: object) -> Callable[[object], bool]:
+    """What tells this object from others, and does not keep it alive."""
+    if not is_array(value):
+        try:
+            ref = weakref.ref(value)
+        except TypeError:
+            pass
+        else:
+            return lambda other: ref() is other
+    ident = id(value)
+    return lambda other: id(other) == ident
+
+
+def _can_change(value: object) -> bool:
+    if is_array(value):
+        return False
+    if isinstance(value, functools._lru_cache_wrapper):
+        return True  # its cache
+    if isinstance(value, types.FunctionType) and vars(value):
+        return True
+    return not is_constant(value)
 
 
 def _describe_key(key: Key) -> str:

@@ -257,20 +257,13 @@ def find_key(obj: Any) -> Key | None:
 
 
 def global_of(func: Any) -> Key | None:
-    """Return the global that a task calls, or None if it calls a value, with what that holds.
+    """Return the global that a task calls, or None if it calls a value.
 
-    An object is a value, and so is a function that was not defined under the name it is bound
-    to: a closure, a lambda. Of what it holds each task has a copy. Other code can still name
-    the global.
+    A value is what no global is bound to, and any object that is no function or class.
     """
     if not (isinstance(func, (types.FunctionType, functools._lru_cache_wrapper)) or is_class(func)):
         return None
-    if importable(func):
-        return None
-    if is_class(func):
-        return find_key(func)
-    home, name = module_of(func), getattr(func, "__qualname__", "")
-    return (home, name) if travels_by_value(home) and namespace(home).get(name) is func else None
+    return None if importable(func) else find_key(func)
 
 
 def _bound_objects() -> dict[int, Key]:
@@ -293,8 +286,8 @@ class DefinitionPickler(ArgumentPickler):
         outside: takes large buffers out of the pickle.
     """
 
-    _value: object = None
-    """What is not to be a reference."""
+    _is_bound = False
+    """Whether a global is bound to the callable."""
 
     def __init__(self, root: Key | None, inline: frozenset[Key] = frozenset()) -> None:
         self._file = io.BytesIO()
@@ -308,7 +301,7 @@ class DefinitionPickler(ArgumentPickler):
         """Pickle a value, or an ordinary class in two parts."""
         root = self._root
         if root is None:
-            self._value = value if global_of(value) is None else None
+            self._is_bound = self.key_of(value) is not None
         elif (
             is_class(value)
             and is_dynamic(value)
@@ -334,10 +327,6 @@ class DefinitionPickler(ArgumentPickler):
     def _share(self, _handle: SharedObject[Any]) -> Reduced:
         return NotImplemented  # a definition outlives the call, and would keep it
 
-    def key_of(self, obj: Any) -> Key | None:
-        """As for arguments, but for the callable itself."""
-        return None if obj is self._value else super().key_of(obj)
-
     def _is_inside(self, key: Key) -> bool:
         return key in self._inline or (key == self._root and not self._inside_class)
 
@@ -355,6 +344,8 @@ class DefinitionPickler(ArgumentPickler):
         if isinstance(obj, types.ModuleType):
             return cp._module_reduce(obj)
         if self._root is None:
+            if self._is_bound and kind in byvalue.GUARDS:
+                return byvalue.GUARDS[kind](obj)
             return super().reducer_override(obj)
         reference = self.reference(obj)
         if reference is None and kind in byvalue.GUARDS:

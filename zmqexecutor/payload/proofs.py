@@ -263,15 +263,21 @@ class GlobalArray:
         """None if it is no array that a comparison of memory could prove."""
         return cls(value) if _is_array(value) else None
 
-    def proof(self, key: Key, packed: Sequence[memoryview]) -> Proof | None:
-        """The proof, for the global that is bound to it, given the memory that was packed."""
+    def proof(self, keys: Sequence[Key], packed: Sequence[memoryview]) -> Proof | None:
+        """The proof.
+
+        Args:
+            keys: the global that is bound to it, and those that its pickle refers to.
+            packed: the memory that was packed, if it is beside the pickle.
+        """
+        key = keys[0]
         contents = self._contents
         if contents is None:
             if len(packed) != 1:
                 return None
             contents = packed[0]
         proof = Proof()
-        proof.bind([key])
+        proof.bind(keys)
         proof.checks[_is_bound_to, key] = functools.partial(_is_bound_to, key, self._form, contents)
         return proof
 

@@ -38,6 +38,7 @@ from ..wire.buffers import Segments
 from ..wire.leases import Lease
 from . import shares
 from .bindings import Received
+from .byvalue import unpickling
 from .constancy import is_constant
 from .definitions import Definition, DefinitionError, Definitions
 from .failures import (
@@ -293,13 +294,16 @@ def _culprit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
 class _Function:
     """A function in the worker, unpickled when first called."""
 
-    __slots__ = ("call", "classes", "constant", "definition", "entries", "root", "version")
+    __slots__ = (
+        *("call", "classes", "constant", "definition", "entries", "references", "root", "version"),
+    )
 
     def __init__(self, definition: Buffer) -> None:
         self.definition: Buffer | None = definition
         self.entries: list[Entry] = []
         self.root = b""
         self.call: Callable[..., Any] | None = None
+        self.references: dict[tuple[str, str, str | None], Any] = {}
         self.constant = False  # then there is a `call`, for any number of tasks
         self.classes: list[type | None] = []  # kept alive for later calls
         self.version = -1
@@ -315,14 +319,24 @@ class _Function:
             self.definition = None
         changed, self.classes = received.apply(self.entries)
         if changed or self.call is None:
-            self.call = pickle.loads(self.root)
+            self.references = {}
+            self.call = self._load()
             self.constant = is_constant(self.call)
         self.version = received.version
+
+    def _load(self) -> Callable[..., Any]:
+        # Each copy has the same functions, though a task may have bound their names to others.
+        unpickling.found = self.references
+        try:
+            call: Callable[..., Any] = pickle.loads(self.root)
+        finally:
+            unpickling.found = None
+        return call
 
     def take(self) -> Callable[..., Any]:
         """A callable for one task, which may change what it holds."""
         call, self.call = self.call, None
-        return pickle.loads(self.root) if call is None else call
+        return self._load() if call is None else call
 
 
 def _nothing() -> None:
