@@ -44,7 +44,7 @@ def test_a_stranger_gets_nothing_and_disturbs_nobody(
         if stranger == "no keys":
             program = beta.python(NO_KEYS, endpoint, stdout=-1, env={"ZMQEXECUTOR_KEYS": ""})
         else:
-            program = start_worker(beta, patience=1.5, keys=folder)
+            program = start_worker(beta, patience=5, keys=folder)
         done = 0
         while program.poll() is None:
             futures = [executor.submit(note, str(diary), done + n) for n in range(20)]
@@ -62,7 +62,7 @@ NO_KEYS = """
     from zmqexecutor.worker.calls import serve
 
     try:
-        serve(sys.argv[1], patience=1.5, allow_plaintext_tcp_from_anyone=True)
+        serve(sys.argv[1], patience=5, allow_plaintext_tcp_from_anyone=True)
     except ConnectionError as error:
         print(error)
 """
