@@ -1276,6 +1276,7 @@ def test_each_task_has_its_own_copy_of_what_its_callable_holds(script: Script) -
             def new(): return []
             cached = functools.lru_cache(new)
             return lambda: append(cached())
+        another = []
         def helper(): return "helper"
         def holding(f, seen): return lambda: (f(), append(seen))
         def check(w):
@@ -1310,6 +1311,8 @@ def test_each_task_has_its_own_copy_of_what_its_callable_holds(script: Script) -
                 helper = None
             w.call(rebind)
             assert w.call(held) == ("helper", 1)
+            assert w.call(lambda: another) == []
+            assert w.call(held) == ("helper", 1), "another global has been bound since"
         with Worker() as w:
             check(w)
             # What a global is bound to is the same for all tasks of a worker.

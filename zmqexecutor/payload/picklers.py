@@ -301,7 +301,8 @@ class DefinitionPickler(ArgumentPickler):
         """Pickle a value, or an ordinary class in two parts."""
         root = self._root
         if root is None:
-            self._is_bound = self.key_of(value) is not None
+            # A function that is bound to one is a reference.
+            self._is_bound = not isinstance(value, types.FunctionType) and bool(self.key_of(value))
         elif (
             is_class(value)
             and is_dynamic(value)

@@ -318,8 +318,8 @@ class _Function:
             self.entries, self.root = pickle.loads(self.definition)
             self.definition = None
         changed, self.classes = received.apply(self.entries)
-        if changed or self.call is None:
-            self.references = {}
+        if changed or self.version < 0:
+            self.references, self.call, self.constant = {}, None, False
             self.call = self._load()
             self.constant = is_constant(self.call)
         self.version = received.version
