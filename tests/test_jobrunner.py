@@ -24,6 +24,7 @@ from zmqexecutor import (
     Worker,
     WorkerLostError,
 )
+from zmqexecutor.master import roster
 
 from .conftest import eventually
 
@@ -37,6 +38,13 @@ WORKER = """
             raise ZeroDivisionError("in the target")
         if data == "die":
             os._exit(9)
+        if isinstance(data, str) and data.startswith("fork"):
+            if os.fork():
+                os._exit(9)
+            os.close(1)
+            while os.path.exists(data.split()[1]):
+                time.sleep(0.02)
+            os._exit(0)
         if data == "wrong":
             return 42
         if data == "pid":
@@ -162,6 +170,25 @@ def test_a_worker_that_dies_is_told(endpoint: str, start_worker: StartWorker) ->
         assert eventually(lambda: len(runner.workers) == 0)
         with pytest.raises(NoWorkerError, match=r"within 0.5 s"):
             runner.execute("b", "text", 20)
+
+
+def test_a_worker_whose_connection_outlives_it(
+    tmp_path: Path,
+    endpoint: str,
+    start_worker: StartWorker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(roster, "LAST_WORDS", 0.5)
+    start_worker(endpoint)
+    alive = tmp_path / "alive"
+    alive.touch()
+    try:
+        with running(endpoint) as runner:
+            with pytest.raises(WorkerLostError, match="job 'a'"):
+                runner.execute("a", f"fork {alive}", 20)
+            assert eventually(lambda: len(runner.workers) == 0)
+    finally:
+        alive.unlink()
 
 
 def test_a_worker_killed_while_idle(endpoint: str, start_worker: StartWorker) -> None:

@@ -29,10 +29,17 @@ PINGS_PER_STEP: Final = 16
 """Workers that are pinged before other things have their turn."""
 SOON: Final = 0.005
 """Seconds from the end of a connection until ZeroMQ has cleared it away, and a bit more."""
-LAST_WORDS: Final = 0.25
-"""Seconds for which a worker that is gone is waited for, if its connection does not end."""
+LAST_WORDS: Final = 5.0
+"""Seconds for which a worker that is gone is listened to, if its connection does not end.
+
+What it has sent is lost after that. With every processor busy, ZeroMQ's thread was seen to
+need more than a quarter of a second to read the last result. Who waits that long for nothing
+is a worker whose connection outlives it, in a process that it has forked.
+"""
 LOOK: Final = 0.001
-"""Seconds between two looks whether all that it has sent is read."""
+"""Seconds until the first look whether all that it has sent is read."""
+LOOK_GROWTH: Final = 1 / 8
+"""Then looks come after this part of the time that has passed."""
 
 
 class Roster:
@@ -62,7 +69,7 @@ class Roster:
         # Those to be pinged, longest without it first:
         self._unwatched: OrderedDict[bytes, Peer] = OrderedDict()
         self._hurried = 0  # how many of them are to be pinged soon
-        self._leaving: dict[Peer, float] = {}  # gone, and until when they are listened to
+        self._leaving: dict[Peer, float] = {}  # gone, and since when
         self.next_ping: float | None = None
         """When `ping` must be called."""
         self.next_look: float | None = None
@@ -252,15 +259,18 @@ class Roster:
             self._lose(peer, None)
         else:
             now = time.monotonic()
-            self._leaving.setdefault(peer, now + LAST_WORDS)
+            self._leaving.setdefault(peer, now)
             self.see_off(now)
 
     def see_off(self, now: float) -> None:
         """Lose those that are gone, when all that they have sent is read."""
-        for peer, deadline in list(self._leaving.items()):
-            if deadline <= now or peer.heard_out():
+        for peer, since in list(self._leaving.items()):
+            if now - since >= LAST_WORDS or peer.heard_out():
                 self._lose(peer, None)
-        self.next_look = now + LOOK if self._leaving else None
+        self.next_look = None
+        if self._leaving:
+            shortest = now - max(self._leaving.values())
+            self.next_look = now + max(LOOK, shortest * LOOK_GROWTH)
 
     def lose_unwatched(self) -> None:
         """The supervisor has died, who would have told of deaths: all are lost."""
