@@ -24,7 +24,7 @@ from zmqexecutor.errors import (
     WorkerLostError,
     ZmqExecutorError,
 )
-from zmqexecutor.payload.byvalue import Unavailable
+from zmqexecutor.payload.unavailable import Unavailable
 
 CAUGHT_AS: list[tuple[type[BaseException], type[BaseException]]] = [
     (errors.BrokenPoolError, BrokenProcessPool),

@@ -27,8 +27,8 @@ LAYERS = """
     : keys
     wire: liveness protocol codecs wakeup journal shortcuts security handshakes filling
         comparison buffers leases
-    payload: namespaces arrays byvalue constancy shares bulk picklers bindings packing proofs
-        definitions snapshots values plain failures serialization inheritance setups
+    payload: namespaces arrays byvalue reducers unavailable constancy shares bulk picklers bindings
+        packing proofs definitions snapshots values plain failures serialization inheritance setups
     worker: handler targets registration worker calls
     supervision: terminal last_words prctl template launch process group supervisor
         supervisor_boot supervisor_process supervisor_link workers
@@ -80,6 +80,7 @@ MAY_PICKLE = {
     "payload.namespaces",
     "payload.arrays",
     "payload.byvalue",
+    "payload.reducers",
     "payload.shares",
     "payload.bulk",
     "payload.picklers",

@@ -49,13 +49,13 @@ from typing import Any, Final, NamedTuple
 from ..wire.protocol import Shared
 from .arrays import is_array
 from .bulk import BULK, Bulk
-from .byvalue import Unavailable
 from .constancy import is_constant
 from .namespaces import MISSING, Entry, Key, Payload, class_by_id, importable, is_class, namespace
 from .packing import Packer
 from .picklers import DefinitionPickler, global_of
 from .proofs import CONTAINERS, GlobalArray, Proof, holds, prove
 from .shares import Share
+from .unavailable import Unavailable
 
 __all__ = ["Definition", "DefinitionError", "Definitions"]
 

@@ -26,7 +26,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from .byvalue import REDUCERS
+from .reducers import REDUCERS
 
 __all__ = ["Descriptor", "inheritable", "share_tracker", "tracker"]
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from cloudpickle import cloudpickle as cp
 
-from . import byvalue
+from . import byvalue, reducers
 from .bulk import Outside
 from .byvalue import Reduced, arrived, lookup
 from .namespaces import (
@@ -72,7 +72,7 @@ class ValuePickler(pickle.Pickler, ABC):
         names: globals that code in the pickle uses.
     """
 
-    # It has no `dispatch_table`, since `byvalue.reduce` is asked; so pickle looks into copyreg's.
+    # It has no `dispatch_table`, since `reducers.reduce` is asked; so pickle looks into copyreg's.
     _finish_class = staticmethod(byvalue.set_class_state)
 
     def __init__(
@@ -112,12 +112,12 @@ class ValuePickler(pickle.Pickler, ABC):
                 return NotImplemented
             make = self._class_by_value
         elif kind is functools._lru_cache_wrapper and not importable(obj):
-            make = byvalue.reduce_lru_cache
+            make = reducers.reduce_lru_cache
         elif kind is SharedObject:
             return self._share(obj)
         else:
-            reduced = byvalue.reduce(obj)
-            if reduced is NotImplemented and byvalue.is_ordinary(kind):
+            reduced = reducers.reduce(obj)
+            if reduced is NotImplemented and reducers.is_ordinary(kind):
                 self.ordinary.add(kind)
             return reduced
         self.by_value = True
@@ -132,8 +132,8 @@ class ValuePickler(pickle.Pickler, ABC):
         return NotImplemented  # so that it tells itself where it may be
 
     def _function_by_value(self, func: types.FunctionType) -> Reduced:
-        if func.__code__ is byvalue.SINGLEDISPATCH_CODE:
-            return byvalue.reduce_singledispatch(func)
+        if func.__code__ is reducers.SINGLEDISPATCH_CODE:
+            return reducers.reduce_singledispatch(func)
         state, slots = cp._function_getstate(func)
         used = slots.pop("__globals__")
         closure = slots.pop("__closure__")
@@ -341,17 +341,17 @@ class DefinitionPickler(ArgumentPickler):
         if kind is types.FunctionType or issubclass(kind, type):
             return super().reducer_override(obj)
         if kind is types.CodeType or kind is types.CellType:
-            return byvalue.reduce(obj)
+            return reducers.reduce(obj)
         if isinstance(obj, types.ModuleType):
             return cp._module_reduce(obj)
         if self._root is None:
-            if self._is_bound and kind in byvalue.GUARDS:
-                return byvalue.GUARDS[kind](obj)
+            if self._is_bound and kind in reducers.GUARDS:
+                return reducers.GUARDS[kind](obj)
             return super().reducer_override(obj)
         reference = self.reference(obj)
-        if reference is None and kind in byvalue.GUARDS:
-            return byvalue.GUARDS[kind](obj)
-        return reference or byvalue.reduce(obj)
+        if reference is None and kind in reducers.GUARDS:
+            return reducers.GUARDS[kind](obj)
+        return reference or reducers.reduce(obj)
 
 
 class ResultPickler(ValuePickler):

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from .arrays import is_simple, known_kinds
-from .byvalue import is_registered
+from .reducers import is_registered
 from .values import OUT_OF_BAND, Buffer, Packed, pack, writable
 
 if TYPE_CHECKING:

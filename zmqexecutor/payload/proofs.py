@@ -33,7 +33,6 @@ from cloudpickle import cloudpickle as cp
 
 from ..wire.comparison import same
 from .arrays import is_simple, known_kinds
-from .byvalue import is_registered, reducer_of
 from .namespaces import (
     MISSING,
     Key,
@@ -44,6 +43,7 @@ from .namespaces import (
     namespace,
     travels_by_value,
 )
+from .reducers import is_registered, reducer_of
 
 __all__ = ["CONTAINERS", "GlobalArray", "Proof", "holds", "prove"]
 
