@@ -14,11 +14,11 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from ..worker_errors import SerializationError
 from .byvalue import Reduced
 from .picklers import ResultPickler
 
 if TYPE_CHECKING:
-    from ..worker_errors import SerializationError
     from .values import Buffer
 
 __all__ = [
@@ -101,8 +101,6 @@ def serialization_error(message: str, error: BaseException) -> SerializationErro
     The cause loses its traceback, whose frames would keep arguments alive, and
     gets it as text, as a task's exception does.
     """
-    from ..worker_errors import SerializationError
-
     if error.__cause__ is None and error.__traceback__ is not None:
         _set_cause(error, _remote_traceback(_format(error)))
     _drop_traceback(error)
@@ -193,8 +191,6 @@ def load_exception(data: Buffer) -> BaseException:
         if not message:
             return error
         cause = error
-    from ..worker_errors import SerializationError
-
     failure = SerializationError(message)
     failure.__cause__ = cause
     failure.task_raised = raised

@@ -36,6 +36,7 @@ import msgspec
 
 from ..wire.buffers import Segments
 from ..wire.leases import Lease
+from ..worker_errors import SerializationError
 from . import shares
 from .bindings import Received
 from .byvalue import unpickling
@@ -70,7 +71,6 @@ from .values import (
 
 if TYPE_CHECKING:
     from ..wire.protocol import Result, Segment, Shared
-    from ..worker_errors import SerializationError
 
 __all__ = ["Call", "CallPickler", "CallRunner", "Outcome"]
 
@@ -226,8 +226,6 @@ class CallPickler:
 
     def _check_pool(self, used: Iterable[Share]) -> None:
         if any(share.pool is not self.packer.pool for share in used):
-            from ..worker_errors import SerializationError
-
             raise SerializationError(
                 "A shared object belongs to the executor that made it, and is used with "
                 "another one. Share the object with this executor too: executor.share(handle.value)"
