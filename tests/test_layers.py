@@ -27,8 +27,9 @@ LAYERS = """
     : keys
     wire: liveness protocol codecs wakeup journal shortcuts security handshakes filling
         comparison buffers leases
-    payload: namespaces arrays byvalue reducers unavailable constancy shares bulk picklers bindings
-        packing proofs definitions snapshots values plain failures serialization inheritance setups
+    payload: namespaces arrays enums byvalue reducers unavailable constancy shares bulk picklers
+        bindings packing proofs definitions snapshots values plain failures serialization
+        inheritance setups
     worker: handler targets registration worker calls
     supervision: terminal last_words prctl template launch process group supervisor
         supervisor_boot supervisor_process supervisor_link workers
@@ -79,6 +80,7 @@ MAY_PICKLE = {
     "wire.codecs",
     "payload.namespaces",
     "payload.arrays",
+    "payload.enums",
     "payload.byvalue",
     "payload.reducers",
     "payload.shares",

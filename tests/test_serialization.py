@@ -796,7 +796,7 @@ def test_a_call_sees_what_was_when_it_was_made(script: Script) -> None:
 
 
 CLASSES = """
-    import abc, collections, dataclasses, enum, typing
+    import abc, collections, dataclasses, datetime, enum, typing
     from harness import Worker
     T = typing.TypeVar("T")
     class Plain:
@@ -833,6 +833,52 @@ CLASSES = """
         B = enum.auto()
     class Level(enum.IntEnum):
         LOW = 1
+    class Planet(enum.Enum):
+        EARTH = (5.976e24, 6.37814e6)
+        PLANET_A = EARTH
+        def __init__(self, mass, radius):
+            self.mass, self.radius = mass, radius
+        @property
+        def density(self):
+            return self.mass / self.radius**3
+    class Scaled(int, enum.Enum):
+        def __new__(cls, value):
+            obj = int.__new__(cls, value * 10)
+            obj._value_ = value
+            return obj
+        ONE = 1
+    class Axis(bytes, enum.Enum):
+        def __new__(cls, value, label):
+            obj = bytes.__new__(cls, [value])
+            obj._value_, obj.label = value, label
+            return obj
+        X = (0, "x")
+        Y = (1, "y")
+    class Numbered(enum.Enum):
+        def __new__(cls):
+            obj = object.__new__(cls)
+            obj._value_ = len(cls.__members__) + 1
+            return obj
+        FIRST = ()
+        SECOND = ()
+    class Perm(enum.IntFlag):
+        R = 4
+        W = 2
+        X = 1
+        RWX = 7
+    class Unhashable(enum.Enum):
+        A = [1]
+    class Day(datetime.date, enum.Enum):
+        FIRST = (2026, 1, 1)
+    @dataclasses.dataclass
+    class Size:
+        width: int
+        height: int = 1
+    class Paper(Size, enum.Enum):
+        A4 = (210, 297)
+    class Odd(enum.Enum):
+        name = 1
+        other = 2
     Pair = collections.namedtuple("Pair", "a b")
     class Named(typing.NamedTuple):
         a: int
@@ -892,6 +938,21 @@ CLASSES = """
         def __call__(self, x): return self.n + x, self
     class MyDict(dict): pass
     class MyError(Exception): pass
+    class ApiError(Exception):
+        def __init__(self, code, message=""):
+            super().__init__(f"{code}: {message}")
+            self.code = code
+    class NamedError(Exception):
+        def __init__(self, *, reason):
+            super().__init__(reason)
+    class PathError(OSError):
+        def __init__(self, path):
+            super().__init__(2, "not there", path)
+            self.path = path
+    class CodeExit(SystemExit):
+        def __init__(self, code, reason):
+            super().__init__(code)
+            self.reason = reason
     class WithState:
         def __init__(self): self.a = 1
         def __getstate__(self): return {"a": self.a + 1}
@@ -932,6 +993,41 @@ CLASSES = """
         assert w.call(lambda b: b | Bits.B, Bits.A) == Bits.A | Bits.B
         assert w.call(lambda x: x + 1, Level.LOW) == 2
         assert w.call(lambda: {Color.RED: Level.LOW}) == {Color.RED: Level.LOW}
+        """,
+        """
+        earth = w.call(lambda p: (p.mass, p.density, p.value, p.name), Planet.EARTH)
+        assert earth == (5.976e24, Planet.EARTH.density, (5.976e24, 6.37814e6), "EARTH")
+        assert w.call(lambda: (Planet["PLANET_A"], list(Planet.__members__), len(Planet))) == (
+            Planet.EARTH, ["EARTH", "PLANET_A"], 1
+        )
+        assert w.call(lambda: (int(Scaled.ONE), Scaled.ONE.value, Scaled(1).name)) == (10, 1, "ONE")
+        assert w.call(lambda: [(bytes(a), a.value, a.label) for a in Axis]) == [
+            (bytes([0]), 0, "x"), (bytes([1]), 1, "y")
+        ]
+        assert w.call(lambda: [(n.value, n) for n in Numbered]) == [
+            (1, Numbered.FIRST), (2, Numbered.SECOND)
+        ]
+        assert w.call(lambda: (Perm(7).name, str(Perm(3)), ~Perm.R)) == (
+            "RWX", str(Perm(3)), ~Perm.R
+        )
+        assert w.call(lambda: (list(Perm), list(Perm.__members__))) == (
+            list(Perm), ["R", "W", "X", "RWX"]
+        )
+        assert w.call(lambda: Unhashable([1])) is Unhashable.A
+        assert w.call(lambda d: (d.year, Day(d.value) is d), Day.FIRST) == (2026, True)
+        assert w.call(lambda: (Paper.A4.width, Paper.A4.height)) == (210, 297)
+        assert w.call(lambda: (Odd.other.name, Odd.other.value)) == ("other", 2)
+        Planet.EARTH.moons = 1
+        assert w.call(lambda: Planet.EARTH.moons) == 1
+        Planet.EARTH.moons = 2
+        assert w.call(lambda: Planet.EARTH.moons) == 2
+        def local():
+            class Shape(enum.Enum):
+                ROUND = "r"
+                def __init__(self, letter):
+                    self.letter = letter
+            return Shape.ROUND
+        assert w.call(local).letter == "r"
         """,
         """
         assert w.call(lambda p: Pair(p.b, Named(1)), Pair(1, 2)) == Pair(2, Named(1))
@@ -1004,9 +1100,38 @@ CLASSES = """
             assert "in boom" in text.splitlines()[3], text
         else:
             raise AssertionError
+        def fails(kind, *args, **kwargs):
+            raise kind(*args, **kwargs)
+        for kind, args, kwargs in (
+            (ApiError, (503, "busy"), {}),
+            (NamedError, (), {"reason": "busy"}),
+            (PathError, ("/x",), {}),
+            (CodeExit, (3, "why"), {}),
+        ):
+            error = kind(*args, **kwargs)
+            try:
+                w.call(fails, kind, *args, **kwargs)
+            except BaseException as other:
+                assert type(other) is kind, other
+                assert (str(other), other.args) == (str(error), error.args)
+                assert vars(other) == vars(error)
+                assert "in fails" in str(other.__cause__)
+            else:
+                raise AssertionError
         """,
     ],
-    ids=["state", "dataclasses", "enums", "tuples", "abc", "hooks", "nested", "pickle", "errors"],
+    ids=[
+        "state",
+        "dataclasses",
+        "enums",
+        "members",
+        "tuples",
+        "abc",
+        "hooks",
+        "nested",
+        "pickle",
+        "errors",
+    ],
 )
 def test_classes_of_the_script(script: Script, body: str) -> None:
     with_worker = "with Worker() as w:\n" + textwrap.indent(textwrap.dedent(body), "    ")

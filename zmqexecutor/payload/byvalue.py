@@ -28,6 +28,7 @@ from typing import Any, Final, Protocol, TypeAlias
 
 from cloudpickle import cloudpickle as cp
 
+from .enums import make_enum, set_members_state
 from .namespaces import Key, class_by_id, is_dynamic, namespace
 
 __all__ = [
@@ -165,7 +166,7 @@ def make_class(maker: Callable[..., type], args: tuple[Any, ...]) -> type:
     """Make a class without contents, or find the one that is here already."""
     cls = class_by_id(args[-2])
     if cls is None:
-        bases = args[0] if maker is cp._make_skeleton_enum else args[2]
+        bases = args[0] if maker in (make_enum, cp._make_skeleton_enum) else args[2]
         with _without_subclass_hooks(bases):
             cls = maker(*args)
         _empty_classes.add(cls)
@@ -221,17 +222,20 @@ _attributes: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDi
 """What classes got from home, to be taken away when it is gone there."""
 
 
-def set_class_state(cls: type, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
+def set_class_state(cls: Any, state: tuple[dict[str, Any], ...]) -> None:
     """Give a class its contents, in the place of those it had."""
-    for name in _attributes.get(cls, frozenset()).difference(state[0]):
+    attributes, slots, *members = state
+    for name in _attributes.get(cls, frozenset()).difference(attributes):
         if name in cls.__dict__ and name != "_abc_impl":
             delattr(cls, name)
-    cp._class_setstate(cls, state)
-    _attributes[cls] = frozenset(state[0])
+    cp._class_setstate(cls, (attributes, slots))
+    for states in members:
+        set_members_state(cls, states)
+    _attributes[cls] = frozenset(attributes)
     _empty_classes.discard(cls)
 
 
-def set_new_class_state(cls: type, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
+def set_new_class_state(cls: type, state: tuple[dict[str, Any], ...]) -> None:
     """Give a class that came back from a worker its contents; never to one known here."""
     if cls in _empty_classes:
         set_class_state(cls, state)

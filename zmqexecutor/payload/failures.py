@@ -12,6 +12,7 @@ import traceback
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from ..worker_errors import SerializationError
@@ -89,6 +90,7 @@ def _remote_traceback(text: str) -> Exception:
 
 # Past what an exception's own class makes of `__setattr__`: a frozen dataclass refuses.
 _set_cause: Final = vars(BaseException)["__cause__"].__set__
+_set_args: Final = vars(BaseException)["args"].__set__
 
 
 def _drop_traceback(error: BaseException) -> None:
@@ -114,6 +116,34 @@ def _set_attributes(error: BaseException, attributes: dict[str, Any]) -> None:
         BaseException.__setattr__(error, name, value)
 
 
+def _make_exception(kind: type[BaseException], args: tuple[Any, ...]) -> BaseException:
+    """Make an exception as pickle does, even if its `__init__` wants other arguments."""
+    try:
+        error = kind(*args)
+    except Exception:
+        error = kind.__new__(kind, *args)
+        inits = (vars(base)["__init__"] for base in kind.__mro__ if "__init__" in vars(base))
+        next(init for init in inits if not _is_code(init))(error, *args)
+    if kind.__reduce__ is BaseException.__reduce__:
+        _set_args(error, args)  # of which `__init__` may have made others
+    return error
+
+
+def _is_code(method: object) -> bool:
+    return isinstance(method, FunctionType)
+
+
+def _is_built_by_init(kind: type) -> bool:
+    """Whether pickle would call an `__init__` that may know nothing of it."""
+    return (
+        issubclass(kind, BaseException)
+        and _is_code(kind.__init__)
+        and not _is_code(kind.__reduce__)
+        and not _is_code(kind.__reduce_ex__)
+        and kind not in copyreg.dispatch_table
+    )
+
+
 def _is_guarded(kind: type) -> bool:
     """Whether a `__setattr__` stands in the way of what pickle does with such exceptions."""
     return (
@@ -133,9 +163,14 @@ class _ExceptionPickler(ResultPickler):
         if kind is ContextVar or kind is weakref.ref:  # of a LookupError, a KeyError
             return str, (repr(obj),)
         reduced = super().reducer_override(obj)
-        if reduced is NotImplemented and _is_guarded(kind):
+        guarded = _is_guarded(kind)
+        if reduced is NotImplemented and (guarded or _is_built_by_init(kind)):
             reduced = obj.__reduce_ex__(5)
-            if isinstance(reduced, tuple) and len(reduced) == 3 and isinstance(reduced[2], dict):
+            if not isinstance(reduced, tuple):
+                return reduced
+            if reduced[0] is kind and _is_built_by_init(kind):
+                reduced = (_make_exception, reduced[:2], *reduced[2:])
+            if guarded and len(reduced) == 3 and isinstance(reduced[2], dict):
                 return *reduced, None, None, _set_attributes
         return reduced
 

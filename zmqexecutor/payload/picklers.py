@@ -28,6 +28,7 @@ from cloudpickle import cloudpickle as cp
 from . import byvalue, reducers
 from .bulk import Outside
 from .byvalue import Reduced, arrived, lookup
+from .enums import reduce_enum
 from .namespaces import (
     BASE_NAMES,
     MAIN,
@@ -164,7 +165,8 @@ class ValuePickler(pickle.Pickler, ABC):
         return known
 
     def _class_by_value(self, cls: type) -> Reduced:
-        maker, args, (attributes, slots), *_ = cp._dynamic_class_reduce(cls)
+        reduced = reduce_enum(cls) if issubclass(cls, Enum) else cp._dynamic_class_reduce(cls)
+        maker, args, (attributes, *others), *_ = reduced
         if "__slots__" in attributes and not issubclass(cls, (tuple, Enum)):
             args[3]["__slots__"] = attributes["__slots__"]  # too late as an attribute
         if maker is cp._make_skeleton_class:
@@ -176,7 +178,7 @@ class ValuePickler(pickle.Pickler, ABC):
             del attributes["__annotations__"]
         if cls.__qualname__ != cls.__name__:
             attributes["__qualname__"] = cls.__qualname__  # cloudpickle forgets it
-        contents = attributes, slots
+        contents = attributes, *others
         return byvalue.make_class, (maker, args), contents, None, None, self._finish_class
 
 
