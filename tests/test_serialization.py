@@ -768,6 +768,106 @@ def test_globals_are_shared_and_live_on(script: Script) -> None:
     """)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        """
+        def g():
+            current.n += 1
+            return counter.n, current is counter
+        assert [w.call(lambda: counter.n) for _ in range(3)] == [0, 0, 0]
+        current = counter
+        assert [w.call(g) for _ in range(3)] == [(1, True), (2, True), (3, True)]
+        """,
+        """
+        parent, child = Counter(), Counter()
+        child.up, parent.down = parent, child
+        def f():
+            return parent.down is child
+        def g():
+            return current.down is child, current is parent, child.up is current
+        assert [w.call(f) for _ in range(3)] == [True] * 3
+        current = parent
+        assert [w.call(g) for _ in range(3)] == [(True, True, True)] * 3
+        """,
+        """
+        holder = Counter()
+        holder.held = counter
+        def both():
+            counter.n += 1
+            return holder.held.n, holder.held is counter
+        def only():
+            return counter.tag
+        counter.tag = "a"
+        assert w.call(both) == (1, True)
+        counter.tag = "b"
+        assert w.call(only) == "b"
+        counter.tag = "a"
+        assert [w.call(both) for _ in range(3)] == [(1, True), (2, True), (3, True)]
+        """,
+        """
+        task = lambda: counter.flag
+        Counter.flag = 1
+        assert w.call(task) == 1
+        saved = Counter
+        del Counter
+        saved.flag = 2
+        assert w.call(task) == 2
+        Counter = saved
+        Counter.flag = 1
+        assert [w.call(task) for _ in range(3)] == [1, 1, 1]
+        """,
+        """
+        for cls in (Counter,):
+            cls.flag = 2
+            assert w.call(lambda: (cls.flag, Counter.flag)) == (2, 2)
+        Counter.flag = 1
+        del cls
+        assert w.call(lambda: Counter.flag) == 1
+        """,
+    ],
+    ids=["alias", "cycle", "there and back", "nameless", "renamed"],
+)
+def test_other_names_of_what_was_sent(script: Script, body: str) -> None:
+    script(
+        "from harness import Worker\n"
+        "class Counter: n = 0\n"
+        "current, counter = None, Counter()\n"
+        "with Worker() as w:\n" + textwrap.indent(textwrap.dedent(body), "    ")
+    )
+
+
+def test_a_dictionary_that_is_filled_meanwhile(script: Script) -> None:
+    script("""
+        import threading
+        from zmqexecutor import ZmqExecutor
+        class Item: pass
+        table = {}
+        members = set()
+        def look():
+            return len(table), len(members)
+        go_on = threading.Event()
+        def fill():
+            while not go_on.is_set():
+                number = len(table)
+                table[number] = Item()
+                members.add(Item())
+                if number > 20_000:
+                    table.clear()
+                    members.clear()
+        with ZmqExecutor(1) as executor:
+            filler = threading.Thread(target=fill)
+            filler.start()
+            try:
+                for _ in range(30):
+                    sizes = executor.submit(look).result()
+                    assert all(0 <= size < 25_000 for size in sizes)
+            finally:
+                go_on.set()
+                filler.join()
+    """)
+
+
 def test_a_call_sees_what_was_when_it_was_made(script: Script) -> None:
     script("""
         from harness import Worker

@@ -11,9 +11,18 @@ from __future__ import annotations
 import functools
 import pickle
 import types
+import weakref
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from .byvalue import InProgressError, arrived, make_class, set_class_state, unpickling
+from .byvalue import (
+    InProgressError,
+    arrived,
+    contents_of,
+    make_class,
+    set_class_state,
+    unpickling,
+)
 from .namespaces import MAIN, MISSING, Entry, Key, Payload, class_by_id, namespace
 
 __all__ = ["Received"]
@@ -38,6 +47,8 @@ class _Binder:
 
     def __init__(self, received: Received, entries: list[Entry]) -> None:
         self.busy: set[Key] = set()
+        self._needed: set[Key] = set()
+        """What the entry in hand refers to."""
         # What no global keeps alive; first, lest one dies before it is asked for.
         self.classes = [class_by_id(name) for module, name, _, _ in entries if not module]
         self._received = received
@@ -67,6 +78,7 @@ class _Binder:
 
     def prepare(self, key: Key) -> None:
         """Bind this entry, if it waits for it and can be bound."""
+        self._needed.add(key)
         if key in self._waiting:
             digest, payload = self._waiting[key]
             if len(payload) == 2:
@@ -81,6 +93,7 @@ class _Binder:
         entries = {key: self._waiting.pop(key) for key in keys if key in self._waiting}
         self.busy.update(keys)
         outer, self._bases_only = self._bases_only, False
+        outer_needed, self._needed = self._needed, set()
         try:
             value = pickle.loads(payload[0]) if payload else MISSING
         except InProgressError:
@@ -88,11 +101,12 @@ class _Binder:
             raise
         finally:
             self._bases_only = outer
+            needed, self._needed = self._needed.difference(keys), outer_needed
             self.busy.difference_update(keys)
         values: Any = value if len(payload) == 3 else (value,)
         for bound, part in zip(keys, values, strict=True):
             self.classes += [] if bound[0] else [part]
-            self._received.bind(bound, digest, part)
+            self._received.bind(bound, digest, part, needed)
 
     def _make(self, key: Key, digest: bytes, payload: Payload) -> None:
         del self._waiting[key]
@@ -117,19 +131,40 @@ class _Binder:
         self._received.bind(key, skeleton.digest, skeleton.cls)
 
 
+class _Bound(NamedTuple):
+    """An entry as it was bound last."""
+
+    digest: bytes
+    cls: weakref.ref[type] | None
+    """What it was bound to, if that is a class."""
+    contents: object
+    """The contents that the class had then: by another name it may have got others."""
+    needed: dict[Key, int]
+    """The entries that it refers to, by their numbers then."""
+
+
 class Received:
     """The worker's side: binds entries, and knows what it bound last."""
 
     def __init__(self) -> None:
         self.version = 0
         """Grows whenever something is bound."""
-        self._digests: dict[Key, bytes] = {}
+        self._bound: dict[Key, _Bound] = {}
+        self._numbers: dict[Key, int] = {}
+        """How often an entry was bound, unless it is a class: those stay the same objects."""
         # What was there before any code of the user is ours, and may be overwritten.
         self._bootstrap = frozenset(namespace(MAIN))
 
     def has(self, module: str, name: str, digest: bytes) -> bool:
         """Say whether this is what was bound last (a class has to be alive, too)."""
-        if self._digests.get((module, name)) != digest:
+        last = self._bound.get((module, name))
+        if last is None or last.digest != digest:
+            return False
+        if last.cls is not None:
+            cls = last.cls()
+            if cls is not None and contents_of(cls) is not last.contents:
+                return False
+        if any(self._numbers.get(key) != number for key, number in last.needed.items()):
             return False
         return bool(module) or class_by_id(name) is not None
 
@@ -141,18 +176,24 @@ class Received:
         binder = _Binder(self, entries)
         return binder.run(), binder.classes
 
-    def bind(self, key: Key, digest: bytes, value: object) -> None:
-        """Bind one entry to its value."""
+    def bind(self, key: Key, digest: bytes, value: object, needed: Iterable[Key] = ()) -> None:
+        """Bind one entry to its value, which refers to these others."""
         module, name = key
         if module:
             self._bind_global(module, name, value)
-        self._digests[key] = digest
+        cls = contents = None
+        if isinstance(value, type):
+            cls, contents = weakref.ref(value), contents_of(value)
+        else:
+            self._numbers[key] = self._numbers.get(key, 0) + 1
+        numbers = {other: self._numbers[other] for other in needed if other in self._numbers}
+        self._bound[key] = _Bound(digest, cls, contents, numbers)
         self.version += 1
 
     def _bind_global(self, module: str, name: str, value: object) -> None:
         globals_ = namespace(module)
         ours = module == MAIN and name in self._bootstrap
-        if (module, name) not in self._digests and name in globals_ and not ours:
+        if (module, name) not in self._bound and name in globals_ and not ours:
             return  # set by a task or an initializer before the parent's value was needed
         if value is MISSING:
             globals_.pop(name, None)
@@ -167,4 +208,4 @@ class Received:
         """Let go of what was remembered of classes that have died."""
         for module, name, _, _ in entries:
             if not module and class_by_id(name) is None:
-                self._digests.pop((module, name), None)
+                self._bound.pop((module, name), None)

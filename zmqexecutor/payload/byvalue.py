@@ -35,6 +35,7 @@ __all__ = [
     "InProgressError",
     "Reduced",
     "arrived",
+    "contents_of",
     "lookup",
     "make_class",
     "make_function",
@@ -233,6 +234,11 @@ def set_class_state(cls: Any, state: tuple[dict[str, Any], ...]) -> None:
         set_members_state(cls, states)
     _attributes[cls] = frozenset(attributes)
     _empty_classes.discard(cls)
+
+
+def contents_of(cls: type) -> object:
+    """What tells the contents that a class has got from those that it gets next."""
+    return _attributes.get(cls)
 
 
 def set_new_class_state(cls: type, state: tuple[dict[str, Any], ...]) -> None:

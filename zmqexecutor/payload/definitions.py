@@ -38,6 +38,7 @@ it while `proofs` says that a new one would be the same.
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import pickle
@@ -52,7 +53,7 @@ from .bulk import BULK, Bulk
 from .constancy import is_constant
 from .namespaces import MISSING, Entry, Key, Payload, class_by_id, importable, is_class, namespace
 from .packing import Packer
-from .picklers import DefinitionPickler, global_of
+from .picklers import DefinitionPickler, bound_objects, global_of
 from .proofs import CONTAINERS, GlobalArray, Proof, holds, prove
 from .shares import Share
 from .unavailable import Unavailable
@@ -61,6 +62,10 @@ __all__ = ["Definition", "DefinitionError", "Definitions"]
 
 _FAILURES: Final = (Exception, SystemExit, GeneratorExit)
 """What pickling may raise; a KeyboardInterrupt comes from elsewhere."""
+
+
+_ROUNDS: Final = 5
+"""Attempts to find the owner of each object, while other threads bind globals."""
 
 
 class DefinitionError(Exception):
@@ -84,6 +89,8 @@ class _Piece(NamedTuple):
     available: bool = True
     bulk: Bulk | None = None
     """What the payload names, if it is too large to be there itself."""
+    inlined: frozenset[int] = frozenset()
+    """See `DefinitionPickler`."""
 
 
 class Definition(NamedTuple):
@@ -159,7 +166,7 @@ class Definitions:
 
     def clear(self) -> None:
         """Keep nothing any more."""
-        for cache in (self._known, self._pieces, self._bulks):
+        for cache in (self._known, self._pieces, self._bulks, self._bound):
             cache.clear()
 
     def _keep(self, func: Any, keys: frozenset[Key], definition: Definition) -> None:
@@ -218,6 +225,22 @@ class Definitions:
 
     def _closure(self, root: _Piece, keys: frozenset[Key]) -> dict[Key, _Piece]:
         """Return all entries that can be reached."""
+        for _ in range(_ROUNDS):
+            pieces = self._collect(root, keys)
+            # What is in a kept pickle may by now be what another global is bound to. Of two
+            # copies in a worker a task would change one, and look at the other.
+            owners = bound_objects()
+            outdated = [
+                key
+                for key, piece in pieces.items()
+                if any(owners.get(ident, key) != key for ident in piece.inlined)
+            ]
+            dropped = [self._pieces.pop(key, None) for key in outdated]
+            if not any(dropped):
+                break
+        return _grouped(pieces)
+
+    def _collect(self, root: _Piece, keys: frozenset[Key]) -> dict[Key, _Piece]:
         pieces: dict[Key, _Piece] = {}
         # What only methods of classes name is often not needed (the pool itself, say,
         # in the method that submits the others); so it may be missing.
@@ -231,7 +254,7 @@ class Definitions:
             piece = pieces[key] = self._piece(key, optional=todo is optional)
             todo.extend(piece.refs)
             (optional if piece.is_class else todo).extend(piece.names)
-        return _grouped(pieces)
+        return pieces
 
     def _piece(self, key: Key, optional: bool) -> _Piece:
         old = self._pieces.get(key)
@@ -281,6 +304,8 @@ class Definitions:
         was. If nothing of it can change, it is the same; so are equal arrays, to which there may
         be no reference (see `proofs`).
         """
+        if is_class(value):
+            return 0  # redefined it has an id of its own, and else it is changed in place
         known, number = self._bound.get(key, (None, 0))
         if known is not None and not known(value) and _can_change(value):
             number = next(self._numbers)
@@ -312,7 +337,13 @@ class Definitions:
     def _make_piece(
         self, value: object, key: Key | None, *, proven: bool = True, before: Bulk | None = None
     ) -> _Piece:
-        piece, data, views = _make_piece(value, key, proven=proven)
+        try:
+            piece, data, views = _make_piece(value, key, proven=proven)
+        except RuntimeError as error:
+            if "changed size during iteration" not in str(error):
+                raise
+            # Another thread fills it while it is pickled. A copy is made in one go.
+            piece, data, views = _make_piece(_copy_of(value, error), key, proven=False)
         if not data:
             return piece
         same = before if before is not None and before.says(data, views) else None
@@ -343,6 +374,13 @@ def _can_change(value: object) -> bool:
     if isinstance(value, types.FunctionType) and vars(value):
         return True
     return not is_constant(value)
+
+
+def _copy_of(value: object, error: Exception) -> object:
+    """A shallow copy of what may change meanwhile; `error` is raised if that is not known."""
+    if type(value) in (dict, set):
+        return copy.copy(value)
+    raise error
 
 
 def _describe_key(key: Key) -> str:
@@ -388,7 +426,9 @@ def _make_piece(
     views, data = pickler.outside.views, b""
     if len(payload) == 1 and (views or len(payload[0]) >= BULK):
         data, payload = payload[0], ()
-    piece = _Piece(payload, _digest(*payload), refs, names, is_class(value), proof)
+    inlined = frozenset(pickler.inlined)
+    digest = _digest(*payload)
+    piece = _Piece(payload, digest, refs, names, is_class(value), proof, inlined=inlined)
     return piece, data, views
 
 

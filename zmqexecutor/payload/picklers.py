@@ -55,6 +55,7 @@ __all__ = [
     "DefinitionPickler",
     "ResultPickler",
     "ValuePickler",
+    "bound_objects",
     "find_key",
     "global_of",
 ]
@@ -238,7 +239,7 @@ class ArgumentPickler(ValuePickler):
         if self._keys is None and (type(obj) is types.FunctionType or is_class(obj)):
             return find_key(obj)  # cheaper than the map, for the few there are
         if self._keys is None:
-            self._keys = _bound_objects()
+            self._keys = bound_objects()
         key = self._keys.get(id(obj))
         if key is not None and namespace(key[0]).get(key[1]) is obj:
             return key
@@ -268,7 +269,7 @@ def global_of(func: Any) -> Key | None:
     return None if importable(func) else find_key(func)
 
 
-def _bound_objects() -> dict[int, Key]:
+def bound_objects() -> dict[int, Key]:
     """Map the ids of all objects that globals are bound to; of two names the first counts."""
     return {
         id(value): (home, name)
@@ -286,6 +287,8 @@ class DefinitionPickler(ArgumentPickler):
 
     Attributes:
         outside: takes large buffers out of the pickle.
+        inlined: ids of objects that the pickle has in it, and that could be references if a
+            global were bound to them.
     """
 
     _is_bound = False
@@ -298,6 +301,14 @@ class DefinitionPickler(ArgumentPickler):
         self._root = root
         self._inline = inline
         self._inside_class = False
+        self.inlined: set[int] = set()
+
+    def reference(self, obj: Any) -> Reduced | None:
+        """As in arguments; what is no reference is noted."""
+        reference = super().reference(obj)
+        if reference is None:
+            self.inlined.add(id(obj))
+        return reference
 
     def dumps(self, value: Any) -> Payload:
         """Pickle a value, or an ordinary class in two parts."""
