@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from multiprocessing import context, resource_tracker
 from typing import Any, TypeAlias
 
@@ -17,6 +17,8 @@ import pytest
 
 from zmqexecutor import SerializationError, WorkerLostError, ZmqExecutor
 from zmqexecutor.payload.inheritance import Descriptor, inheritable
+
+from .conftest import eventually
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -255,3 +257,24 @@ def test_a_program_without_shared_memory_has_no_resource_tracker(run_script: Run
         print(resource_tracker._resource_tracker._fd)
     """)
     assert done.stdout.strip().endswith("None")
+
+
+def put(queue: Any, number: int) -> int:
+    queue.put(number)
+    size: int = queue.qsize()
+    return size
+
+
+def test_proxies_of_a_manager_live_until_their_task_is_done() -> None:
+    def start(number: int) -> Future[int]:
+        queue = manager.Queue()
+        if number % 2:
+            return executor.submit(lambda: put(queue, number))
+        return executor.submit(put, queue, number)
+
+    with SPAWN.Manager() as manager, ZmqExecutor(1) as executor:
+        futures = [start(number) for number in range(6)]
+        assert [future.result(60) for future in futures] == [1] * 6
+        assert list(executor.map(put, [manager.Queue(), manager.Queue()], [1, 2])) == [1, 1]
+        gc.collect()
+        assert eventually(lambda: manager._number_of_objects() == 0)  # type: ignore[attr-defined]

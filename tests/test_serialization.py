@@ -837,6 +837,43 @@ def test_other_names_of_what_was_sent(script: Script, body: str) -> None:
     )
 
 
+def test_changes_of_large_containers_are_seen(script: Script) -> None:
+    script("""
+        from zmqexecutor import ZmqExecutor
+        table = {f"word{n}": n for n in range(5000)}
+        items = [str(n) for n in range(5000)]
+        members = set(range(5000))
+        pairs = {n: (n, str(n)) for n in range(5000)}
+        mixed = [[n] for n in range(100)]
+        frozen = tuple(range(5000))
+        def look():
+            values = table["word1"], items[1], 1 in members, pairs[1], mixed[1], frozen[-1]
+            return values, list(table)[-1], len(items)
+        changes = [
+            lambda: table.update(word1=True),
+            lambda: table.update(word1=1.0),
+            lambda: table.update(word1=1),
+            lambda: table.update(word1=table.pop("word1")),
+            lambda: items.__setitem__(1, "other"),
+            lambda: items.append("last"),
+            lambda: items.pop(),
+            lambda: members.discard(1),
+            lambda: members.add(1),
+            lambda: pairs.update({1: (1, True)}),
+            lambda: pairs.update({1: [1]}),
+            lambda: pairs[1].append(2),
+            lambda: mixed[1].append(2),
+            lambda: globals().update(frozen=frozen + (1,)),
+        ]
+        with ZmqExecutor(1) as executor:
+            for change in [lambda: None, *changes]:
+                change()
+                for _ in range(3):
+                    seen = executor.submit(look).result()
+                    assert (repr(seen), seen) == (repr(look()), look())
+    """)
+
+
 def test_a_dictionary_that_is_filled_meanwhile(script: Script) -> None:
     script("""
         import threading

@@ -178,6 +178,9 @@ class Pool:
         except SerializationError as error:
             future.set_exception(error)
             return future
+        if call.proxies:
+            held = list(call.proxies)
+            future.add_done_callback(lambda _: held.clear())
         task = Task(
             kind=call.shared.key,
             size=len(call.data) if not call.buffers else call.nbytes,

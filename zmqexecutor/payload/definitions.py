@@ -91,6 +91,8 @@ class _Piece(NamedTuple):
     """What the payload names, if it is too large to be there itself."""
     inlined: frozenset[int] = frozenset()
     """See `DefinitionPickler`."""
+    proxies: tuple[object, ...] = ()
+    """See `ArgumentPickler`."""
 
 
 class Definition(NamedTuple):
@@ -103,6 +105,8 @@ class Definition(NamedTuple):
     """Large parts of it."""
     bulk: Bulk | None = None
     """The callable itself, if it is one of them."""
+    proxies: tuple[object, ...] = ()
+    """What of the callable must be alive; see `ArgumentPickler`."""
 
 
 class _Known(NamedTuple):
@@ -161,7 +165,7 @@ class Definitions:
         if old is not None and old.shared.key == new.shared.key:
             new = new._replace(shared=old.shared)  # one copy of it is enough
         # Without a proof it is made anew next time, and what was large may be gone by then.
-        self._keep(func, keys, new if new.proof else new._replace(shares=()))
+        self._keep(func, keys, new if new.proof else new._replace(shares=(), proxies=()))
         return new
 
     def clear(self) -> None:
@@ -217,11 +221,11 @@ class Definitions:
         function = pickle.dumps((entries, *root.payload), 5)
         shared = Shared(function_id, function)
         if not again and key is None:
-            return Definition(shared, None, shares, root.bulk)
+            return Definition(shared, None, shares, root.bulk, root.proxies)
         proofs = [piece.proof for piece in (root, *pieces.values())]
         proven = [proof for proof in proofs if proof is not None]
         proof = Proof.union(proven) if len(proven) == len(proofs) else None
-        return Definition(shared, proof, shares, root.bulk)
+        return Definition(shared, proof, shares, root.bulk, root.proxies)
 
     def _closure(self, root: _Piece, keys: frozenset[Key]) -> dict[Key, _Piece]:
         """Return all entries that can be reached."""
@@ -429,6 +433,8 @@ def _make_piece(
     inlined = frozenset(pickler.inlined)
     digest = _digest(*payload)
     piece = _Piece(payload, digest, refs, names, is_class(value), proof, inlined=inlined)
+    if pickler.proxies:
+        piece = piece._replace(proxies=pickler.take_proxies())
     return piece, data, views
 
 

@@ -119,8 +119,11 @@ class ValuePickler(pickle.Pickler, ABC):
             return self._share(obj)
         else:
             reduced = reducers.reduce(obj)
-            if reduced is NotImplemented and reducers.is_ordinary(kind):
-                self.ordinary.add(kind)
+            if reduced is NotImplemented:
+                if reducers.is_ordinary(kind):
+                    self.ordinary.add(kind)
+                elif reducers.is_proxy(kind):
+                    self._hold(obj)
             return reduced
         self.by_value = True
         reference = self.reference(obj)
@@ -129,6 +132,9 @@ class ValuePickler(pickle.Pickler, ABC):
     @abstractmethod
     def reference(self, obj: Any) -> Reduced | None:
         """Return a reference to the entry this object is, or None if it is none."""
+
+    def _hold(self, _proxy: object) -> None:
+        pass
 
     def _share(self, _handle: SharedObject[Any]) -> Reduced:
         return NotImplemented  # so that it tells itself where it may be
@@ -188,6 +194,7 @@ class ArgumentPickler(ValuePickler):
 
     Attributes:
         shares: what the handles in the pickle stand for, by key.
+        proxies: of multiprocessing's managers, without which the pickle is of no use.
     """
 
     _keys: dict[int, Key] | None = None
@@ -199,12 +206,22 @@ class ArgumentPickler(ValuePickler):
     ) -> None:
         super().__init__(file, buffer_callback)
         self.shares: dict[bytes, Share] = {}
+        self.proxies: list[object] = []
 
     def take_shares(self) -> tuple[Share, ...]:
         """Return the shares that were met, and forget them."""
         shares = tuple(self.shares.values())
         self.shares.clear()
         return shares
+
+    def take_proxies(self) -> tuple[object, ...]:
+        """Return the proxies that were met, and forget them."""
+        proxies = tuple(self.proxies)
+        self.proxies.clear()
+        return proxies
+
+    def _hold(self, proxy: object) -> None:
+        self.proxies.append(proxy)
 
     def _share(self, handle: SharedObject[Any]) -> Reduced:
         share = handle._share

@@ -29,6 +29,7 @@ __all__ = [
     "REDUCERS",
     "SINGLEDISPATCH_CODE",
     "is_ordinary",
+    "is_proxy",
     "is_registered",
     "reduce",
     "reduce_lru_cache",
@@ -250,8 +251,14 @@ def reduce(obj: Any) -> Reduced:
 
 
 def is_ordinary(kind: type) -> bool:
-    """Whether `reduce` leaves all instances of this class to pickle."""
-    return reducer_of(kind) is None and kind not in known_kinds()
+    """Whether all instances of this class are left to pickle."""
+    return reducer_of(kind) is None and kind not in known_kinds() and not is_proxy(kind)
+
+
+def is_proxy(kind: type) -> bool:
+    """Whether instances stand for what a multiprocessing's manager has while they are alive."""
+    managers = sys.modules.get("multiprocessing.managers")
+    return managers is not None and issubclass(kind, managers.BaseProxy)
 
 
 def is_registered(kind: type) -> bool:

@@ -85,6 +85,8 @@ class Call(msgspec.Struct, frozen=True):
     lease: Lease | None = None
     shares: tuple[Share, ...] = ()
     """Shared objects that it uses, which `CallRunner.load_share` has to know."""
+    proxies: tuple[object, ...] = ()
+    """Arguments that must be alive until it is done: a manager forgets what none refers to."""
 
     @property
     def nbytes(self) -> int:
@@ -109,6 +111,7 @@ class _Arguments(msgspec.Struct, frozen=True):
     lease: Lease | None = None
     keys: frozenset[Key] = NO_KEYS
     shares: tuple[Share, ...] = ()
+    proxies: tuple[object, ...] = ()
 
 
 # ------------------------------------------------------------------- the parent
@@ -176,7 +179,14 @@ class CallPickler:
                 self._check_pool(used)
             if definition.shares:
                 used = (*used, *definition.shares)
-            return Call(definition.shared, arguments.data, arguments.buffers, arguments.lease, used)
+            return Call(
+                definition.shared,
+                arguments.data,
+                arguments.buffers,
+                arguments.lease,
+                used,
+                arguments.proxies + definition.proxies,
+            )
         raise failure
 
     def clear(self) -> None:
@@ -194,11 +204,12 @@ class CallPickler:
         except IndexError:
             pickler = ReusedPickler(ArgumentPickler, OUT_OF_BAND, self._snapshots)
         packed = pickler.dumps((args, kwargs), self.packer.segments)
+        proxies = pickler.pickler.take_proxies() if pickler.pickler.proxies else ()
         keys = pickler.take_keys()
         used = pickler.pickler.take_shares() if pickler.pickler.shares else ()
         if pickler.reusable:
             self._spare.append(pickler)
-        return _Arguments(packed.data, packed.buffers, packed.lease, keys, used)
+        return _Arguments(packed.data, packed.buffers, packed.lease, keys, used, proxies)
 
     def dump_share(self, obj: object) -> Share:
         """Pickle an object for many calls. Later changes of it do not count.
