@@ -172,7 +172,10 @@ class Unfriendly:
 
 
 class ClosedError(Exception):
-    """Cannot be unpickled, as so many: its arguments are not those of __init__."""
+    """Cannot be unpickled: its arguments are not those of __new__."""
+
+    def __new__(cls, code: int, why: str) -> ClosedError:
+        return super().__new__(cls, code, why)
 
     def __init__(self, code: int, why: str) -> None:
         super().__init__(f"{code}: {why}")
@@ -835,6 +838,43 @@ def test_other_names_of_what_was_sent(script: Script, body: str) -> None:
         "current, counter = None, Counter()\n"
         "with Worker() as w:\n" + textwrap.indent(textwrap.dedent(body), "    ")
     )
+
+
+def test_a_callable_that_is_dropped_is_not_kept(script: Script) -> None:
+    script("""
+        import functools, gc, weakref
+        from harness import Worker
+        class Call:
+            def __init__(self, items):
+                self.items = items
+                self.size = lambda: len(self.items)
+                self.me = self
+            def __call__(self):
+                return len(self.items)
+        class Held: pass
+        def of_partial(items):
+            return functools.partial(len, items)
+        def of_closure(items):
+            return lambda: len(items)
+        def of_instance(items):
+            return Call(items)
+        def of_attribute(items):
+            return Call(items).size
+        def check(w, make):
+            items = [[n] for n in range(100)]
+            held = Held()
+            items.append(held)
+            task = make(items)
+            assert [w.call(task) for _ in range(4)] == [101] * 4
+            items.append(0)
+            assert w.call(task) == 102
+            return weakref.ref(held)
+        with Worker() as w:
+            for make in (of_partial, of_closure, of_instance, of_attribute):
+                ref = check(w, make)
+                gc.collect()
+                assert ref() is None, make
+    """)
 
 
 def test_changes_of_large_containers_are_seen(script: Script) -> None:

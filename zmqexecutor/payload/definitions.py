@@ -420,7 +420,7 @@ def _make_piece(
 ) -> tuple[_Piece, bytes, list[memoryview]]:
     """A piece, without its payload if that is bulk: then it follows, with its buffers."""
     # The proof comes first: what changes after it is seen at the next call.
-    proof = prove(value) if proven else None
+    proof = prove(value, weakly=key is None) if proven else None
     pickler = DefinitionPickler(key)
     payload = pickler.dumps(value)
     refs = frozenset(pickler.refs)

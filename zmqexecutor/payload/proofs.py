@@ -193,6 +193,11 @@ def _many_constants(value: Any) -> Check | None:
     return functools.partial(_has_items, live, items)
 
 
+def _has_children_still(read: Read, ref: Callable[[], Any], ids: list[int]) -> bool:
+    source = ref()
+    return source is not None and _has_children(read, source, ids)
+
+
 def _is_imported(module: str, name: str, ident: int) -> bool:
     return id(getattr(sys.modules[module], name)) == ident
 
@@ -394,10 +399,15 @@ def _may_be_kept(value: object) -> bool:
     return type(value) is not types.FunctionType and not is_class(value)
 
 
-def prove(value: object) -> Proof | None:
-    """Write down what a pickle of this captures, or return None if it cannot be known."""
+def prove(value: object, *, weakly: bool = False) -> Proof | None:
+    """Write down what a pickle of this captures, or return None if it cannot be known.
+
+    Args:
+        value: what is pickled.
+        weakly: whether the proof must not keep it alive, if it is no constant.
+    """
     try:
-        return _Prover(value).proof
+        return _Prover(value, value if weakly else MISSING).proof
     except Exception:  # Unprovable, or something odd that no proof should rest on
         return None
 
@@ -405,8 +415,9 @@ def prove(value: object) -> Proof | None:
 class _Prover:
     """Walks through what a pickle would capture."""
 
-    def __init__(self, value: object) -> None:
+    def __init__(self, value: object, weak: object) -> None:
         self.proof = Proof()
+        self._weak = weak
         self._children = 0
         self._bytes = 0  # of arrays
         self._todo = [value]
@@ -415,9 +426,12 @@ class _Prover:
             self._visit(self._todo.pop())
 
     def _visit(self, value: Any) -> None:
-        if _may_be_kept(value):
-            self.proof._keep.append(value)
         kind = type(value)
+        if value is self._weak:
+            if id(value) in self._seen and self._keeps_more_than_atoms():
+                raise Unprovable  # what is kept leads to it, and would keep it alive
+        elif _may_be_kept(value):
+            self.proof._keep.append(value)
         if kind in _ATOMS:
             owner = getattr(value, "__self__", None)
             if owner is not None and not isinstance(owner, (types.ModuleType, type)):
@@ -471,11 +485,20 @@ class _Prover:
             _has_contents, ref, _form(value), value.tobytes("A")
         )
 
+    def _keeps_more_than_atoms(self) -> bool:
+        return any(
+            type(kept) not in _ATOMS and not isinstance(kept, types.ModuleType)
+            for kept in self.proof._keep
+        )
+
     def _check(self, read: Read, source: Any, children: Iterable[object] | None = None) -> None:
         found = list(read(source))
         self._count(found)
         ids = [*map(id, found)]
-        self.proof.checks[read, id(source)] = functools.partial(_has_children, read, source, ids)
+        check = functools.partial(_has_children, read, source, ids)
+        if source is self._weak:
+            check = functools.partial(_has_children_still, read, weakref.ref(source), ids)
+        self.proof.checks[read, id(source)] = check
         self._todo += found if children is None else children
 
     def _count(self, children: Sized) -> None:
