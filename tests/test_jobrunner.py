@@ -38,11 +38,13 @@ WORKER = """
             raise ZeroDivisionError("in the target")
         if data == "die":
             os._exit(9)
-        if isinstance(data, str) and data.startswith("fork"):
+        if isinstance(data, str) and data.startswith(("fork", "leave a fork")):
             if os.fork():
-                os._exit(9)
+                if data.startswith("fork"):
+                    os._exit(9)
+                return str(os.getpid())
             os.close(1)
-            while os.path.exists(data.split()[1]):
+            while os.path.exists(data.split()[-1]):
                 time.sleep(0.02)
             os._exit(0)
         if data == "wrong":
@@ -187,6 +189,27 @@ def test_a_worker_whose_connection_outlives_it(
             with pytest.raises(WorkerLostError, match="job 'a'"):
                 runner.execute("a", f"fork {alive}", 20)
             assert eventually(lambda: len(runner.workers) == 0)
+    finally:
+        alive.unlink()
+
+
+def test_an_idle_worker_that_is_dead_is_sent_nothing_although_its_connection_is_there(
+    tmp_path: Path,
+    endpoint: str,
+    start_worker: StartWorker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(roster, "LAST_WORDS", 1000.0)
+    for _ in range(2):
+        start_worker(endpoint)
+    alive = tmp_path / "alive"
+    alive.touch()
+    try:
+        with running(endpoint, workers=2) as runner:
+            pid = runner.execute("a", f"leave a fork {alive}", 20)
+            os.kill(int(pid), signal.SIGKILL)
+            assert eventually(lambda: len(runner.workers) == 1)
+            assert runner.execute("b", "pid", 20) != pid
     finally:
         alive.unlink()
 

@@ -113,7 +113,7 @@ class Coordinator:
             give_up=self._give_up,
         )
         lost_after = min(entrance.lost_after for entrance in options.entrances)
-        self.roster = Roster(lost_after * PINGED_AFTER, self.fleet, self.lose)
+        self.roster = Roster(lost_after * PINGED_AFTER, self.fleet, self.lose, self._drain)
         self._dispatcher = Dispatcher(
             self.roster,
             self.fleet,
@@ -441,9 +441,12 @@ class Coordinator:
             task.doomed = True
             self._stops.end(peer, time.monotonic())
 
-    def _kill_worker(self, peer: Peer) -> None:
+    def _drain(self, peer: Peer) -> None:
         if peer.state:
-            self._scheduler.drain(peer.state)  # until it is dead, it may look idle
+            self._scheduler.drain(peer.state)
+
+    def _kill_worker(self, peer: Peer) -> None:
+        self._drain(peer)  # until it is dead, it may look idle
         self.roster.kill(peer)
 
     def _give_up(self, peer: Peer) -> None:

@@ -137,9 +137,13 @@ class Peer:
             self.done,
         )
 
+    @property
+    def holding(self) -> bool:
+        """Whether it has been sent a job that it has not answered."""
+        return self.state is not None and bool(self.state.held)
+
     def _is_busy(self) -> bool:
-        held = self.state.held if self.state else None
-        return bool(held) or self.offered.get("task") is not None
+        return self.holding or self.offered.get("task") is not None
 
     def tell(self, message: ControlFromMaster) -> bool:
         """Send a control message; False if there is no way to it."""

@@ -50,6 +50,7 @@ class Roster:
         ping_interval: float,
         fleet: Fleet,
         lose: Callable[[Peer, int | None], None],
+        drain: Callable[[Peer], None],
     ) -> None:
         """Begin without any worker.
 
@@ -58,10 +59,12 @@ class Roster:
             fleet: the group, for entrances that let only its processes in.
             lose: called with a worker that is gone, and the job that it was running, if
                 that is known; it calls `remove`.
+            drain: called with a worker that is to be sent no more jobs.
         """
         self._ping_interval = ping_interval
         self._fleet = fleet
         self._lose = lose
+        self._drain = drain
         self._deaths = DeathWatch()
         self._peers: dict[bytes, Peer] = {}
         self._by_pid: dict[int, set[Peer]] = {}  # threads of one process may be workers
@@ -259,13 +262,14 @@ class Roster:
             self._lose(peer, None)
         else:
             now = time.monotonic()
+            self._drain(peer)  # it still looks idle, or would when its result has come
             self._leaving.setdefault(peer, now)
             self.see_off(now)
 
     def see_off(self, now: float) -> None:
-        """Lose those that are gone, when all that they have sent is read."""
+        """Lose those that are gone, when nothing is to be expected or all of it is read."""
         for peer, since in list(self._leaving.items()):
-            if now - since >= LAST_WORDS or peer.heard_out():
+            if not peer.holding or now - since >= LAST_WORDS or peer.heard_out():
                 self._lose(peer, None)
         self.next_look = None
         if self._leaving:
