@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
 import signal
@@ -10,14 +11,18 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from zmqexecutor import WorkerLostError, ZmqExecutor
+from zmqexecutor.master import roster
 from zmqexecutor.system import directories
 
+from ..conftest import alive, eventually
 from .processes import PATIENCE, Diary, Pool
 
 LONG = bool(os.environ.get("ZMQEXECUTOR_TEST_LONG"))
@@ -106,6 +111,35 @@ def test_many_deaths_by_chance(tmp_path: Path) -> None:
         i * i for i in range(tasks) if i not in chosen
     ]
     assert diary.runs() == Counter(range(tasks))
+
+
+def leave_a_thread() -> int:
+    threading.Thread(target=time.sleep, args=(1000,), daemon=False).start()
+    return os.getpid()
+
+
+def hang_at_exit() -> int:
+    atexit.register(time.sleep, 1000)
+    return os.getpid()
+
+
+@pytest.mark.parametrize("task", [leave_a_thread, hang_at_exit])
+@pytest.mark.parametrize("limit", [{"max_tasks_per_child": 1}, {"max_worker_memory": 1}], ids=str)
+def test_a_worker_that_retires_and_does_not_end(
+    monkeypatch: pytest.MonkeyPatch, task: Callable[[], int], limit: dict[str, Any]
+) -> None:
+    """It is killed, and its successor has its place."""
+    monkeypatch.setattr(roster, "WAIT_FOR_EXIT", 0.2)
+    with ZmqExecutor(1, **limit) as executor:
+        pids: set[int] = set()
+
+        def replaced() -> bool:
+            pids.add(executor.submit(task).result(PATIENCE))
+            return len(pids) == 4
+
+        assert eventually(replaced, PATIENCE)
+        executor.kill_workers()
+    assert eventually(lambda: not any(map(alive, pids)))
 
 
 @pytest.mark.skipif(not LONG, reason="takes half a minute; see test_security for the cause")

@@ -175,6 +175,7 @@ class Coordinator:
                 self._retries.next_deadline(),
                 self.roster.next_ping,
                 self.roster.next_look,
+                self.roster.next_kill,
                 self._segments.trim_at if self._segments else None,
             )
             if deadline is not None
@@ -192,6 +193,8 @@ class Coordinator:
             self.roster.ping(now)
         if self.roster.next_look is not None and self.roster.next_look <= now:
             self.roster.see_off(now)
+        if self.roster.next_kill is not None and self.roster.next_kill <= now:
+            self.roster.kill_overdue(now)
         trim_at = self._segments.trim_at if self._segments else None
         if self._segments and trim_at is not None and trim_at <= now:
             self._segments.trim()

@@ -76,6 +76,7 @@ class Dispatcher:
         elif isinstance(decision, Retire):
             if (peer := self._roster.get(decision.worker.key)) is not None:
                 peer.tell(protocol.Drain())
+                self._roster.should_end(peer)
         elif isinstance(decision, Scale):
             self._fleet.scale(decision.workers)
         elif isinstance(decision, Expire):

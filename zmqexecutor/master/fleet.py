@@ -35,7 +35,7 @@ SPARE_DESCRIPTORS: Final = 4
 LOOK_FOR_DESCRIPTORS: Final = 0.5
 """Seconds between two looks for file descriptors, while there are too few."""
 WAIT_FOR_EXIT: Final = 5.0
-"""Seconds that idle workers have at shutdown for their exit handlers."""
+"""Seconds that workers have for their exit handlers, when they retire and at shutdown."""
 
 
 class Group(Protocol):

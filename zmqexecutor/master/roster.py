@@ -18,7 +18,7 @@ from ..wire.journal import JournalReader
 from ..wire.protocol import makes_calls
 from ..wire.shortcuts import Post
 from .channels import Channels
-from .fleet import Fleet
+from .fleet import WAIT_FOR_EXIT, Fleet
 from .peers import DeathWatch, Peer
 
 __all__ = ["Roster"]
@@ -73,10 +73,17 @@ class Roster:
         self._unwatched: OrderedDict[bytes, Peer] = OrderedDict()
         self._hurried = 0  # how many of them are to be pinged soon
         self._leaving: dict[Peer, float] = {}  # gone, and since when
+        # Processes of the group that should end by themselves, and when they are killed:
+        self._outgoing: dict[int, float] = {}
         self.next_ping: float | None = None
         """When `ping` must be called."""
         self.next_look: float | None = None
         """When `see_off` must be called."""
+
+    @property
+    def next_kill(self) -> float | None:
+        """When `kill_overdue` must be called."""
+        return next(iter(self._outgoing.values()), None)  # all have equally long
 
     def __iter__(self) -> Iterator[Peer]:
         """Those there are now, whatever becomes of them meanwhile."""
@@ -155,6 +162,7 @@ class Roster:
                 raise ProtocolError(f"workpoint {hello.workpoint!r}: {error}") from None
         if local:
             self._by_pid.setdefault(hello.pid, set()).add(peer)
+            self._outgoing.pop(hello.pid, None)  # it had only lost its connection
             if not self._deaths.add(hello.pid):
                 self._lose(peer, None)
                 return
@@ -231,15 +239,38 @@ class Roster:
         """Strike off a worker that is lost."""
         del self._peers[peer.identity]
         self._unwatched.pop(peer.identity, None)
-        self._leaving.pop(peer, None)
+        if self._leaving.pop(peer, None) is None:
+            self.should_end(peer)
         pid = peer.hello.pid
         namesakes = self._by_pid.get(pid, set())
         namesakes.discard(peer)
-        if not namesakes and self._by_pid.pop(pid, None) is not None:
+        if not namesakes and self._by_pid.pop(pid, None) is not None and pid not in self._outgoing:
             self._deaths.remove(pid)
         if peer.hello.workpoint is not None:
             del self._by_workpoint[peer.hello.workpoint]
             peer.channels.disconnect(peer.hello.workpoint)
+
+    def should_end(self, peer: Peer) -> None:
+        """A worker leaves. If it is the group's, its process is killed if that does not end.
+
+        It would hold the place of its successor: a thread that a task has left, or an exit
+        handler, may keep it for ever.
+        """
+        pid, deaths = peer.hello.pid, self._deaths
+        if peer.grouped and (deaths.watches(pid) or deaths.fileno() == -1):  # not dead already
+            self._outgoing.setdefault(pid, time.monotonic() + WAIT_FOR_EXIT)
+
+    def kill_overdue(self, now: float) -> None:
+        """Kill the processes that should have ended."""
+        for pid in [pid for pid, due in self._outgoing.items() if due <= now]:
+            del self._outgoing[pid]
+            logger.warning(
+                "worker %d is killed: it was to leave and has not ended within %g s; what may "
+                "keep it is a thread that a task has left, or an exit handler",
+                pid,
+                WAIT_FOR_EXIT,
+            )
+            self._deaths.kill(pid)
 
     def fileno(self) -> int:
         """The descriptor that is readable when `read_deaths` has something to do, or -1."""
@@ -255,6 +286,7 @@ class Roster:
         """A process of this machine has died."""
         for peer in self.of_process(pid):
             self._part(peer)
+        self._outgoing.pop(pid, None)
 
     def _part(self, peer: Peer) -> None:
         """It is gone. Unless it has a journal, its last result may still be on its way."""
@@ -282,6 +314,7 @@ class Roster:
             for peer in self:
                 if peer.grouped:
                     self._lose(peer, None)
+            self._outgoing.clear()  # nobody would tell when these ids are others'
 
     def kill(self, peer: Peer) -> None:
         """End a worker's process, wherever that is, with the job that it runs.
