@@ -27,6 +27,7 @@ from zmqexecutor import (
     WorkerLostError,
     ZmqExecutor,
 )
+from zmqexecutor.master import stops
 
 from .conftest import alive, eventually
 
@@ -124,6 +125,25 @@ def test_a_task_that_holds_the_interpreter_is_ended_too(executor: ZmqExecutor) -
     with pytest.raises(TaskTimeoutError) as caught:
         executor.options(timeout=0.2).submit(hold).result(30)
     assert caught.value.stack == ""
+
+
+def test_a_task_with_a_limit_that_a_stopped_worker_does_not_begin_runs_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stops, "SILENT", 1.0)
+    with ZmqExecutor(1) as executor:
+        stopped = executor.submit(own_pid).result(60)
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            limited = executor.options(timeout=1.0)
+            # A directory can be made once. The next worker has nothing to import for that.
+            tasks = [limited.submit(os.mkdir, f"{tmp_path}/{number}") for number in range(3)]
+            assert not wait(tasks, 60).not_done
+            assert [task.exception() for task in tasks] == [None] * 3
+        finally:
+            if alive(stopped):
+                os.kill(stopped, signal.SIGKILL)
+        assert executor.submit(own_pid).result(60) != stopped
 
 
 def test_short_tasks_with_limits_run_undisturbed(executor: ZmqExecutor) -> None:

@@ -12,8 +12,9 @@ import pytest
 from zmqexecutor.master.channels import Channels
 from zmqexecutor.master.lean import LeanFuture
 from zmqexecutor.master.peers import Peer
+from zmqexecutor.master.recalls import SETTLE
 from zmqexecutor.master.scheduler import Scheduler, Send
-from zmqexecutor.master.stops import STACK_WAIT, Stops
+from zmqexecutor.master.stops import SILENT, STACK_WAIT, Stops
 from zmqexecutor.master.tasks import Task, TaskOptions
 from zmqexecutor.wire.journal import JournalReader, JournalWriter
 from zmqexecutor.wire.protocol import Hello, Result
@@ -32,9 +33,10 @@ class World:
         self.scheduler: Scheduler[Task] = Scheduler()
         self.peer.state = self.scheduler.worker_ready(b"w", 0.0)
         self.killed: list[Peer] = []
+        self.asked: list[Peer] = []
         self.stops = Stops(
             read_journal=lambda _: None,
-            ask_stack=lambda _: None,
+            ask_stack=self.asked.append,
             recall=lambda _: None,
             kill=self.killed.append,
             give_up=lambda _: None,
@@ -48,10 +50,11 @@ class World:
         assert isinstance(decision, Send)
         self.stops.sent(self.peer, tasks, 0.0)
 
-    def finish(self, task: Task) -> None:
+    def finish(self, task: Task, now: float = 0.0) -> None:
         assert self.peer.state is not None
         self.peer.finished = task.seq
-        self.scheduler.results(self.peer.state, [Result(task.seq, True, b"", seconds=0.1)], 0.0)
+        result = Result(task.seq, True, b"", seconds=0.1)
+        self.scheduler.results(self.peer.state, [result], now)
 
 
 @pytest.fixture
@@ -134,6 +137,70 @@ def test_the_time_that_a_worker_stood_still_before_a_task_does_not_count(world: 
     world.stops.check(now + 0.2)
     world.stops.check(now + 0.2 + STACK_WAIT)
     assert world.killed == [world.peer]
+
+
+def test_a_worker_that_begins_nothing_and_does_not_answer_is_killed_and_nothing_is_lost(
+    world: World,
+) -> None:
+    task = make_task(1.5)
+    world.send(task)
+    world.stops.check(1.5)
+    assert world.asked == [world.peer]
+    world.stops.check(1.5 + SILENT)
+    assert world.killed == []
+    world.stops.check(1.5 + SILENT + SETTLE)
+    assert world.killed == [world.peer]
+    # It comes to the task at this very moment: it has to wait, also between the two words.
+    assert not world.writer.start(task.seq, 12.0)
+    assert world.peer.last_run() == 0
+    world.writer.wait_with(task.seq)
+    assert world.peer.last_run() == 0
+
+
+def test_a_worker_that_comes_to_its_task_when_it_is_about_to_be_killed_for_its_silence(
+    world: World,
+) -> None:
+    task = make_task(1.5)
+    world.send(task)
+    world.stops.check(1.5)
+    now = 1.5 + SILENT
+    world.stops.check(now)
+    assert not world.writer.start(task.seq, now)
+    world.writer.wait_with(task.seq)
+    world.stops.check(now + SETTLE)
+    assert world.killed == []
+    assert world.writer.may_start(task.seq)
+    world.writer.wait_with(0)
+    world.stops.check(now + 1.5)
+    world.stops.check(now + 1.5 + STACK_WAIT)
+    assert world.killed == [world.peer]
+    assert world.peer.last_run() == task.seq
+
+
+def test_a_worker_that_takes_long_to_begin_and_answers_is_not_killed(world: World) -> None:
+    task = make_task(0.01)
+    world.send(task)
+    now = 0.0
+    while now < 10 * SILENT:
+        asked = len(world.asked)
+        now = world.stops.next_deadline() or 0.0
+        world.stops.check(now)
+        if len(world.asked) > asked:
+            world.stops.on_stack(world.peer, "in an import", now + 0.5)
+    assert 0 < len(world.asked) <= 10 * SILENT / STACK_WAIT
+    assert world.killed == []
+
+
+def test_a_worker_whose_task_waits_behind_a_long_one_is_not_asked(world: World) -> None:
+    long, behind = make_task(), make_task(0.5)
+    world.send(long, behind)
+    assert world.writer.start(long.seq, 0.0)
+    for tenths in range(1000):
+        world.stops.check(tenths / 10)
+    assert world.asked == []
+    world.finish(long, 100.0)
+    world.stops.check(100.1)
+    assert world.asked == []
 
 
 def test_looks_at_workers_that_are_gone_do_not_pile_up(world: World) -> None:

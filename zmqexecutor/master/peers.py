@@ -65,15 +65,17 @@ class WorkerInfo:
 class Stop:
     """A task that is being ended, by killing its worker; see `stops`."""
 
-    __slots__ = ("killed", "look_at", "ran", "seq", "stack", "task")
+    __slots__ = ("begun", "killed", "look_at", "ran", "seq", "stack", "task")
 
-    def __init__(self, task: Task, ran: float, look_at: float) -> None:
+    def __init__(self, task: Task, ran: float, look_at: float, *, begun: bool = True) -> None:
         self.task = task
         self.seq = task.seq
         """Its number at this worker; if it fails and is tried again, it gets another."""
         self.ran = ran
         self.look_at = look_at
         self.stack = ""
+        self.begun = begun
+        """Whether the worker runs it. If it does not begin, that is to run elsewhere."""
         self.killed = False
 
 
@@ -111,6 +113,10 @@ class Peer:
         """When `stops` looks at it next."""
         self.offered: Mapping[str, object] = {}
         """Has, as "task", what a thread sends it, of which the master does not know yet."""
+        self.asked_at = 0.0
+        """When it was asked last whether it is there."""
+        self.heard_at = 0.0
+        """When it last answered such a question."""
         self.stop: Stop | None = None
         """The task for which it is about to be killed."""
 
@@ -255,8 +261,8 @@ class Peer:
         if not self.journal.begun:
             return 0
         running = self.journal.running
-        if self.stop and self.stop.killed and self.stop.seq != running:
-            return 0  # noted, but not begun: when it was killed, the other still ran
+        if self.stop and self.stop.killed and not (self.stop.begun and self.stop.seq == running):
+            return 0  # noted, but not begun: when it was killed, another still ran, or none
         return running
 
     def received(self, position: int) -> None:

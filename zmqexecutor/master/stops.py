@@ -10,6 +10,10 @@ worker is first told, through its journal, to start nothing after this task:
       │                                                          no: let it go on
       └─ not there yet: look again when it may be
 
+A worker that does not begin with what it was sent, since it is stopped for example, would let
+a task with a time limit wait for ever. If it does not answer for ten seconds either, it is
+condemned and killed in the same way; what it held runs elsewhere.
+
 The death itself is noticed as any other. `why_ended` then tells what the task's
 future gets in the place of a WorkerLostError.
 """
@@ -34,6 +38,12 @@ RETRY: Final = 0.005
 """Seconds until the next look at a task that should end and has not been started."""
 STALE_KEPT: Final = 64
 """Looks that nobody waits for, but that may stay until they are due."""
+SILENT: Final = 10.0
+"""Seconds after which a worker that has begun nothing and does not answer is killed.
+
+One that only takes long to begin, as it imports what the task needs, answers, unless
+it holds the interpreter's lock in native code for so long.
+"""
 UNKILLABLE: Final = 5.0
 """Seconds that the kernel has to end a killed process."""
 
@@ -80,6 +90,7 @@ class Stops:
 
     def on_stack(self, peer: Peer, text: str, now: float) -> None:
         """A worker has told where it is."""
+        peer.heard_at = now
         if peer.stop is not None and not peer.stop.killed:
             peer.stop.stack = text
             peer.stop.look_at = now + SETTLE
@@ -160,6 +171,27 @@ class Stops:
         if unstarted:
             self._recall(peer)
             self._look_at(peer, now + RETRY)
+        if peer.state.held and running not in peer.state.held:
+            self._look_at_silent(peer, now)
+
+    def _look_at_silent(self, peer: Peer, now: float) -> None:
+        """A worker has not begun with what it holds: if that has a time limit, is it there?"""
+        assert peer.state is not None
+        task = next(iter(peer.state.held.values()))[0]
+        if task.options.timeout is None or task.doomed:
+            return
+        since = max(peer.state.progress, peer.heard_at)
+        due = since + max(task.options.timeout, STACK_WAIT)
+        if due <= now:
+            if peer.asked_at <= since:
+                peer.asked_at = now
+                self._ask_stack(peer)
+            due = peer.asked_at + SILENT
+        if due <= now:
+            peer.stop = Stop(task, 0.0, now + SETTLE, begun=False)
+            peer.condemn(peer.stop.seq)
+            due = peer.stop.look_at
+        self._look_at(peer, due)
 
     def _begin(self, peer: Peer, task: Task, ran: float, now: float) -> None:
         wait = SETTLE
@@ -186,11 +218,13 @@ class Stops:
             self._look(peer, now)
 
     def _is_in(self, peer: Peer, stop: Stop, now: float) -> bool:
-        """Whether the worker still runs the task, for too long or unwanted."""
+        """Whether the worker still runs the task, for too long or unwanted; or is still silent."""
         self._read_journal(peer)
         if peer.state is None or stop.seq not in peer.state.held or stop.seq <= peer.finished:
             return False
         running, started = peer.running()
+        if not stop.begun:
+            return running not in peer.state.held and peer.heard_at < peer.asked_at
         if running != stop.seq:
             return False
         # Its start is looked at again: at first the worker may have stood still before it.
