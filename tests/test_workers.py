@@ -698,6 +698,33 @@ def test_all_ends_with_the_parent(mode: str, cmd: list[str]) -> None:
         assert time.monotonic() - began < 2.0 + SLACK
 
 
+def test_a_parent_that_ends_before_its_supervisor_has_listened_leaves_no_directory(
+    tmp_path: Path,
+) -> None:
+    """With a fork that holds its end of the link open."""
+    program = """
+import os, signal, sys, time
+from zmqexecutor.supervision import supervisor_process, workers
+late = "import os, time\\nwhile os.getppid() == {parent}: time.sleep(0.005)\\n"
+supervisor_process._BOOT = late + supervisor_process._BOOT
+group = workers.Workers(["sleep", "1000"], 1, directory=sys.argv[1])
+group.start()
+if child := os.fork():
+    print(child, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+os.close(1)
+time.sleep(1000)
+"""
+    directory = tmp_path / "private"
+    directory.mkdir(mode=0o700)
+    command = [sys.executable, "-c", program, str(directory)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    try:
+        until(lambda: not directory.exists())
+    finally:
+        os.kill(int(done.stdout), signal.SIGKILL)
+
+
 SLACK = float(os.environ.get("ZMQEXECUTOR_TEST_SLACK", "0"))
 """Seconds more for a promised time, on a machine that is busy with other things."""
 

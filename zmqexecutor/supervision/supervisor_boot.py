@@ -126,7 +126,10 @@ def _start_first(
 
 
 def _read_line(link: socket.socket, parent: int) -> bytes:
-    """The first line, and nothing of what follows it; empty if the parent is gone."""
+    """The first line, and nothing of what follows it; empty if the parent is gone.
+
+    What it has left is removed then.
+    """
     poll = select.poll()
     poll.register(link, select.POLLIN)
     with contextlib.ExitStack() as stack:
@@ -135,17 +138,32 @@ def _read_line(link: socket.socket, parent: int) -> bytes:
                 parents = os.pidfd_open(parent)
                 stack.callback(os.close, parents)
                 poll.register(parents, select.POLLIN)
-        if os.getppid() != parent:  # it has gone before; its forks keep our link open
-            return b""
         line = bytearray()
+        if os.getppid() != parent:  # it has gone before; its forks keep our link open
+            _clean_up(link, line)
+            return b""
         while not line.endswith(b"\n"):
             if link.fileno() not in dict(poll.poll()):
+                _clean_up(link, line)
                 return b""
             seen = link.recv(_PEEK, socket.MSG_PEEK)
             if not seen:
                 return b""
             line += link.recv(seen.find(b"\n") + 1 or len(seen))
         return bytes(line)
+
+
+def _clean_up(link: socket.socket, line: bytearray) -> None:
+    """Remove the directory of a parent that is gone, if it has come to telling us of it."""
+    import shutil  # no other supervisor needs it so early
+
+    with contextlib.suppress(BlockingIOError, ConnectionError):
+        while b"\n" not in line and (more := link.recv(_PEEK, socket.MSG_DONTWAIT)):
+            line += more
+    first, complete, _ = line.partition(b"\n")
+    if complete:
+        config = msgspec.json.decode(first, type=Configure)
+        shutil.rmtree(config.directory, ignore_errors=True)
 
 
 def _claim_link(fd: int) -> socket.socket:
