@@ -190,6 +190,20 @@ def test_a_task_that_is_lost_or_fails_leaves_no_segment(executor: ZmqExecutor) -
     assert eventually(lambda: not files(executor))
 
 
+def test_a_task_that_forks_and_comes_back_leaves_no_segment_of_the_child(
+    executor: ZmqExecutor,
+) -> None:
+    def fork_and_return() -> Any:
+        pid = os.fork()
+        if pid:
+            os.waitpid(pid, 0)
+        return np.ones(BIG)
+
+    files(executor)
+    assert executor.submit(fork_and_return).result(60).sum() == BIG
+    assert eventually(lambda: not files(executor))
+
+
 def test_cancelled_tasks_leave_no_segment(executor: ZmqExecutor) -> None:
     blockers = [executor.submit(_wait_for, 0.5) for _ in range(2)]
     waiting = [executor.submit(len, np.ones(BIG)) for _ in range(10)]

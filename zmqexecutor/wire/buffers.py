@@ -192,13 +192,15 @@ class Segments:
     def store(
         self, views: Sequence[memoryview], *, first: Sequence[bytes] = (), reused: bool = True
     ) -> Segment | None:
-        """Copy buffers into a segment; None if there is no room.
+        """Copy buffers into a segment; None if there is no room, or this is a forked child.
 
         Args:
             views: contiguous bytes.
             first: what another buffer before them is to be put together from.
             reused: whether a free segment may be taken, which may be larger.
         """
+        if os.getpid() != self._pid:
+            return None  # nobody would remove it after the child's death
         # Not at the top: it takes with it what unpickling alone does not need.
         from .protocol import Segment
 
