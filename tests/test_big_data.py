@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+import resource
 import signal
 import threading
 from pathlib import Path
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import eventually
-from zmqexecutor import WorkerLostError, ZmqExecutor
+from zmqexecutor import SerializationError, WorkerLostError, ZmqExecutor
 from zmqexecutor.wire.buffers import Segments
 from zmqexecutor.wire.journal import _END
 
@@ -253,6 +255,35 @@ def test_no_descriptor_or_mapping_leaks(executor: ZmqExecutor) -> None:
     assert after[0] <= before[0] + 2
     assert after[1] <= 1
     assert executor.submit(count).result()[1] <= 1
+
+
+def test_a_result_for_which_no_descriptor_is_left(executor: ZmqExecutor, tmp_path: Path) -> None:
+    """The error says so, and the memory is given back; also that of a result before it."""
+
+    def work(gate: Path) -> Any:
+        return np.ones(BIG) if eventually(gate.exists) else None
+
+    gate = tmp_path / "gate"
+    before = executor.submit(np.ones, 2 * BIG).result(60)
+    future = executor.submit(work, gate)
+    taken: list[int] = []
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        gate.mkdir()  # which takes no descriptor
+        error = future.exception(60)
+        del before
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert isinstance(error, SerializationError)
+    assert "Too many open files: no descriptor is left" in str(error)
+    assert "ulimit -n" in str(error)
+    assert not files(executor)
 
 
 def test_a_result_outlives_the_executor() -> None:

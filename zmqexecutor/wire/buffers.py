@@ -26,6 +26,7 @@ who made them.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import mmap
 import os
@@ -299,17 +300,33 @@ class Segments:
             segment: what another process has stored, or this one.
             readonly: views that cannot be written to.
             owned: the segment is this process's from now on, and free when the last
-                view has died.
+                view has died. If it cannot be mapped, it is removed.
 
         Returns:
             The buffers. What is written to them stays in this process.
 
         Raises:
-            OSError: it is not there.
+            OSError: it is not there, or no descriptor is left.
             ValueError: it is not as large as it should be.
         """
+        if "/" in segment.name:
+            raise FileNotFoundError(f"{segment.name!r} is not the name of a segment")
+        try:
+            return self._open(segment, readonly, owned)
+        except BaseException as error:
+            if owned:
+                self.give_back(segment.name, reusable=False)
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                raise OSError(
+                    error.errno,
+                    f"{error.strerror}: no descriptor is left for large data in shared memory; "
+                    "raise the limit (ulimit -n), or close some",
+                ) from None
+            raise
+
+    def _open(self, segment: Segment, readonly: bool, owned: bool) -> list[memoryview]:
         offsets, size = _layout(segment.sizes)
-        if "/" in segment.name or len(self._mapped) >= self._most_mapped:
+        if len(self._mapped) >= self._most_mapped:
             return self._copy(segment, offsets, owned)
         file = os.open(
             os.path.join(self._used, segment.name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -328,8 +345,6 @@ class Segments:
         ]
 
     def _copy(self, segment: Segment, offsets: Sequence[int], owned: bool) -> list[memoryview]:
-        if "/" in segment.name:
-            raise FileNotFoundError(f"{segment.name!r} is not the name of a segment")
         views = []
         with open(os.path.join(self._used, segment.name), "rb", buffering=0) as file:
             for offset, length in zip(offsets, segment.sizes, strict=True):
@@ -381,7 +396,10 @@ class Segments:
             self.on_idle()
 
     def _may_keep(self, size: int) -> bool:
-        free = os.listdir(self._free)
+        try:
+            free = os.listdir(self._free)
+        except OSError:  # no descriptor is left
+            return False
         if len(free) >= IDLE_SEGMENTS:
             return False
         return sum(map(_size, free)) + size <= self._idle_bytes
