@@ -10,7 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from zmqexecutor import (
 from zmqexecutor import pool as pool_module
 from zmqexecutor.wire import protocol
 
-from .conftest import eventually
+from .conftest import alive, eventually
 
 WORKER = """
     import sys
@@ -334,6 +334,31 @@ def test_kill_workers_ends_what_runs_elsewhere(endpoint: str, start_worker: Star
     executor.kill_workers()
     assert running.exception(60) is not None
     assert worker.wait(60) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("leads", [False, True])
+def test_what_a_task_has_started_ends_with_a_worker_that_leads_a_session(
+    endpoint: str, start_worker: Start, tmp_path: Path, leads: bool
+) -> None:
+    """In another's session it may not be the only one."""
+
+    def work(note: Path) -> None:
+        with subprocess.Popen(["sleep", "1000"], stdout=subprocess.DEVNULL) as process:
+            note.write_text(str(process.pid))
+
+    note = tmp_path / "note"
+    worker = start_worker(start_new_session=leads)
+    with ZmqExecutor(0, endpoint=endpoint) as executor:
+        running = executor.submit(work, note)
+        assert eventually(lambda: note.exists() and note.read_text(), 60)
+        pid = int(note.read_text())
+        running.kill()
+        assert worker.wait(60) == -signal.SIGKILL
+    try:
+        assert eventually(lambda: not alive(pid)) if leads else alive(pid)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 # --------------------------------------------------------------------- refusals

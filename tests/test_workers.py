@@ -416,6 +416,30 @@ def test_what_ignores_sigterm_is_killed_after_the_grace(start: Start) -> None:
     assert {e.exitcode for e in watch.group.receive() if isinstance(e, Reaped)} <= {-9}
 
 
+@pytest.mark.parametrize("with_children", [False, True])
+def test_what_a_process_has_started(start: Start, tmp_path: Path, with_children: bool) -> None:
+    """It goes on if the process has ended in time, unless it is to end too."""
+    note = tmp_path / "note"
+    code = (
+        "import os, signal, subprocess, sys\n"
+        "signal.signal(signal.SIGTERM, lambda *_: os._exit(0))\n"
+        "child = subprocess.Popen(['sleep', '1000'], stderr=subprocess.DEVNULL)\n"
+        "open('new', 'w').write(str(child.pid)); os.rename('new', 'note')\n"
+        "while True: signal.pause()"
+    )
+    watch = start([*PYTHON, code], 1, working_dir=str(tmp_path))
+    until(note.exists)
+    child = int(note.read_text())
+    watch.group.stop(with_children=with_children)
+    try:
+        if with_children:
+            until(lambda: gone(child))
+        assert gone(child) is with_children
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+
+
 def test_a_stopped_process_can_be_stopped(start: Start) -> None:
     watch = start(numprocesses=1, graceful_timeout=30.0)
     (pid,) = watch.alive(1)

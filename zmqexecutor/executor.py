@@ -282,15 +282,17 @@ class ZmqExecutor(MappingExecutor):
     def terminate_workers(self) -> None:
         """Shut down now: cancel what is queued, and end the workers by SIGTERM.
 
-        Returns at once. Tasks that were running fail with BrokenPoolError. Workers
-        that do not heed SIGTERM within seconds are killed.
+        Returns at once. Tasks that were running fail with BrokenPoolError. What they have
+        started in their process groups gets the SIGTERM too. Workers that do not heed it
+        within seconds are killed.
         """
         self._end_workers("terminate_workers")
 
     def kill_workers(self) -> None:
         """Shut down now: cancel what is queued, and end the workers by SIGKILL.
 
-        Returns at once. Tasks that were running fail with BrokenPoolError.
+        Returns at once. Tasks that were running fail with BrokenPoolError. What they have
+        started in their process groups is killed too.
         """
         self._end_workers("kill_workers", kill=True)
 

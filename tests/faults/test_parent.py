@@ -22,17 +22,20 @@ from zmqexecutor.system import directories
 from ..conftest import eventually
 
 PROGRAM = """
-import os, signal, sys, time
+import os, signal, subprocess, sys, time
 from zmqexecutor import ZmqExecutor
 
 def work(directory, number, seconds):
     open(os.path.join(directory, f"{os.getpid()} {os.getppid()}"), "w").close()
-    time.sleep(seconds)
+    if seconds:
+        subprocess.run(["sleep", seconds])
+    else:
+        time.sleep(1000)
 
 if __name__ == "__main__":
     directory, ending, seconds = sys.argv[1:]
     executor = ZmqExecutor(2)
-    futures = [executor.submit(work, directory, i, float(seconds)) for i in range(8)]
+    futures = [executor.submit(work, directory, i, seconds) for i in range(8)]
     while len(os.listdir(directory)) < 2:
         time.sleep(0.005)
     print("running", flush=True)
@@ -57,6 +60,8 @@ class Program:
         script = directory / "program.py"
         script.write_text(textwrap.dedent(PROGRAM))
         seconds = "0.1" if ending == "uncaught exception" else "1000"
+        if ending == "killed with its supervisor":
+            seconds = ""  # nobody is left who would end what the task has started
         name, _, value = self.mark.partition("=")
 
         def prepare() -> None:
@@ -136,7 +141,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     ],
 )
 def test_nothing_outlives_the_program(start: Start, ending: str, returncode: int) -> None:
-    """With tasks that run and tasks that wait."""
+    """With tasks that run, in processes of their own, and tasks that wait."""
     program = start(ending)
     if ending.startswith("SIG"):
         os.kill(program.pid, getattr(signal, ending))

@@ -6,6 +6,7 @@ import atexit
 import ctypes
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
@@ -87,6 +88,37 @@ def test_with_a_running_task_that(tmp_path: Path, way: str, task: Callable[[str]
     assert isinstance(running.exception(20), expected)
     assert all(future.done() for future in queued)
     assert eventually(lambda: not any(map(alive, [supervisor, *workers])), 20)
+
+
+def wait_for_a_subprocess(note: str) -> None:
+    with subprocess.Popen(["sleep", "1000"]) as process:
+        Path(note).write_text(str(process.pid))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_running_task_has_started_ends_with_it(tmp_path: Path, way: str) -> None:
+    executor = ZmqExecutor(2)
+    note = tmp_path / "note"
+    executor.submit(wait_for_a_subprocess, str(note))
+    assert eventually(lambda: note.exists() and note.read_text())
+    pid = int(note.read_text())
+    assert alive(pid)
+    WAYS[way](executor)
+    executor.shutdown()
+    assert eventually(lambda: not alive(pid), 20)
+
+
+def leave_a_subprocess() -> int:
+    return subprocess.Popen(["sleep", "1000"]).pid
+
+
+def test_what_a_task_has_left_running_goes_on() -> None:
+    with ZmqExecutor(2) as executor:
+        pid = executor.submit(leave_a_subprocess).result(60)
+    try:
+        assert alive(pid)
+    finally:
+        os.kill(pid, signal.SIGKILL)
 
 
 def hang_at_exit() -> int:

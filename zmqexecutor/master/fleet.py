@@ -64,8 +64,8 @@ class Group(Protocol):
     def scale(self, numprocesses: int, *, spare: bool = False) -> None:
         """Keep this many alive; `spare` leaves surplus ones to end by themselves."""
 
-    def stop(self) -> None:
-        """Stop workers and supervisor, in bounded steps."""
+    def stop(self, *, with_children: bool = False) -> None:
+        """Stop workers and supervisor, in bounded steps; perhaps what workers started, too."""
 
     @property
     def pids(self) -> frozenset[int]:
@@ -111,6 +111,7 @@ class Fleet:
         self._supervisor_deaths: deque[float] = deque()
         self._started = False
         self._stopped = False
+        self._left = False  # whether the workers have had time to end by themselves
 
     def start(self) -> None:
         """Start the group; a failure is told in `failure`."""
@@ -279,6 +280,7 @@ class Fleet:
         """
         if not self.group or self._stopped:
             return
+        self._left = True
         if ended is not None:
             if self.group.pids <= ended:
                 self.group.terminate()
@@ -304,10 +306,13 @@ class Fleet:
                 pass  # the supervisor is gone, and replaces nothing
 
     def stop(self) -> None:
-        """Stop the group in bounded steps."""
+        """Stop the group in bounded steps.
+
+        Workers that were not let go before may run tasks: what these have started ends too.
+        """
         if self.group and not self._stopped:
             self._stopped = True
-            self.group.stop()
+            self.group.stop(with_children=not self._left)
 
     def kill(self) -> None:
         """Stop the group at once."""

@@ -81,6 +81,8 @@ class SupervisedGroup(Watcher):  # type: ignore[misc]
         self.env = {**os.environ, **(config.env or {})}
         self.numprocesses = config.numprocesses
         self.spare = False
+        self.with_children = False
+        """Whether what is asked to end is asked with what it has started."""
         self._report = report
         self._terminal = Terminal(self._pause, self._resume)
         self._kills: set[asyncio.Future[bool]] = set()
@@ -150,7 +152,7 @@ class SupervisedGroup(Watcher):  # type: ignore[misc]
 
     async def _reload(self, graceful: bool = True, sequential: bool = False) -> None:  # noqa: ARG002
         """Replace all processes at once (`circusctl reload`)."""
-        for process in self.processes.values():
+        for process in list(self.processes.values()):
             if not process.stopping:
                 self._retire(process)
         self.manage()
@@ -261,10 +263,14 @@ class SupervisedGroup(Watcher):  # type: ignore[misc]
         return True
 
     def _ask_to_end(self, process: SupervisedProcess, signum: int) -> None:
+        self.reap_process(process.pid)
+        if process.ended.is_set():
+            return  # by itself: what it has left running may go on
         process.stopping = True
+        send = os.killpg if self.with_children else os.kill
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(process.pid, signum)
-            os.kill(process.pid, signal.SIGCONT)  # a stopped one would not hear it
+            send(process.pid, signum)
+            send(process.pid, signal.SIGCONT)  # a stopped one would not hear it
 
     def kill_all(self) -> None:
         """SIGKILL for every process, at once."""

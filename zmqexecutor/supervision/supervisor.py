@@ -202,6 +202,8 @@ class Supervisor:
         elif isinstance(message, Quit):
             if self._group is not None and message.graceful_timeout is not None:
                 self._group.graceful_timeout = message.graceful_timeout
+            if self._group is not None:
+                self._group.with_children = message.with_children
             self._remove_directory = message.remove_directory
             self._quit.set()
 
@@ -231,6 +233,8 @@ class Supervisor:
     async def _end(self) -> None:
         if self._arbiter is None or self._group is None:
             return
+        if self._orphaned.is_set():
+            self._group.with_children = True
         ending = asyncio.ensure_future(self._arbiter.end())
         # The user's grace may be long, but not when there is no user any more.
         await _first(ending, self._orphaned.wait())

@@ -150,10 +150,16 @@ class SupervisorLink:
             signal_leader(self.process.pid, signum)
 
     def kill(self) -> None:
-        """SIGKILL for the supervisor, before it starts more, then for its processes."""
-        self.signal(signal.SIGKILL)
-        for pid in tuple(self.pids):
-            signal_leader(pid, signal.SIGKILL)
+        """SIGKILL for the processes, with what they have started, and for the supervisor."""
+        # Stopped, it starts no more, and keeps the ids of those that have died. Not killed
+        # first: the kernel would then kill the processes, but not what they have started.
+        self.signal(signal.SIGSTOP)
+        try:
+            alive = self.process.poll() is None
+            for pid in tuple(self.pids):
+                signal_leader(pid, signal.SIGKILL, group=alive)
+        finally:
+            self.signal(signal.SIGKILL)
 
     def close(self) -> None:
         """Close our end of the link."""

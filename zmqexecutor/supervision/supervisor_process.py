@@ -65,14 +65,20 @@ class SupervisorProcess:
             self.popen.wait()
 
 
-def signal_leader(pid: int, signum: int) -> None:
+def signal_leader(pid: int, signum: int, *, group: bool = False) -> None:
     """Signal a process that leads its session, as all of ours do.
 
     A process that meanwhile got the id of one that has ended hardly does.
+
+    Args:
+        pid: its id.
+        signum: the signal.
+        group: whether what it has started in its process group gets it too.
     """
     try:
         if os.getsid(pid) == pid:
-            os.kill(pid, signum)
+            send = os.killpg if group else os.kill
+            send(pid, signum)
     except (ProcessLookupError, PermissionError):
         pass
 

@@ -204,7 +204,7 @@ class Workers:
                 restarts.append(now)
                 self.restart()
 
-    def stop(self, timeout: float | None = None) -> None:
+    def stop(self, timeout: float | None = None, *, with_children: bool = False) -> None:
         """Stop all processes and the supervisor, in bounded steps.
 
         They are asked, then killed. Nothing happens if the group is not running.
@@ -213,6 +213,8 @@ class Workers:
             timeout: seconds between SIGTERM and SIGKILL for the processes; by
                 default the group's `graceful_timeout`. The whole stop takes up to
                 two seconds more.
+            with_children: send SIGTERM also to what the processes have started in their
+                process groups. Otherwise that ends only with a process that is killed.
         """
         if self._owner != os.getpid():
             return
@@ -225,12 +227,13 @@ class Workers:
             if link is None:
                 return
             try:
-                link.send(Quit(grace, self._remove_directory_too), timeout=STOP_MARGIN)
+                message = Quit(grace, self._remove_directory_too, with_children)
+                link.send(message, timeout=STOP_MARGIN)
                 if not link.wait_end(grace + STOP_MARGIN):
                     link.signal(signal.SIGTERM)
                     link.wait_end(TERM_GRACE)
             except (OSError, RuntimeError):
-                pass  # it is gone, or does not listen
+                link.wait_end(0.0)  # it is gone, or does not listen
             finally:
                 if not link.ended:
                     link.kill()
@@ -251,7 +254,7 @@ class Workers:
             link.signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """SIGKILL for the supervisor and every known process, at once.
+        """SIGKILL for the supervisor, every known process and what that has started, at once.
 
         Takes no lock and does not wait, so that a signal handler may call it.
         `stop` is still needed to clean up.

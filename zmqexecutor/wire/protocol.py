@@ -158,6 +158,8 @@ class Quit(Message, frozen=True):
     graceful_timeout: float | None = None
     remove_directory: bool = False
     """Nobody needs the private directory any more."""
+    with_children: bool = False
+    """What the processes have started is to end too: nobody needs that either."""
 
 
 class Spawned(Message, frozen=True):

@@ -329,7 +329,8 @@ class Control(threading.Thread):
         that connected to that at our workpoint would for ever take us for who we were.
         """
         if not self._patience:
-            os._exit(1)  # the master is dead, and nobody waits for our result
+            _end(signal.SIGTERM)  # the master is dead, and nobody waits for our result
+            os._exit(1)
         self._welcomed = False
         self._parted = True
         self._deadline = None
@@ -373,7 +374,7 @@ class Control(threading.Thread):
         elif isinstance(message, protocol.Expelled):
             self._begin_again()
         elif isinstance(message, protocol.Die):
-            os.kill(os.getpid(), signal.SIGKILL)
+            _end(signal.SIGKILL)
         elif isinstance(message, protocol.ShowStack):
             self._send(protocol.Stack(_stack_of(self._main_thread)))
 
@@ -398,6 +399,13 @@ class Control(threading.Thread):
         self._tell(
             Session(self._worker, work, message.setup, message.lost_after, journal, mailbox, bell)
         )
+
+
+def _end(signum: int) -> None:
+    """Signal this process, and what its jobs have started if it leads a session of its own."""
+    pid = os.getpid()
+    send = os.killpg if os.getsid(0) == pid else os.kill
+    send(pid, signum)
 
 
 def _stack_of(thread: int) -> str:
