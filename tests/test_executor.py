@@ -776,3 +776,19 @@ def test_a_map_sees_globals_as_they_were_when_it_was_called(
         """
     )
     assert (done.stdout, done.stderr) == ("done\n", "")
+
+
+def test_an_executor_cannot_be_sent() -> None:
+    class Holder:
+        def __init__(self, executor: ZmqExecutor) -> None:
+            self.executor = executor
+
+        def work(self) -> None:
+            pass
+
+    with ZmqExecutor(1) as executor:
+        for call in ((print, executor), (print, executor.options(retries=1))):
+            with pytest.raises(SerializationError, match="an executor cannot be sent"):
+                executor.submit(*call).result(30)
+        with pytest.raises(SerializationError, match="__getstate__"):
+            executor.submit(Holder(executor).work).result(30)

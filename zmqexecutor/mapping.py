@@ -11,7 +11,7 @@ from concurrent.futures import Executor, Future
 from functools import partial
 from queue import Empty, SimpleQueue
 from types import BuiltinFunctionType, FunctionType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 __all__ = ["MappingExecutor"]
 
@@ -78,6 +78,12 @@ class MappingExecutor(Executor):
         submit_chunk = self._submitter(run, same=same)
         submitted = (submit_chunk(*columns) for columns in _chunks(iterables, chunksize))
         return _flattened(results(submitted, deadline, buffersize))
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an executor cannot be sent to a worker. An object that holds one can be sent if its "
+            "__getstate__ leaves it out; a task may make an executor of its own"
+        )
 
     def _submitter(
         self,

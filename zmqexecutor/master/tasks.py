@@ -77,7 +77,7 @@ def make_options(
         ValueError: one is out of range.
     """
     if timeout is not None:
-        seconds = _number(timeout)
+        seconds = _number("timeout", timeout)
         if not seconds > 0:
             raise ValueError(f"timeout must be more than 0 seconds, or None, not {timeout}")
         timeout = None if seconds == math.inf else seconds
@@ -90,7 +90,7 @@ def make_options(
     for kind in classes:
         if not (inspect.isclass(kind) and issubclass(kind, BaseException)):
             raise TypeError(f"retry_on must be exception classes, not {kind!r}")
-    delay = _number(retry_delay)
+    delay = _number("retry_delay", retry_delay)
     if not delay >= 0:
         raise ValueError(f"retry_delay must be 0 seconds or more, not {retry_delay}")
     if name is not None and not isinstance(name, str):
@@ -100,9 +100,9 @@ def make_options(
     )
 
 
-def _number(seconds: float) -> float:
+def _number(what: str, seconds: float) -> float:
     if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
-        raise TypeError(f"seconds must be a number, not {seconds!r}")
+        raise TypeError(f"{what} must be a number of seconds, not {seconds!r}")
     try:
         return float(seconds)
     except OverflowError:
