@@ -407,6 +407,9 @@ class UnpicklableError(Exception):
 
 
 class OneWayError(Exception):
+    def __new__(cls, first: int, second: int) -> OneWayError:
+        return super().__new__(cls, first, second)
+
     def __init__(self, first: int, second: int) -> None:
         super().__init__("two are needed")
 
