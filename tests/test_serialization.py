@@ -783,6 +783,19 @@ def test_globals_are_shared_and_live_on(script: Script) -> None:
         assert [w.call(g) for _ in range(3)] == [(1, True), (2, True), (3, True)]
         """,
         """
+        def make():
+            def inner(): pass
+            inner.n = 0
+            return inner
+        named = make()
+        assert [w.call(lambda: named.n) for _ in range(3)] == [0, 0, 0]
+        def g():
+            current.n += 1
+            return named.n, current is named
+        current = named
+        assert [w.call(g) for _ in range(3)] == [(1, True), (2, True), (3, True)]
+        """,
+        """
         parent, child = Counter(), Counter()
         child.up, parent.down = parent, child
         def f():
@@ -829,7 +842,7 @@ def test_globals_are_shared_and_live_on(script: Script) -> None:
         assert w.call(lambda: Counter.flag) == 1
         """,
     ],
-    ids=["alias", "cycle", "there and back", "nameless", "renamed"],
+    ids=["alias", "function", "cycle", "there and back", "nameless", "renamed"],
 )
 def test_other_names_of_what_was_sent(script: Script, body: str) -> None:
     script(

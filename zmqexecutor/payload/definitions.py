@@ -233,15 +233,17 @@ class Definitions:
             pieces = self._collect(root, keys)
             # What is in a kept pickle may by now be what another global is bound to. Of two
             # copies in a worker a task would change one, and look at the other.
-            owners = bound_objects()
+            kept = [key for key in pieces if pieces[key].inlined and key in self._pieces]
+            owners = bound_objects() if kept else {}
             outdated = [
                 key
-                for key, piece in pieces.items()
-                if any(owners.get(ident, key) != key for ident in piece.inlined)
+                for key in kept
+                if any(owners.get(ident, key) != key for ident in pieces[key].inlined)
             ]
-            dropped = [self._pieces.pop(key, None) for key in outdated]
-            if not any(dropped):
+            if not outdated:
                 break
+            for key in outdated:
+                self._pieces.pop(key, None)
         return _grouped(pieces)
 
     def _collect(self, root: _Piece, keys: frozenset[Key]) -> dict[Key, _Piece]:

@@ -263,6 +263,14 @@ class ArgumentPickler(ValuePickler):
         return None
 
 
+def _has_own_name(obj: Any) -> bool:
+    """Whether it is a function or class that `find_key` finds by its own name."""
+    if type(obj) is not types.FunctionType and not is_class(obj):
+        return False
+    home = module_of(obj)
+    return travels_by_value(home) and namespace(home).get(obj.__qualname__) is obj
+
+
 def find_key(obj: Any) -> Key | None:
     """Return the global that is bound to a callable, or None."""
     home, name = module_of(obj), getattr(obj, "__qualname__", "")
@@ -304,8 +312,8 @@ class DefinitionPickler(ArgumentPickler):
 
     Attributes:
         outside: takes large buffers out of the pickle.
-        inlined: ids of objects that the pickle has in it, and that could be references if a
-            global were bound to them.
+        inlined: ids of objects that the pickle has in it, and that would be references if
+            another global were bound to them.
     """
 
     _is_bound = False
@@ -323,7 +331,7 @@ class DefinitionPickler(ArgumentPickler):
     def reference(self, obj: Any) -> Reduced | None:
         """As in arguments; what is no reference is noted."""
         reference = super().reference(obj)
-        if reference is None:
+        if reference is None and not _has_own_name(obj):
             self.inlined.add(id(obj))
         return reference
 
