@@ -822,6 +822,19 @@ def test_globals_are_shared_and_live_on(script: Script) -> None:
         assert [w.call(both) for _ in range(3)] == [(1, True), (2, True), (3, True)]
         """,
         """
+        class Base:
+            shared = counter
+        class A(Base): pass
+        holder = Base()
+        def bump():
+            holder.n = getattr(holder, "n", 0) + 1
+            return holder.n, A().shared is counter
+        assert w.call(bump) == (1, True)
+        counter.tag = "other"
+        assert w.call(lambda: counter.tag) == "other"
+        assert w.call(bump) == (2, True)
+        """,
+        """
         task = lambda: counter.flag
         Counter.flag = 1
         assert w.call(task) == 1
@@ -842,7 +855,7 @@ def test_globals_are_shared_and_live_on(script: Script) -> None:
         assert w.call(lambda: Counter.flag) == 1
         """,
     ],
-    ids=["alias", "function", "cycle", "there and back", "nameless", "renamed"],
+    ids=["alias", "function", "cycle", "there and back", "class", "nameless", "renamed"],
 )
 def test_other_names_of_what_was_sent(script: Script, body: str) -> None:
     script(

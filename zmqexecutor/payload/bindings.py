@@ -79,21 +79,25 @@ class _Binder:
     def prepare(self, key: Key) -> None:
         """Bind this entry, if it waits for it and can be bound."""
         self._needed.add(key)
-        if key in self._waiting:
-            digest, payload = self._waiting[key]
-            if len(payload) == 2:
-                self._make(key, digest, payload)
-            else:
-                self._bind(key, digest, payload)
-        if key in self._skeletons and not self._bases_only:
-            self._finish(key)
+        # What this one refers to is no concern of who refers to it.
+        outer, self._needed = self._needed, set()
+        try:
+            if key in self._waiting:
+                digest, payload = self._waiting[key]
+                if len(payload) == 2:
+                    self._make(key, digest, payload)
+                else:
+                    self._bind(key, digest, payload)
+            if key in self._skeletons and not self._bases_only:
+                self._finish(key)
+        finally:
+            self._needed = outer
 
     def _bind(self, key: Key, digest: bytes, payload: Payload) -> None:
         keys: list[Key] = pickle.loads(payload[1]) if len(payload) == 3 else [key]
         entries = {key: self._waiting.pop(key) for key in keys if key in self._waiting}
         self.busy.update(keys)
         outer, self._bases_only = self._bases_only, False
-        outer_needed, self._needed = self._needed, set()
         try:
             value = pickle.loads(payload[0]) if payload else MISSING
         except InProgressError:
@@ -101,12 +105,11 @@ class _Binder:
             raise
         finally:
             self._bases_only = outer
-            needed, self._needed = self._needed.difference(keys), outer_needed
             self.busy.difference_update(keys)
         values: Any = value if len(payload) == 3 else (value,)
         for bound, part in zip(keys, values, strict=True):
             self.classes += [] if bound[0] else [part]
-            self._received.bind(bound, digest, part, needed)
+            self._received.bind(bound, digest, part, self._needed.difference(keys))
 
     def _make(self, key: Key, digest: bytes, payload: Payload) -> None:
         del self._waiting[key]
