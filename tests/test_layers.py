@@ -28,7 +28,8 @@ LAYERS = """
     wire: liveness protocol codecs wakeup journal shortcuts security handshakes filling
         comparison buffers leases
     payload: namespaces arrays enums byvalue reducers unavailable constancy shares bulk picklers
-        bindings packing proofs definitions snapshots values plain failures serialization
+        bindings packing checks proofs repeats definitions snapshots values plain failures
+        serialization
         inheritance setups
     worker: handler targets registration worker calls
     supervision: terminal last_words prctl template launch process group supervisor
@@ -87,7 +88,9 @@ MAY_PICKLE = {
     "payload.bulk",
     "payload.picklers",
     "payload.bindings",
+    "payload.checks",
     "payload.proofs",
+    "payload.repeats",
     "payload.definitions",
     "payload.values",
     "payload.plain",

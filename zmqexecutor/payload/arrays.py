@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["is_array", "is_simple", "known_kinds", "reduce_array"]
+__all__ = ["is_array", "is_fixed", "is_simple", "known_kinds", "reduce_array"]
 
 _kinds: dict[type, str] = {}
 
@@ -43,6 +43,16 @@ def is_simple(array: Any) -> bool:
     return (
         dtype.kind in "biufc" and dtype.isbuiltin == 1 and not dtype.metadata and array.flags.forc
     )
+
+
+def is_fixed(value: object) -> bool:
+    """Whether it is one of numpy's functions, which pickle as their names, or types of items."""
+    if not known_kinds():
+        return False
+    numpy: Any = sys.modules["numpy"]
+    if isinstance(value, numpy.ufunc):
+        return True
+    return isinstance(value, numpy.dtype) and not value.names and not value.metadata
 
 
 def reduce_array(obj: Any) -> Any:

@@ -44,17 +44,19 @@ import itertools
 import pickle
 import types
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final, NamedTuple
 
 from ..wire.protocol import Shared
 from .arrays import is_array
 from .bulk import BULK, Bulk
+from .checks import CONTAINERS
 from .constancy import is_constant
 from .namespaces import MISSING, Entry, Key, Payload, class_by_id, importable, is_class, namespace
 from .packing import Packer
 from .picklers import DefinitionPickler, bound_objects, global_of
-from .proofs import CONTAINERS, GlobalArray, Proof, holds, prove
+from .proofs import GlobalArray, Proof, holds, prove
+from .repeats import Pickled, repeat
 from .shares import Share
 from .unavailable import Unavailable
 
@@ -91,6 +93,8 @@ class _Piece(NamedTuple):
     """What the payload names, if it is too large to be there itself."""
     inlined: frozenset[int] = frozenset()
     """See `DefinitionPickler`."""
+    importable: bool = False
+    """Whether others can import all functions and classes that are in it."""
     proxies: tuple[object, ...] = ()
     """See `ArgumentPickler`."""
 
@@ -149,6 +153,8 @@ class Definitions:
         # What tells the object that a global was bound to last, and its number (see `_number`).
         self._bound: dict[Key, tuple[Callable[[object], bool], int]] = {}
         self._numbers = itertools.count(1)
+        # Of entries for which nothing but another pickle is a proof.
+        self._digests: dict[Key, bytes] = {}
         self._packer = packer
 
     def define(self, func: Any, keys: frozenset[Key]) -> Definition:
@@ -170,7 +176,7 @@ class Definitions:
 
     def clear(self) -> None:
         """Keep nothing any more."""
-        for cache in (self._known, self._pieces, self._bulks, self._bound):
+        for cache in (self._known, self._pieces, self._bulks, self._bound, self._digests):
             cache.clear()
 
     def _keep(self, func: Any, keys: frozenset[Key], definition: Definition) -> None:
@@ -301,6 +307,18 @@ class Definitions:
             piece = piece._replace(digest=_digest(piece.digest, b"%d" % number))
         if module and piece.proof is not None and piece.proof.bindings[key] != id(value):
             return piece._replace(proof=None)  # another thread has bound another object meanwhile
+        if piece.proof is None and array is None and module and not piece.proxies:
+            if self._digests.get(key) == piece.digest:
+                # It has been the same twice, so that it may well be the third time.
+                pickled = Pickled(
+                    functools.partial(_says, piece),
+                    piece.bulk.buffers if piece.bulk else (),
+                    piece.refs,
+                    piece.names,
+                    piece.importable,
+                )
+                piece = piece._replace(proof=repeat(key, self._bound[key][0], pickled))
+            self._digests[key] = piece.digest
         return piece
 
     def _number(self, key: Key, value: object) -> int:
@@ -372,6 +390,12 @@ def _identity(value: object) -> Callable[[object], bool]:
     return lambda other: id(other) == ident
 
 
+def _says(piece: _Piece, payload: Payload, views: Sequence[memoryview]) -> bool:
+    if piece.bulk is None:
+        return payload == piece.payload and not views
+    return len(payload) == 1 and piece.bulk.says(payload[0], views)
+
+
 def _can_change(value: object) -> bool:
     if is_array(value):
         return False
@@ -434,7 +458,16 @@ def _make_piece(
         data, payload = payload[0], ()
     inlined = frozenset(pickler.inlined)
     digest = _digest(*payload)
-    piece = _Piece(payload, digest, refs, names, is_class(value), proof, inlined=inlined)
+    piece = _Piece(
+        payload,
+        digest,
+        refs,
+        names,
+        is_class(value),
+        proof,
+        inlined=inlined,
+        importable=not pickler.by_value,
+    )
     if pickler.proxies:
         piece = piece._replace(proxies=pickler.take_proxies())
     return piece, data, views

@@ -386,10 +386,19 @@ class DefinitionPickler(ArgumentPickler):
             if self._is_bound and kind in reducers.GUARDS:
                 return reducers.GUARDS[kind](obj)
             return super().reducer_override(obj)
-        reference = self.reference(obj)
-        if reference is None and kind in reducers.GUARDS:
+        if self._keys is None:
+            self._keys = bound_objects()
+        if id(obj) in self._keys and (reference := self.reference(obj)) is not None:
+            return reference
+        self.inlined.add(id(obj))
+        if kind in self.ordinary:
+            return NotImplemented
+        if kind in reducers.GUARDS:
             return reducers.GUARDS[kind](obj)
-        return reference or reducers.reduce(obj)
+        reduced = reducers.reduce(obj)
+        if reduced is NotImplemented and reducers.is_ordinary(kind):
+            self.ordinary.add(kind)
+        return reduced
 
 
 class ResultPickler(ValuePickler):
