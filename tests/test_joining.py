@@ -10,7 +10,6 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,7 @@ import numpy as np
 import pytest
 
 from zmqexecutor import (
-    Client,
     RegistrationError,
-    TaskFuture,
     TaskKilledError,
     TaskTimeoutError,
     Worker,
@@ -303,51 +300,6 @@ def test_nobody_is_special_enough(
         assert not future.done()
         start_worker("gpu")
         assert future.result(60) == 1
-
-
-def test_tasks_that_wake_nobody_are_there(
-    endpoint: str,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """While all workers are busy the master reads tasks when it has something else to do."""
-    monkeypatch.setattr(pool_module, "PATIENCE", 0.2)
-    gate = tmp_path / "gate"
-
-    def wait(number: int) -> int:
-        assert eventually(gate.exists, 60)
-        return number
-
-    with (
-        ZmqExecutor(1, endpoint=endpoint) as executor,
-        Client(endpoint) as client,
-        ExitStack() as last,
-    ):
-        last.callback(executor.shutdown, wait=False, cancel_futures=True)
-        last.callback(gate.touch)
-        futures: list[TaskFuture[int]] = []
-        inbox = executor._engine.master._inbox
-
-        def is_left(unread: int) -> bool:
-            """Submit another task; is it left there, like some before?"""
-            futures.append(executor.submit(wait, len(futures)))
-            return len(inbox.items) > unread
-
-        assert eventually(lambda: is_left(3))
-        assert client.status().jobs["queued"] == len(futures) - 1
-        assert not inbox.items
-        assert eventually(lambda: is_left(3))
-        assert futures.pop().cancel()
-        killed = futures.pop()
-        assert killed.kill()
-        with pytest.raises(CancelledError):
-            killed.result(60)
-        executor.options(service="gpu").submit(abs, -1)  # which the worker does not offer
-        assert eventually(lambda: "1 tasks wait for service 'gpu'" in caplog.text)
-        gate.touch()
-        done = [future.result(60) for future in futures]
-        assert done == list(range(len(futures)))
 
 
 # ----------------------------------------------------------------- ending tasks

@@ -448,64 +448,6 @@ def test_only_a_worker_without_other_duties_is_spare(
     assert (desk.scheduler.spare_worker() is worker) == plain
 
 
-def test_it_is_sated_when_nobody_can_take_another_job() -> None:
-    desk = Desk(max_workers=2, wanted=2)
-
-    def is_sated() -> bool:
-        return desk.scheduler.sated
-
-    first = desk.worker("a")
-    desk.decide()
-    assert not is_sated(), "a worker is idle"
-    desk.submit("new", 2)
-    desk.decide()
-    assert not is_sated(), "with one more a worker that does something could have it"
-    desk.submit("new")
-    assert not is_sated(), "nothing is decided"
-    desk.decide()
-    assert is_sated()
-    second = desk.worker("b")
-    assert not is_sated()
-    desk.decide()
-    desk.submit("new", 2)
-    desk.decide()
-    assert is_sated()
-    desk.answer(second, seconds=1.0)
-    assert not is_sated()
-    desk.decide()
-    desk.submit("new", 3)
-    desk.decide()
-    assert is_sated()
-    for worker in (first, second):
-        desk.scheduler.worker_lost(worker, 0, desk.now)
-    desk.decide()
-    assert not is_sated(), "it must be known how long a job has waited for a worker"
-
-
-@pytest.mark.parametrize(("max_workers", "wanted"), [(0, 0), (2, 1)])
-def test_it_is_not_sated_when_workers_could_be_started_or_come(
-    max_workers: int, wanted: int
-) -> None:
-    desk = Desk(max_workers=max_workers, wanted=wanted)
-    desk.worker("a")
-    desk.submit("new")
-    for _ in range(3):
-        desk.submit("new", 0 if max_workers else 1)
-        desk.decide()
-        assert not desk.scheduler.sated
-
-
-def test_it_is_not_sated_when_there_are_other_services() -> None:
-    desk = Desk(max_workers=1, wanted=1)
-    desk.worker("a")
-    desk.submit("new", 3)
-    desk.decide()
-    before = desk.scheduler.sated
-    desk.worker("b", "other", grouped=False)
-    desk.decide()
-    assert (before, desk.scheduler.sated) == (True, False)
-
-
 def test_a_job_that_was_sent_to_the_spare_worker_is_as_if_it_had_been_queued() -> None:
     desks = [Desk(), Desk()]
     for desk in desks:
@@ -1207,17 +1149,6 @@ class World(RuleBasedStateMachine):
             self.jobs.append(job)
             self.scheduler.submit(job, self.now)
         self.step(decide)
-
-    @rule(kind=st.sampled_from(["x", "y", "z"]))
-    def submit_when_sated(self, kind: str) -> None:
-        """The master is not woken, so it must be that it would do nothing."""
-        self.master_decides()
-        if self.scheduler.sated:
-            assert self.workers, "nothing will ever wake it"
-            deadline = self.scheduler.next_deadline()
-            self.submit(kind, 1, 0, "a", decide=False)
-            assert self.scheduler.decide(self.now) == []
-            assert self.scheduler.next_deadline() == deadline
 
     @precondition(lambda self: self.jobs)
     @rule(index=st.integers(0))

@@ -199,11 +199,6 @@ class Coordinator:
         if self._segments and trim_at is not None and trim_at <= now:
             self._segments.trim()
 
-    @property
-    def sated(self) -> bool:
-        """Whether the next task for the group may wait until something else happens."""
-        return self._scheduler.sated and not self.broken
-
     def make_offer(self) -> Offer | None:
         """An idle worker, for a thread that submits a task while the master thread sleeps."""
         state = None if self.broken else self._scheduler.spare_worker()

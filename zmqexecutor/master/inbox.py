@@ -4,8 +4,6 @@
        └─────► items ──► wake-up ──► the master thread reads them in its next step
     call ────────┘
 
-While no worker can be sent another task, tasks wake nobody: they are read when one is done.
-
 What is left here is read, until the inbox is closed: the tasks that are here then fail, and
 later ones at once, and calls are not made any more. Nothing is locked and nothing blocks:
 interrupts (Ctrl-C), signal handlers and finalizers may come in the middle of it, and may
@@ -35,7 +33,6 @@ class Inbox:
         self.offer: Offer | None = None
         """An idle worker for the next task, while the master thread sleeps."""
         self._nap: list[None] = []  # not empty while it sleeps and nobody has woken it
-        self._unheeded: str | None = None
         self._wakeup: Wakeup | None = Wakeup()  # None when it is closed
         self._broken = ""
 
@@ -49,7 +46,7 @@ class Inbox:
                 self.wake()  # to send it in another way
             return
         self.items.append(task)
-        if (nap := self._nap) and task.service != self._unheeded:
+        if nap := self._nap:
             # In this order, and only of this sleep: who is interrupted between the two, or
             # late, must not let others believe that a later one has been ended.
             self.wake()
@@ -100,13 +97,8 @@ class Inbox:
         assert self._wakeup is not None
         self._wakeup.clear()
 
-    def doze(self, unheeded: str | None = None) -> None:
-        """It will sleep, if it finds `items` empty after this: who adds one must wake it.
-
-        Args:
-            unheeded: the service whose tasks need not wake it, if any.
-        """
-        self._unheeded = unheeded
+    def doze(self) -> None:
+        """It will sleep, if it finds `items` empty after this: who adds one must wake it."""
         self._nap = [None]
 
     def rouse(self) -> None:

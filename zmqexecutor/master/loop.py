@@ -2,7 +2,7 @@
 
                       ┌─────────── wait: poll, or until the next deadline ◄──────────────┐
                       ▼                                                                  │
-    inbox ─► sockets, bell, group, deaths: handlers ─► deadlines ─► decide ─► confirm ─► finish
+    sockets, bell, group, deaths: handlers ─► inbox ─► deadlines ─► decide ─► confirm ─► finish
 
 It opens the sockets of all entrances, reads them, and closes them. Everything that happens is
 told to the coordinator, one thing after the other.
@@ -33,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 LONGEST_WAIT: Final = 3600.0
 """Seconds after which the loop looks again at a deadline that is still further away."""
-MOST_READ: Final = 1000
-"""Items of the inbox that are read in one step, which takes a millisecond."""
 
 
 class Loop:
@@ -97,12 +95,11 @@ class Loop:
 
     def _step(self) -> None:
         handlers, coordinator = self._handlers, self.coordinator
-        ready = self._wait()
-        if self.inbox.items:
-            self._read_inbox()  # first: who asks how many tasks there are is told of all
-        for descriptor in ready:
+        for descriptor in self._wait():
             if descriptor in handlers:  # the supervisor's may just have been replaced
                 handlers[descriptor]()
+        if self.inbox.items:
+            self._read_inbox()
         now = time.monotonic()
         if self._due is not None and self._due <= now:
             coordinator.check_deadlines(now)
@@ -113,7 +110,7 @@ class Loop:
     def _wait(self) -> list[int]:
         """Wait for the next event or deadline; which descriptors are ready."""
         inbox, coordinator = self.inbox, self.coordinator
-        inbox.doze(self._options.service if coordinator.sated else None)
+        inbox.doze()
         timeout: int | None = None
         unread = [
             fd for channels in coordinator.channels if channels.used for fd in channels.unread()
@@ -140,7 +137,7 @@ class Loop:
 
     def _read_inbox(self) -> None:
         items, coordinator, now = self.inbox.items, self.coordinator, time.monotonic()
-        for _ in range(min(len(items), MOST_READ)):
+        for _ in range(len(items)):
             item = items.popleft()
             try:
                 if isinstance(item, Task):

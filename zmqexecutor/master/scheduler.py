@@ -230,19 +230,6 @@ class Scheduler(Generic[J]):
         worker = next(reversed(lane.idle.values()))
         return worker if len(worker.lanes) == 1 and worker.allowance is None else None
 
-    @property
-    def sated(self) -> bool:
-        """Whether another job for the group would change nothing for now.
-
-        There is none for others; all workers that there may be are wanted, and none of them
-        would be sent anything, so that results will come.
-        """
-        if self._max_workers == 0 or self.wanted < self._max_workers or self._servable:
-            return False
-        lane = self._lanes.get(self._service)
-        # More than `_fits` takes to send longer jobs ahead.
-        return lane is not None and len(self._lanes) == 1 and len(lane.queue) > lane.workers > 0
-
     def sent(self, worker: WorkerState[J], job: J, now: float) -> None:
         """A job has been sent to the spare worker without having been queued."""
         job.queued_at = now
