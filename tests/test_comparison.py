@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from zmqexecutor.wire import comparison
-from zmqexecutor.wire.comparison import same
+from zmqexecutor.wire.comparison import same, same_objects
 
 WAYS = ["numpy", "no numpy", "half of numpy", "no ctypes"]
 
@@ -54,6 +54,19 @@ def test_parts_of_mappings_and_of_arrays() -> None:
                 assert same(memoryview(array), part)
             with whole[778 : 778 + array.nbytes] as part:
                 assert not same(memoryview(array), part)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("size", [0, 1, 255, 256, 257, 20_000])
+def test_same_objects(size: int) -> None:
+    one = tuple(str(number) for number in range(size))
+    assert same_objects(one, one[:1] + one[1:])
+    assert not same_objects(one, (*one, "more"))
+    for position in {0, size // 2, size - 1} if size else ():
+        other = (*one[:position], "".join([*one[position]]), *one[position + 1 :])
+        assert same_objects(one, other) == (one[position] is other[position])
+        assert not same_objects(one, (*one[:position], None, *one[position + 1 :]))
+    assert not same_objects((1,) * (size + 1), (*(1,) * size, True))
 
 
 def test_other_threads_run_meanwhile() -> None:
