@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import __main__
 from benchmarks import tasks
-from benchmarks.base import SCALES, Bench, Figure, Figures, Workload, clock, median_time, try_once
+from benchmarks.base import SCALES, Bench, Figure, Figures, Workload, clock, median_time
 from benchmarks.peers import PEERS, NotOfferedError
 
 SIZES = {"64k": 1 / 16, "1M": 1.0, "10M": 10.0, "100M": 100.0}
@@ -84,28 +83,6 @@ def _one(mebibytes: int) -> Callable[[Bench], Figures]:
     return run
 
 
-def _global(mebibytes: int) -> Callable[[Bench], Figures]:
-    def run(bench: Bench) -> Figures:
-        """Each task uses an array that a global of the script is bound to."""
-        import numpy as np
-
-        if mebibytes > bench.scale.array:
-            raise NotOfferedError("-")
-        # The program that runs the peer has both in its __main__ module.
-        __main__.table = np.ones(mebibytes * tasks.MIB, dtype=np.uint8)
-        pool = bench.peer.make(bench.workers)
-        try:
-            try_once(pool, __main__.look_up, 7)
-            return {"seconds": median_time(bench, lambda: pool.call(__main__.look_up, 7))}
-        except TypeError as error:
-            raise NotOfferedError("not there") from error  # the worker imports the script anew
-        finally:
-            pool.shutdown()
-            __main__.table = None
-
-    return run
-
-
 _ALL = tuple(name for name in PEERS if name not in ("serial loop", "zmq futures"))
 
 WORKLOADS = [
@@ -152,14 +129,4 @@ WORKLOADS += [
         slow=True,
     )
     for size in ("1M", "10M")
-]
-WORKLOADS += [
-    Workload(
-        f"global-{size}M",
-        "A global array that tasks use",
-        (Figure("seconds", f"{size} MiB, a task", "ms"),),
-        _global(size),
-        own_pool=True,
-    )
-    for size in (1, 10, 100)
 ]

@@ -7,11 +7,12 @@ that it has started.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import socket
 import sys
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.base import SCALES, Bench, Workload
 from benchmarks.peers import NotOfferedError
@@ -28,7 +29,23 @@ table: Any = None
 
 def look_up(index: int) -> int:
     """A task that uses it."""
-    return int(table[index])
+    found = table[index]
+    return int(found["id"] if isinstance(found, dict) else found)
+
+
+class Pair(NamedTuple):
+    """A class of the script."""
+
+    left: float
+    right: float
+
+
+@dataclasses.dataclass
+class Point:
+    """Another one."""
+
+    x: float
+    y: float
 
 
 def answer(bench: Bench, workload: Workload) -> dict[str, object]:

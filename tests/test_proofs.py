@@ -23,8 +23,9 @@ import numpy as np
 import pytest
 
 from zmqexecutor import ZmqExecutor
+from zmqexecutor.payload.definitions import Definitions
 from zmqexecutor.payload.picklers import DefinitionPickler
-from zmqexecutor.payload.serialization import CallPickler
+from zmqexecutor.payload.serialization import CallPickler, Made
 
 SCRIPT = """
 import collections, functools, random, typing
@@ -70,6 +71,9 @@ value = None
 
 def get():
     return value
+
+def take(*args):
+    return args[0]
 """
 
 
@@ -380,3 +384,76 @@ def test_a_named_tuple_with_a_method_for_pickle(script: Any, calls: Calls) -> No
 
     script.value = Counted(1, 2)
     assert len({calls.key() for _ in range(4)}) == 4
+
+
+# ------------------------------------------------------------ the calls of one `map`
+
+
+@pytest.fixture
+def defined(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What was looked at, to see whether it has changed."""
+    looked_at = []
+    define = Definitions.define
+
+    def watched(definitions: Definitions, func: Any, keys: Any) -> Any:
+        looked_at.append(func)
+        return define(definitions, func, keys)
+
+    monkeypatch.setattr(Definitions, "define", watched)
+    return looked_at
+
+
+def bind_another_pair(script: Any, fields: str) -> None:
+    make: Any = collections.namedtuple
+    script.Pair = make("Pair", fields, module=script.__name__)
+
+
+def test_objects_of_the_same_classes_have_the_same_definition(
+    script: Any, defined: list[Any]
+) -> None:
+    pickler = CallPickler()
+    made: Made = {}
+
+    def key(*args: Any) -> bytes:
+        return pickler.dump_call(script.take, args, {}, made).shared.key
+
+    first = [key(1), key(script.Pair(1)), key(script.Reduced(1)), key(script.Pair(1), script.Pair)]
+    assert len(defined) == 3
+    assert first[1] == first[3]
+    again = [key(2), key(script.Pair(3)), key(script.Reduced(5)), key(script.Pair, script.Pair(2))]
+    assert again[:3] == first[:3]
+    assert len(defined) == 3
+    old = script.Pair(1)
+    bind_another_pair(script, "right left")
+    assert key(script.Pair(1, 2)) != first[1]
+    assert len(defined) == 4
+    key(old)  # of a class that no global is bound to
+    assert len(defined) == 5
+
+
+def test_functions_that_are_passed_are_looked_at_each_time(script: Any, defined: list[Any]) -> None:
+    pickler = CallPickler()
+    made: Made = {}
+    for value in range(3):
+        script.value = value
+        pickler.dump_call(script.take, (script.get,), {}, made)
+    assert len(defined) == 3
+
+
+def test_map_with_objects_of_the_script(script: Any, defined: list[Any]) -> None:
+    with ZmqExecutor(1) as executor:
+
+        def pairs() -> Iterator[Any]:
+            for number in range(10):
+                yield script.Pair(number)
+            bind_another_pair(script, "right")
+            for number in range(10, 20):
+                yield script.Pair(number)
+
+        results = list(executor.map(script.take, pairs(), timeout=60))
+        assert results[:10] == [(number, 2) for number in range(10)]
+        assert results[10:] == [(number,) for number in range(10, 20)]
+        assert [result._fields for result in results] == [("left", "right")] * 10 + [
+            ("right",)
+        ] * 10
+    assert len(defined) == 2

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .keys import Keys
     from .master.peers import WorkerInfo
     from .master.tasks import TaskOptions
-    from .payload.definitions import Definition
+    from .payload.serialization import Made
     from .payload.shares import SharedObject
     from .pool import Pool
 
@@ -240,7 +240,7 @@ class ZmqExecutor(MappingExecutor):
     def _submitter_with(
         self, fn: Callable[..., T], same: bool, *options: TaskOptions
     ) -> Callable[..., Future[T]]:
-        made: list[Definition] | None = [] if same else None
+        made: Made | None = {} if same else None
         return lambda *args: self._submit(fn, args, {}, *options, made=made)
 
     def wait_for_workers(self, number: int, timeout: float | None = None) -> None:

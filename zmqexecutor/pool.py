@@ -32,10 +32,9 @@ from .master.coordinator import MasterOptions
 from .master.master import Master
 from .master.peers import WorkerInfo
 from .master.tasks import PLAIN, Task, TaskOptions
-from .payload.definitions import Definition
 from .payload.inheritance import inheritable
 from .payload.namespaces import name_of
-from .payload.serialization import CallPickler
+from .payload.serialization import CallPickler, Made
 from .payload.setups import Initializer, Setup, boot_code, call_service, main_of_workers
 from .payload.shares import Share, SharedObject
 from .settings import PoolSettings
@@ -157,7 +156,7 @@ class Pool:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         options: TaskOptions = PLAIN,
-        made: list[Definition] | None = None,
+        made: Made | None = None,
     ) -> TaskFuture[T]:
         """Schedule a call.
 

@@ -40,6 +40,7 @@ __all__ = [
     "has_children_still",
     "has_constants",
     "has_contents",
+    "instance_reader",
     "is_bound_to",
     "is_imported",
     "is_nested",
@@ -65,7 +66,8 @@ ATOMS: Final = frozenset(
         *(type(None), bool, int, float, complex, str, bytes, range),
         *(type(...), type(NotImplemented), types.CodeType, types.BuiltinFunctionType),
         *(types.MethodDescriptorType, types.WrapperDescriptorType),
-        *(types.ClassMethodDescriptorType, dataclasses._FIELD_BASE),  # type: ignore[attr-defined]
+        *(types.ClassMethodDescriptorType, type(dataclasses.MISSING)),
+        dataclasses._FIELD_BASE,  # type: ignore[attr-defined]
     )
 )
 _CONSTANTS: Final = frozenset((type(None), bool, int, float, complex, str, bytes))
@@ -129,6 +131,14 @@ def read_instance(obj: Any) -> Iterable[object]:
     if slots:
         parts += tuple([getattr(obj, name, MISSING) for name in slots])
     return parts
+
+
+def instance_reader(obj: Any) -> Read:
+    """What reads the attributes of such an object, and its class."""
+    slots = copyreg._slotnames(type(obj))  # type: ignore[attr-defined]
+    if slots and not hasattr(obj, "__dict__") and all(hasattr(obj, name) for name in slots):
+        return operator.attrgetter("__class__", *slots)  # in a third of the time
+    return read_instance
 
 
 def _read_dispatcher(reduced: Any) -> Iterable[object]:

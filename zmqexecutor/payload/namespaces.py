@@ -24,6 +24,7 @@ __all__ = [
     "Entry",
     "Key",
     "Payload",
+    "bound_to",
     "class_by_id",
     "code_globals",
     "home_of",
@@ -189,6 +190,12 @@ def class_by_id(tracker_id: str) -> type | None:
     """Return the class that has this id here, or None."""
     found: type | None = cp._DYNAMIC_CLASS_TRACKER_BY_ID.get(tracker_id)
     return found
+
+
+def bound_to(key: Key) -> object:
+    """Return what this global is bound to here, or the class; None if there is nothing."""
+    module, name = key
+    return namespace(module).get(name) if module else class_by_id(name)
 
 
 def id_of_class(cls: type) -> str:

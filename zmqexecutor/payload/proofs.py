@@ -41,6 +41,7 @@ from .checks import (
     has_children_still,
     has_constants,
     has_contents,
+    instance_reader,
     is_bound_to,
     is_imported,
     is_nested,
@@ -272,7 +273,7 @@ class _Prover:
             self._check(read_instance, value)
             self._todo += value
         elif isinstance(value, Enum) or _has_plain_state(kind):
-            self._check(read_instance, value)
+            self._check(instance_reader(value), value)
         else:
             raise Unprovable
 

@@ -26,11 +26,12 @@ import functools
 import io
 import marshal
 import mmap
+import operator
 import pickle
 import types
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import msgspec
 
@@ -52,7 +53,7 @@ from .failures import (
     load_exception,
     serialization_error,
 )
-from .namespaces import Entry, Key, name_of
+from .namespaces import Entry, Key, bound_to, is_class, name_of
 from .packing import Packer
 from .picklers import ArgumentPickler, ResultPickler
 from .plain import PICKLED, are_plain, dump_arrays, load_plain
@@ -72,7 +73,7 @@ from .values import (
 if TYPE_CHECKING:
     from ..wire.protocol import Result, Segment, Shared
 
-__all__ = ["Call", "CallPickler", "CallRunner", "Outcome"]
+__all__ = ["Call", "CallPickler", "CallRunner", "Made", "Outcome"]
 
 
 class Call(msgspec.Struct, frozen=True):
@@ -117,6 +118,27 @@ class _Arguments(msgspec.Struct, frozen=True):
 # ------------------------------------------------------------------- the parent
 
 
+Made: TypeAlias = "dict[frozenset[Key], tuple[Definition, Sequence[Key], Sequence[object]]]"
+"""Definitions of a function, by the classes of the script of which objects are passed to it."""
+
+
+def _find_made(made: Made, keys: frozenset[Key]) -> Definition | None:
+    found = made.get(keys)
+    if found is None:
+        return None
+    definition, names, classes = found
+    if names and not all(map(operator.is_, map(bound_to, names), classes)):
+        return None  # another one has been bound to the name of one of them
+    return definition
+
+
+def _note_made(made: Made, keys: frozenset[Key], definition: Definition) -> None:
+    names = tuple(keys)
+    classes = tuple(map(bound_to, names))
+    if all(map(is_class, classes)):  # what functions use may be another one at the next call
+        made[keys] = definition, names, classes
+
+
 class CallPickler:
     """The side that submits: calls out, outcomes in. Many threads may use it at once."""
 
@@ -137,7 +159,7 @@ class CallPickler:
         fn: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        made: list[Definition] | None = None,
+        made: Made | None = None,
     ) -> Call:
         """Pickle a call.
 
@@ -145,9 +167,8 @@ class CallPickler:
             fn: what is called.
             args: with these arguments,
             kwargs: and these.
-            made: has the definition of the function, or takes it, for calls of which no later
-                one needs to see what has changed since the first. Those that pass objects
-                of the script do: what they pass may be another one under the same name.
+            made: has definitions of the function, or takes them, for calls of which no later
+                one needs to see what has changed since the first.
 
         Raises:
             SerializationError: something of it cannot be pickled; the message
@@ -163,12 +184,11 @@ class CallPickler:
                 arguments = _Arguments(marshal.dumps(args))
             else:
                 arguments = self._dump_arguments(args, kwargs)
-            if made and not arguments.keys:
-                definition = made[0]
-            else:
+            definition = _find_made(made, arguments.keys) if made else None
+            if definition is None:
                 definition = self._definitions.define(fn, arguments.keys)
-                if made is not None and not arguments.keys:
-                    made.append(definition)
+                if made is not None:
+                    _note_made(made, arguments.keys, definition)
         except KeyboardInterrupt:
             raise
         except BaseException as error:
