@@ -10,8 +10,8 @@ from benchmarks import tasks
 from benchmarks.base import Bench, Figure, Figures, Workload, clock, median_time, try_once
 from benchmarks.peers import NotOfferedError
 
-MANY = 1000
-"""Tasks that are given to the pool at once, 500 of them in a full run."""
+MANY = 4000
+"""Tasks that are given to the pool at once, 2000 of them in a full run."""
 
 
 def _arguments(make: Callable[[int], Any]) -> Callable[[Bench], Figures]:
@@ -47,7 +47,7 @@ def _global(make: Callable[[], Any], mebibytes: int = 0) -> Callable[[Bench], Fi
             try_once(pool, __main__.look_up, 7)
             if mebibytes:
                 return {"seconds": median_time(bench, lambda: pool.call(__main__.look_up, 7))}
-            count = bench.sized(MANY // 2, 4)
+            count = bench.sized(MANY // 4, 4)
             start = clock()
             futures = [pool.submit(__main__.look_up, index % 100) for index in range(count)]
             results = [future.result() for future in futures]
