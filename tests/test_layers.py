@@ -27,8 +27,8 @@ LAYERS = """
     : keys
     wire: liveness protocol codecs wakeup journal shortcuts security handshakes filling
         comparison buffers leases
-    payload: namespaces arrays enums byvalue reducers unavailable constancy shares bulk picklers
-        bindings packing checks proofs repeats definitions snapshots values plain failures
+    payload: namespaces arrays enums byvalue reducers unavailable constancy digests shares bulk
+        picklers bindings packing checks proofs repeats definitions snapshots values plain failures
         serialization
         inheritance setups
     worker: handler targets registration worker calls

@@ -6,7 +6,6 @@ call ─► pickler ─► Task ─► Master ─► workers
 
 from __future__ import annotations
 
-import hashlib  # noqa: F401  (the first submit needs it: nothing is imported after the opening)
 import os
 import sys
 import threading

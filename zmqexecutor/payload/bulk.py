@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from ..wire.comparison import same
+from .digests import digest_of
 from .shares import Share, open_share
 
 __all__ = ["BULK", "Bulk", "Outside", "flags", "load_bulk"]
@@ -66,18 +67,12 @@ class Bulk:
             parts: what was packed of them, in the same order.
             readonly: for each buffer whether it was.
         """
-        # Not at the top: it loads OpenSSL, 4 MB of memory that a worker does not need.
-        from hashlib import blake2b
-
         self.share = share
         self.payload = pickle.dumps(_Call(share.key, readonly), 5)
         self._parts = parts
         self._readonly = readonly
-        hashed = blake2b(readonly, digest_size=16)
-        for part in parts:
-            hashed.update(b"%d:" % part.nbytes)
-            hashed.update(part)
-        self.digest = hashed.digest()
+        sizes = b",".join(b"%d" % part.nbytes for part in parts)
+        self.digest = digest_of(readonly, sizes, *parts)
 
     @property
     def buffers(self) -> Sequence[memoryview]:

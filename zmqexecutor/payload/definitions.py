@@ -52,11 +52,12 @@ from .arrays import is_array
 from .bulk import BULK, Bulk
 from .checks import CONTAINERS
 from .constancy import is_constant
+from .digests import digest_of
 from .namespaces import MISSING, Entry, Key, Payload, class_by_id, importable, is_class, namespace
 from .packing import Packer
 from .picklers import DefinitionPickler, bound_objects, global_of
 from .proofs import GlobalArray, Proof, holds, prove
-from .repeats import Pickled, repeat
+from .repeats import Pickled, PlainPickle, repeat
 from .shares import Share
 from .unavailable import Unavailable
 
@@ -120,16 +121,6 @@ class _Known(NamedTuple):
     by_keys: dict[frozenset[Key], Definition]
 
 
-def _digest(*parts: bytes) -> bytes:
-    # Not at the top: it loads OpenSSL, 4 MB of memory that a worker does not need.
-    from hashlib import blake2b
-
-    hashed = blake2b(digest_size=16)
-    for part in parts:
-        hashed.update(part)
-    return hashed.digest()
-
-
 class Definitions:
     """The parent's side: makes definitions, and keeps them while they are proven.
 
@@ -153,8 +144,8 @@ class Definitions:
         # What tells the object that a global was bound to last, and its number (see `_number`).
         self._bound: dict[Key, tuple[Callable[[object], bool], int]] = {}
         self._numbers = itertools.count(1)
-        # Of entries for which nothing but another pickle is a proof.
-        self._digests: dict[Key, bytes] = {}
+        # Of entries without a proof, the last digest, and whether it is that of the one before.
+        self._repeated: dict[Key, tuple[bytes, bool]] = {}
         self._packer = packer
 
     def define(self, func: Any, keys: frozenset[Key]) -> Definition:
@@ -176,7 +167,7 @@ class Definitions:
 
     def clear(self) -> None:
         """Keep nothing any more."""
-        for cache in (self._known, self._pieces, self._bulks, self._bound, self._digests):
+        for cache in (self._known, self._pieces, self._bulks, self._bound, self._repeated):
             cache.clear()
 
     def _keep(self, func: Any, keys: frozenset[Key], definition: Definition) -> None:
@@ -213,7 +204,7 @@ class Definitions:
         for key in sorted(pieces, key=lambda key: (not pieces[key].is_class, key)):
             digest = pieces[key].digest
             if pieces[key].refs:
-                digest = _digest(*(pieces[other].digest for other in sorted(_reach(pieces, key))))
+                digest = digest_of(*(pieces[other].digest for other in sorted(_reach(pieces, key))))
             entries.append((*key, digest, pieces[key].payload))
         parts = [
             part
@@ -223,7 +214,7 @@ class Definitions:
         bulks = [piece.bulk for piece in (root, *pieces.values())]
         shares = tuple(bulk.share for bulk in bulks if bulk is not None)
         # With their keys: what a worker keeps by this id must not name a share that is gone.
-        function_id = _digest(root.digest, *parts, *(share.key for share in shares))
+        function_id = digest_of(root.digest, *parts, *(share.key for share in shares))
         function = pickle.dumps((entries, *root.payload), 5)
         shared = Shared(function_id, function)
         if not again and key is None:
@@ -293,6 +284,9 @@ class Definitions:
             return _Piece((), b"", frozenset(), frozenset(), False, proof)
         ident, before = self._bulks.get(key, (0, None))
         number = self._number(key, value)
+        # What was the same twice may well be so the third time.
+        last, same_twice = self._repeated.get(key, (b"", False))
+        plain = PlainPickle.of(value) if same_twice else None
         array = GlobalArray.of(value)
         piece = self._make_piece(value, key, proven=array is None, before=before)
         bulk = piece.bulk
@@ -304,12 +298,11 @@ class Definitions:
             packed = bulk.buffers if bulk else ()
             piece = piece._replace(proof=array.proof((key, *piece.refs), packed))
         if number:
-            piece = piece._replace(digest=_digest(piece.digest, b"%d" % number))
+            piece = piece._replace(digest=digest_of(piece.digest, b"%d" % number))
         if module and piece.proof is not None and piece.proof.bindings[key] != id(value):
             return piece._replace(proof=None)  # another thread has bound another object meanwhile
         if piece.proof is None and array is None and module and not piece.proxies:
-            if self._digests.get(key) == piece.digest:
-                # It has been the same twice, so that it may well be the third time.
+            if same_twice and piece.digest == last:
                 pickled = Pickled(
                     functools.partial(_says, piece),
                     piece.bulk.buffers if piece.bulk else (),
@@ -317,8 +310,8 @@ class Definitions:
                     piece.names,
                     piece.importable,
                 )
-                piece = piece._replace(proof=repeat(key, self._bound[key][0], pickled))
-            self._digests[key] = piece.digest
+                piece = piece._replace(proof=repeat(key, _identity(value), plain, pickled))
+            self._repeated[key] = piece.digest, piece.digest == last
         return piece
 
     def _number(self, key: Key, value: object) -> int:
@@ -457,7 +450,7 @@ def _make_piece(
     if len(payload) == 1 and (views or len(payload[0]) >= BULK):
         data, payload = payload[0], ()
     inlined = frozenset(pickler.inlined)
-    digest = _digest(*payload)
+    digest = digest_of(*payload)
     piece = _Piece(
         payload,
         digest,
@@ -504,7 +497,7 @@ def _grouped(pieces: dict[Key, _Piece]) -> dict[Key, _Piece]:
         pickler = DefinitionPickler(key, frozenset(group))
         values = tuple(namespace(module).get(name) for module, name in group)
         payload = (*pickler.dumps(values), pickle.dumps(group, 5), b"")
-        digest = _digest(*payload, *(pieces[member].digest for member in group))
+        digest = digest_of(*payload, *(pieces[member].digest for member in group))
         for member in group:
             grouped[member] = pieces[member]._replace(
                 payload=payload, digest=digest, refs=frozenset(pickler.refs), bulk=None

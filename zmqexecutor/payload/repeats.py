@@ -16,10 +16,26 @@ from .namespaces import Key, Payload, namespace
 from .picklers import DefinitionPickler
 from .proofs import Proof
 
-__all__ = ["Pickled", "repeat"]
+__all__ = ["Pickled", "PlainPickle", "repeat"]
 
 _LARGEST_PLAIN: Final = 64 * 1024
 """Bytes of a plain pickle, without large buffers, that is kept beside the other."""
+
+
+class PlainPickle(NamedTuple):
+    """A pickle as `pickle` makes it, and its large buffers."""
+
+    data: bytes
+    views: Sequence[memoryview]
+
+    @classmethod
+    def of(cls, value: object) -> PlainPickle | None:
+        """None if there is none, or a large one."""
+        try:
+            plain = cls(*_dump_plainly(value))
+        except Exception:
+            return None
+        return plain if len(plain.data) <= _LARGEST_PLAIN else None
 
 
 class Pickled(NamedTuple):
@@ -40,16 +56,19 @@ class Pickled(NamedTuple):
     importable: bool
 
 
-def repeat(key: Key, is_it: Callable[[object], bool], pickled: Pickled) -> Proof:
+def repeat(
+    key: Key, is_it: Callable[[object], bool], before: PlainPickle | None, pickled: Pickled
+) -> Proof:
     """The proof that the pickle of a global would be this one.
 
     Args:
         key: the global.
         is_it: tells the object that it is bound to from others.
+        before: a plain pickle that was made before: what changes in between is seen later.
         pickled: its pickle.
     """
     module, name = key
-    plain = _plain_pickle(namespace(module)[name], pickled)
+    plain = before.data if before is not None and _will_do(before, pickled) else None
 
     def is_same() -> bool:
         value = namespace(module)[name]
@@ -72,15 +91,9 @@ def repeat(key: Key, is_it: Callable[[object], bool], pickled: Pickled) -> Proof
     return proof
 
 
-def _plain_pickle(value: object, pickled: Pickled) -> bytes | None:
-    if pickled.refs or not pickled.importable:
-        return None
-    try:
-        data, views = _dump_plainly(value)
-    except Exception:
-        return None
-    small = len(data) <= _LARGEST_PLAIN
-    return data if small and _are_same(views, pickled.buffers) else None
+def _will_do(plain: PlainPickle, pickled: Pickled) -> bool:
+    importable = pickled.importable and not pickled.refs
+    return importable and _are_same(plain.views, pickled.buffers)
 
 
 def _dump_plainly(value: object) -> tuple[bytes, list[memoryview]]:
