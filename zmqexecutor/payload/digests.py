@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Buffer
 try:
     # It is hashlib's, without OpenSSL, which takes 3 ms to load and 4 MB.
     from _blake2 import blake2b
@@ -15,7 +11,7 @@ except ImportError:
 __all__ = ["digest_of"]
 
 
-def digest_of(*parts: Buffer) -> bytes:
+def digest_of(*parts: bytes | memoryview) -> bytes:
     """Return 16 bytes that differ if what follows each other in `parts` differs."""
     hashed = blake2b(digest_size=16)
     for part in parts:
