@@ -25,6 +25,7 @@ import pytest
 from zmqexecutor import ZmqExecutor
 from zmqexecutor.payload.definitions import Definitions
 from zmqexecutor.payload.picklers import DefinitionPickler
+from zmqexecutor.payload.proofs import prove
 from zmqexecutor.payload.serialization import CallPickler, Made
 
 SCRIPT = """
@@ -68,9 +69,13 @@ class Describer:
         return "something"
 
 value = None
+other = None
 
 def get():
     return value
+
+def is_other():
+    return value[0] is other
 
 def take(*args):
     return args[0]
@@ -386,6 +391,70 @@ def test_a_named_tuple_with_a_method_for_pickle(script: Any, calls: Calls) -> No
     assert len({calls.key() for _ in range(4)}) == 4
 
 
+def test_what_is_not_proven() -> None:
+    class Odd(Pair):
+        def __iter__(self) -> Any:
+            return iter((random.random(), 1))
+
+    inner = np.dtype([("a", "i4")])  # whose names can be changed
+    assert prove(inner) is None
+    assert prove(np.dtype((inner, (2,)))) is None
+    assert prove(Odd(1, 2)) is None
+    assert prove(Pair(1, 2)) is not None
+    assert prove([[b"12345678"] for _ in range(1000)]) is not None
+    assert prove([[str(number)] for number in range(100_000)]) is None, "too large"
+
+
+def test_an_equal_object_that_another_global_is_bound_to(script: Any) -> None:
+    script.value = np.array([types.SimpleNamespace(x=1)], dtype=object)
+    script.other = types.SimpleNamespace(x=1)
+    with ZmqExecutor(1) as executor:
+        for _ in range(4):
+            assert executor.submit(script.is_other).result(60) is False
+        script.value[0] = script.other
+        for _ in range(4):
+            assert executor.submit(script.is_other).result(60) is True
+        script.value[0] = types.SimpleNamespace(x=1)
+        for _ in range(4):
+            assert executor.submit(script.is_other).result(60) is False
+        script.other = script.value[0]
+        assert executor.submit(script.is_other).result(60) is True
+
+
+def test_what_it_refers_to_is_not_kept_alive(script: Any, calls: Calls) -> None:
+    script.other = Imported(np.zeros(100_000))
+    script.value = script.Reduced(script.other)
+    for _ in range(5):
+        calls.key()
+    other = weakref.ref(script.other)
+    script.value = script.other = None
+    calls.key()
+    gc.collect()
+    assert other() is None
+
+
+@pytest.mark.parametrize("make", [lambda: [[0], "a"], lambda: Pair([0], "a")])
+def test_a_change_between_proof_and_pickle(
+    script: Any, monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any]
+) -> None:
+    """The proof is of what was there before, and would hold again when it is changed back."""
+    script.value = make()
+    dumps = DefinitionPickler.dumps
+
+    def change(pickler: DefinitionPickler, value: Any) -> Any:
+        script.value[0][0] = 1
+        return dumps(pickler, value)
+
+    with ZmqExecutor(1) as executor:
+        with monkeypatch.context() as patch:
+            patch.setattr(DefinitionPickler, "dumps", change)
+            for _ in range(2):
+                script.value[0][0] = 0
+                assert executor.submit(script.get).result(60)[0] == [1]
+        script.value[0][0] = 0
+        assert executor.submit(script.get).result(60)[0] == [0]
+
+
 # ------------------------------------------------------------ the calls of one `map`
 
 
@@ -438,6 +507,16 @@ def test_functions_that_are_passed_are_looked_at_each_time(script: Any, defined:
         script.value = value
         pickler.dump_call(script.take, (script.get,), {}, made)
     assert len(defined) == 3
+
+
+def test_definitions_of_many_classes_are_not_kept(script: Any) -> None:
+    pickler = CallPickler()
+    made: Made = {}
+    for number in range(200):
+        kind = type(f"Kind{number}", (), {"__module__": script.__name__})
+        setattr(script, f"Kind{number}", kind)
+        pickler.dump_call(script.take, (kind(),), {}, made)
+    assert 1 < len(made) <= 64
 
 
 def test_map_with_objects_of_the_script(script: Any, defined: list[Any]) -> None:

@@ -46,13 +46,13 @@ def is_simple(array: Any) -> bool:
 
 
 def is_fixed(value: object) -> bool:
-    """Whether it is one of numpy's functions, which pickle as their names, or types of items."""
+    """Whether it is one of numpy's functions, which pickle as their names, or types of numbers."""
     if not known_kinds():
         return False
     numpy: Any = sys.modules["numpy"]
     if isinstance(value, numpy.ufunc):
         return True
-    return isinstance(value, numpy.dtype) and not value.names and not value.metadata
+    return isinstance(value, numpy.dtype) and value.isbuiltin == 1 and not value.metadata
 
 
 def reduce_array(obj: Any) -> Any:

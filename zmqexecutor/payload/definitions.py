@@ -57,7 +57,7 @@ from .namespaces import MISSING, Entry, Key, Payload, class_by_id, importable, i
 from .packing import Packer
 from .picklers import DefinitionPickler, bound_objects, global_of
 from .proofs import GlobalArray, Proof, holds, prove
-from .repeats import Pickled, PlainPickle, repeat
+from .repeats import Pickled, repeat
 from .shares import Share
 from .unavailable import Unavailable
 
@@ -94,8 +94,6 @@ class _Piece(NamedTuple):
     """What the payload names, if it is too large to be there itself."""
     inlined: frozenset[int] = frozenset()
     """See `DefinitionPickler`."""
-    importable: bool = False
-    """Whether others can import all functions and classes that are in it."""
     proxies: tuple[object, ...] = ()
     """See `ArgumentPickler`."""
 
@@ -144,8 +142,8 @@ class Definitions:
         # What tells the object that a global was bound to last, and its number (see `_number`).
         self._bound: dict[Key, tuple[Callable[[object], bool], int]] = {}
         self._numbers = itertools.count(1)
-        # Of entries without a proof, the last digest, and whether it is that of the one before.
-        self._repeated: dict[Key, tuple[bytes, bool]] = {}
+        # Of entries for which nothing but another pickle is a proof, what they were last.
+        self._repeated: dict[Key, bytes] = {}
         self._packer = packer
 
     def define(self, func: Any, keys: frozenset[Key]) -> Definition:
@@ -263,6 +261,7 @@ class Definitions:
         old = self._pieces.get(key)
         if old is not None and (old.available or optional) and holds(old.proof):
             return old
+        self._pieces.pop(key, None)  # not to be asked again
         try:
             piece = self._make_entry(key)
         except _FAILURES as error:
@@ -284,9 +283,6 @@ class Definitions:
             return _Piece((), b"", frozenset(), frozenset(), False, proof)
         ident, before = self._bulks.get(key, (0, None))
         number = self._number(key, value)
-        # What was the same twice may well be so the third time.
-        last, same_twice = self._repeated.get(key, (b"", False))
-        plain = PlainPickle.of(value) if same_twice else None
         array = GlobalArray.of(value)
         piece = self._make_piece(value, key, proven=array is None, before=before)
         bulk = piece.bulk
@@ -302,16 +298,11 @@ class Definitions:
         if module and piece.proof is not None and piece.proof.bindings[key] != id(value):
             return piece._replace(proof=None)  # another thread has bound another object meanwhile
         if piece.proof is None and array is None and module and not piece.proxies:
-            if same_twice and piece.digest == last:
-                pickled = Pickled(
-                    functools.partial(_says, piece),
-                    piece.bulk.buffers if piece.bulk else (),
-                    piece.refs,
-                    piece.names,
-                    piece.importable,
-                )
-                piece = piece._replace(proof=repeat(key, _identity(value), plain, pickled))
-            self._repeated[key] = piece.digest, piece.digest == last
+            if self._repeated.get(key) == piece.digest:
+                # So that what changes each time is not pickled twice.
+                pickled = Pickled(functools.partial(_says, piece), piece.refs, piece.names)
+                piece = piece._replace(proof=repeat(key, _identity(value), pickled))
+            self._repeated[key] = piece.digest
         return piece
 
     def _number(self, key: Key, value: object) -> int:
@@ -445,22 +436,15 @@ def _make_piece(
     refs = frozenset(pickler.refs)
     if proof is not None:
         proof.bind(refs if key is None else (*refs, key))
+        if not proof.holds():
+            proof = None  # another thread has changed it meanwhile, and may change it back
     names = frozenset(pickler.names)
     views, data = pickler.outside.views, b""
     if len(payload) == 1 and (views or len(payload[0]) >= BULK):
         data, payload = payload[0], ()
     inlined = frozenset(pickler.inlined)
     digest = digest_of(*payload)
-    piece = _Piece(
-        payload,
-        digest,
-        refs,
-        names,
-        is_class(value),
-        proof,
-        inlined=inlined,
-        importable=not pickler.by_value,
-    )
+    piece = _Piece(payload, digest, refs, names, is_class(value), proof, inlined=inlined)
     if pickler.proxies:
         piece = piece._replace(proxies=pickler.take_proxies())
     return piece, data, views

@@ -413,5 +413,6 @@ def _is_named_tuple(kind: type) -> bool:
     return (
         issubclass(kind, tuple)
         and getattr(arguments, "__code__", None) is _NAMED_TUPLE_ARGS
+        and kind.__iter__ is tuple.__iter__
         and _reduces_plainly(kind)
     )

@@ -31,7 +31,7 @@ import pickle
 import types
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import msgspec
 
@@ -122,6 +122,10 @@ Made: TypeAlias = "dict[frozenset[Key], tuple[Definition, Sequence[Key], Sequenc
 """Definitions of a function, by the classes of the script of which objects are passed to it."""
 
 
+_MOST_MADE: Final = 64
+"""Definitions that are kept of one function, with the classes that their arguments have."""
+
+
 def _find_made(made: Made, keys: frozenset[Key]) -> Definition | None:
     found = made.get(keys)
     if found is None:
@@ -136,6 +140,8 @@ def _note_made(made: Made, keys: frozenset[Key], definition: Definition) -> None
     names = tuple(keys)
     classes = tuple(map(bound_to, names))
     if all(map(is_class, classes)):  # what functions use may be another one at the next call
+        if len(made) >= _MOST_MADE:
+            made.clear()
         made[keys] = definition, names, classes
 
 
