@@ -22,6 +22,7 @@ import cloudpickle
 import numpy as np
 import pytest
 
+from tests.test_bulk import Counted
 from zmqexecutor import ZmqExecutor
 from zmqexecutor.payload.definitions import Definitions
 from zmqexecutor.payload.picklers import DefinitionPickler
@@ -94,20 +95,13 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     del sys.modules["proven_script"]
 
 
-class Calls:
+class Calls(Counted):
     """Calls of `script.get`, and how many pickles their definitions took."""
 
     def __init__(self, script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(monkeypatch)
         self._script = script
         self._pickler = CallPickler()
-        self.pickles = 0
-        dumps = DefinitionPickler.dumps
-
-        def count(pickler: DefinitionPickler, value: Any) -> Any:
-            self.pickles += 1
-            return dumps(pickler, value)
-
-        monkeypatch.setattr(DefinitionPickler, "dumps", count)
 
     def key(self) -> bytes:
         shared = self._pickler.dump_call(self._script.get, (), {}).shared

@@ -30,6 +30,7 @@ __all__ = [
     "CONTAINERS",
     "FUNCTION_TABLES",
     "IMMUTABLE_MODULES",
+    "NAMED_TUPLE_ARGS",
     "OWN_DESCRIPTORS",
     "READERS",
     "Check",
@@ -150,6 +151,10 @@ def read_dispatcher(ref: Callable[[], Any]) -> Iterable[object]:
     return _read_dispatcher(reduce_singledispatch(ref()))
 
 
+_NamedTuple = collections.namedtuple("_NamedTuple", "field")
+NAMED_TUPLE_ARGS: Final = vars(_NamedTuple)["__getnewargs__"].__code__
+"""By which a class is known for one of a named tuple."""
+
 # What the pickles of these depend on.
 READERS: Final[dict[type, Read]] = {
     tuple: tuple,
@@ -176,8 +181,7 @@ READERS: Final[dict[type, Read]] = {
     logging.RootLogger: lambda _: (),
     types.MethodWrapperType: operator.attrgetter("__self__", "__name__"),
     types.UnionType: operator.attrgetter("__args__"),
-    # A named tuple's field:
-    type(vars(collections.namedtuple("_", "field"))["field"]): lambda field: field.__reduce__()[1],
+    type(vars(_NamedTuple)["field"]): lambda field: field.__reduce__()[1],
 }
 CONTAINERS: Final = frozenset(READERS)
 """Types whose pickles depend on what they hold, and on nothing else."""

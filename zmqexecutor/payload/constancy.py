@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from enum import Enum
 from typing import Any, Final
 
-from .arrays import known_kinds
+from .arrays import is_fixed, known_kinds
 from .byvalue import arrived
 from .namespaces import home_of, importable
 
@@ -93,7 +93,7 @@ def _is_global(value: Any) -> bool:
         return value in arrived or importable(value)
     if type(value) is types.BuiltinFunctionType:
         return _are_fixed((value.__self__,))
-    return type(value).__name__ == "ufunc" and importable(value)  # numpy's
+    return is_fixed(value)
 
 
 def _contents(cell: types.CellType) -> object:

@@ -11,7 +11,6 @@ for each call.
 
 from __future__ import annotations
 
-import collections
 import copyreg
 import functools
 import operator
@@ -32,6 +31,7 @@ from .checks import (
     ATOMS,
     FUNCTION_TABLES,
     IMMUTABLE_MODULES,
+    NAMED_TUPLE_ARGS,
     OWN_DESCRIPTORS,
     READERS,
     Check,
@@ -376,7 +376,6 @@ class _Prover:
 
 _STATE_METHODS: Final = ("__reduce_ex__", "__reduce__", "__getstate__")
 _HEAP_TYPE: Final = 1 << 9
-_NAMED_TUPLE_ARGS: Final = vars(collections.namedtuple("_", "field"))["__getnewargs__"].__code__
 
 
 def _reduces_plainly(kind: type) -> bool:
@@ -412,7 +411,7 @@ def _is_named_tuple(kind: type) -> bool:
     arguments = getattr(kind, "__getnewargs__", None)
     return (
         issubclass(kind, tuple)
-        and getattr(arguments, "__code__", None) is _NAMED_TUPLE_ARGS
+        and getattr(arguments, "__code__", None) is NAMED_TUPLE_ARGS
         and kind.__iter__ is tuple.__iter__
         and _reduces_plainly(kind)
     )
