@@ -279,11 +279,13 @@ class _Prover:
 
     def _visit_container(self, value: Any, kind: type) -> None:
         frozen = kind is tuple or kind is frozenset
+        # Before it is looked through: another thread may change it meanwhile.
+        check = same_items(value) if len(value) >= _MANY and not frozen else None
         if has_constants(value):
             if frozen:
                 return
-            if len(value) >= _MANY:
-                self.proof.checks[same_items, id(value)] = same_items(value)
+            if check is not None:
+                self.proof.checks[same_items, id(value)] = check
                 return
         elif value is self._root and (check := same_data(value)) is not None:
             self.proof.checks[same_data, id(value)] = check
