@@ -531,3 +531,28 @@ def test_map_with_objects_of_the_script(script: Any, defined: list[Any]) -> None
             ("right",)
         ] * 10
     assert len(defined) == 2
+
+
+def test_map_with_a_method(script: Any, defined: list[Any]) -> None:
+    """What its function is, is looked at once; the object is one of the arguments."""
+    script.Counter = type(
+        "Counter", (), {"__module__": script.__name__, "count": 0, "add": _add_to_count}
+    )
+    counter = script.Counter()
+
+    def numbers() -> Iterator[int]:
+        for number in range(10):
+            counter.count = 100 * number
+            yield number
+
+    with ZmqExecutor(1) as executor:
+        results = list(executor.map(counter.add, numbers(), timeout=60))
+        assert results == [101 * number for number in range(10)]
+        assert len(defined) == 1
+        # In chunks the method is a part of the function that is called.
+        assert list(executor.map(counter.add, range(4), chunksize=2)) == [900, 901, 902, 903]
+
+
+def _add_to_count(counter: Any, number: int) -> int:
+    total: int = counter.count + number
+    return total

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from functools import partial
 from queue import Empty, SimpleQueue
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, NoReturn, TypeVar
 
 __all__ = ["MappingExecutor"]
@@ -63,7 +63,9 @@ class MappingExecutor(Executor):
         deadline = None if timeout is None else time.monotonic() + timeout
         results = _results_as_they_come if unordered else _results
         # Submitted at once, the calls are of one and the same function, unless it has a state.
-        same = buffersize is None and isinstance(fn, (FunctionType, BuiltinFunctionType))
+        # The object of a method is an argument.
+        function = fn.__func__ if isinstance(fn, MethodType) else fn
+        same = buffersize is None and isinstance(function, (FunctionType, BuiltinFunctionType))
         # Generators let go of the executor when all is submitted.
         if chunksize == 1:
             submit = self._submitter(fn, same=same)
