@@ -6,6 +6,7 @@ import concurrent.futures
 import contextvars
 import copy
 import dataclasses
+import os
 import pickle
 import signal
 import subprocess
@@ -275,6 +276,44 @@ def read_unset_variable() -> object:
 
 def read_missing_key() -> object:
     return weakref.WeakKeyDictionary[object, int]()[ZmqExecutorError()]
+
+
+class NumberlessError(OSError):
+    """Has no number when asked for it."""
+
+    errno = property(lambda self: self.args[7])
+
+
+class _Nameless(type):
+    def __repr__(cls) -> str:
+        raise LookupError("no text")
+
+    @property
+    def __name__(cls) -> str:  # type: ignore[override]
+        raise LookupError("no name")
+
+
+class NamelessError(Exception, metaclass=_Nameless):
+    """Of a class that cannot be shown, and cannot be pickled either."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError("no pickle")
+
+
+def raise_oddly(number: int) -> None:
+    raise (OSError({1: 2}, "odd"), NumberlessError("odd"), NamelessError("odd"))[number]
+
+
+def test_a_task_raises_what_cannot_be_looked_at(pool: ZmqExecutor) -> None:
+    """It costs that task, not its worker."""
+    pid = pool.submit(os.getpid).result(60)
+    with pytest.raises(OSError, match="odd"):
+        pool.submit(raise_oddly, 0).result(60)
+    with pytest.raises(NumberlessError):
+        pool.submit(raise_oddly, 1).result(60)
+    with pytest.raises(SerializationError, match="NamelessError'> that cannot be pickled"):
+        pool.submit(raise_oddly, 2).result(60)
+    assert pool.submit(os.getpid).result(60) == pid
 
 
 @pytest.mark.parametrize(

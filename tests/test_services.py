@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
+import errno
+import gc
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -11,14 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
 
 from zmqexecutor import (
+    Client,
     ForkedExecutorError,
     JobFailedError,
     JobRunner,
     NoWorkerError,
     RegistrationError,
+    TaskTimeoutError,
     Worker,
+    Workers,
+    ZmqExecutor,
 )
 from zmqexecutor.wire import protocol
 from zmqexecutor.worker import registration
@@ -357,3 +365,154 @@ def test_a_teardown_that_raises(endpoint: str) -> None:
         with pytest.raises(ZeroDivisionError):
             worker.run()
         thread.join(20)
+
+
+# --------------------------------------------------------------- what is refused, and endings
+
+
+def exit_or_cancel(job: list[str]) -> str:
+    if job[1] == "exit":
+        raise SystemExit("of the target")
+    if job[1] == "cancel":
+        raise asyncio.CancelledError
+    return job[1]
+
+
+def test_a_target_that_exits_fails_its_job_only(endpoint: str, start_worker: StartWorker) -> None:
+    start_worker(target=exit_or_cancel)
+    with running(endpoint, 1) as runner:
+        for data, text in [("exit", "SystemExit: of the target"), ("cancel", "CancelledError")]:
+            with pytest.raises(JobFailedError, match=text):
+                runner.execute("1", data, 20)
+        assert runner.execute("1", "goes on", 20) == "goes on"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "error"), [("5", TypeError), (True, TypeError), (float("nan"), ValueError)]
+)
+def test_what_is_no_number_of_seconds(endpoint: str, seconds: Any, error: type[Exception]) -> None:
+    for make in (
+        lambda: JobRunner(endpoint, patience=seconds),
+        lambda: JobRunner(endpoint, lost_after=seconds),
+        lambda: Worker(endpoint, target=print, patience=seconds),
+        lambda: Client(endpoint, patience=seconds),
+        lambda: Workers("true", graceful_timeout=seconds),
+    ):
+        with pytest.raises(error, match="seconds"):
+            make()
+    with JobRunner(endpoint) as runner:
+        with pytest.raises(error, match="timeout"):
+            runner.wait_for_workers(1, seconds)
+        with pytest.raises(error, match="timeout"):
+            runner.execute("1", "text", seconds)
+        with Client(endpoint) as client:
+            assert client.status().jobs["queued"] == 0
+            with pytest.raises(error, match="timeout"):
+                client.call("1", "text", seconds)
+            with pytest.raises(error, match="timeout"):
+                client.status(seconds)
+
+
+@pytest.mark.parametrize("seconds", [float("inf"), 1e300, 10**400, None])
+def test_waiting_for_as_long_as_it_takes(
+    endpoint: str, start_worker: StartWorker, seconds: Any
+) -> None:
+    start_worker(target=exit_or_cancel)
+    with JobRunner(endpoint, patience=seconds) as runner:
+        runner.wait_for_workers(1, seconds)
+        assert runner.execute("1", "text", seconds) == "text"
+        with Client(endpoint, patience=seconds) as client:
+            assert client.status(seconds).jobs["queued"] == 0
+            assert client.call("1", "text", seconds) == "text"
+
+
+@pytest.mark.parametrize("seconds", [0, -1.5])
+def test_not_waiting_at_all(endpoint: str, seconds: float) -> None:
+    with JobRunner(endpoint) as runner:
+        with pytest.raises(TimeoutError):
+            runner.wait_for_workers(1, seconds)
+        with pytest.raises(TaskTimeoutError):
+            runner.execute("1", "text", seconds)
+
+
+@pytest.mark.parametrize("service", ["", "x" * 256, "\ud800"])
+def test_names_that_no_service_has(endpoint: str, service: str) -> None:
+    with JobRunner(endpoint) as runner:
+        with pytest.raises(ValueError):  # noqa: PT011  (UnicodeEncodeError says it in its own words)
+            runner.submit("1", "text", service=service)
+        with Client(endpoint) as client, pytest.raises(ValueError):  # noqa: PT011
+            client.call("1", "text", service=service)
+
+
+def test_a_worker_without_patience_gives_up(endpoint: str) -> None:
+    """And only that: it is not one that ends its process with its master."""
+    with pytest.raises(RegistrationError, match=r"no master answered .* within 0 s"):
+        Worker(endpoint, target=print, patience=0).run()
+
+
+def test_a_runner_that_is_dropped_gives_its_endpoint_back(endpoint: str) -> None:
+    before = threading.active_count()
+    runner = JobRunner(endpoint)
+    runner.start()
+    del runner
+    gc.collect()
+    assert eventually(lambda: threading.active_count() == before)
+    with JobRunner(endpoint) as another:
+        assert another.workers == ()
+
+
+def test_a_forked_child_does_not_wait_for_a_thread_that_it_has_not(endpoint: str) -> None:
+    with JobRunner(endpoint) as runner, ZmqExecutor(1) as executor:
+        executor.submit(abs, 1).result(60)
+        locked, done = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with runner._lock, executor._opening.pool()._lock:
+                locked.set()
+                done.wait(60)
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        assert locked.wait(60)
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                runner.stop()
+                executor.shutdown()
+                for refused in (runner.start, lambda: executor.wait_for_workers(1)):
+                    with pytest.raises(ForkedExecutorError):
+                        refused()
+                code = 0
+            finally:
+                os._exit(code)
+        done.set()
+        thread.join()
+        ended: list[int] = []
+
+        def has_ended() -> bool:
+            ended.extend(ends(child))
+            return bool(ended)
+
+        assert eventually(has_ended), "the child hangs"
+        assert ended == [0]
+        assert runner.refused == {}
+
+
+def ends(child: int) -> list[int]:
+    pid, status = os.waitpid(child, os.WNOHANG)
+    return [os.waitstatus_to_exitcode(status)] if pid else []
+
+
+def test_a_worker_that_cannot_open_its_socket(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise zmq.ZMQError(errno.EMFILE)
+
+    tracebacks: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", tracebacks.append)
+    monkeypatch.setattr("zmqexecutor.wire.security.socket", refuse)
+    with pytest.raises(RegistrationError, match="the control thread failed"):
+        Worker(endpoint, target=print, patience=20).run()
+    assert not tracebacks

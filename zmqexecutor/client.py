@@ -12,9 +12,10 @@ import zmq
 
 from . import errors
 from .errors import JobFailedError, NoMasterError, TaskTimeoutError
+from .system.arguments import check_timeout
 from .system.descriptors import check_descriptors
 from .wire import codecs, handshakes, protocol, security
-from .wire.protocol import DEFAULT_SERVICE, Answer, Report
+from .wire.protocol import DEFAULT_SERVICE, Answer, Report, check_service
 
 if TYPE_CHECKING:
     from .keys import Keys
@@ -50,7 +51,7 @@ class Client:
         self,
         endpoint: str,
         *,
-        patience: float = PATIENCE,
+        patience: float | None = PATIENCE,
         keys: Keys | str | os.PathLike[str] | None = None,
         allow_plaintext_tcp_from_anyone: bool = False,
     ) -> None:
@@ -58,7 +59,8 @@ class Client:
 
         Args:
             endpoint: where the master listens, such as `ipc:///tmp/master.ipc`.
-            patience: seconds to wait for the connection, when it is needed.
+            patience: seconds to wait for the connection, when it is needed, or None to wait
+                for as long as it takes.
             keys: for tcp://, as for `Worker`; a client's are those of a worker.
             allow_plaintext_tcp_from_anyone: as for `Worker`.
 
@@ -77,7 +79,7 @@ class Client:
         self._endpoint = endpoint
         self._keys = access.keys
         self._failure = ""  # why the last handshake failed
-        self._patience = patience
+        self._patience = check_timeout("patience", patience)
         self._connected = False
         self._number = 0
         check_descriptors()
@@ -91,16 +93,16 @@ class Client:
         )
         self._socket.connect(endpoint)
 
-    def status(self, timeout: float = PATIENCE) -> Report:
+    def status(self, timeout: float | None = PATIENCE) -> Report:
         """Ask the master for its workers, its queue, and what has become of its jobs.
 
         Args:
-            timeout: seconds to wait for the answer.
+            timeout: seconds to wait for the answer, or None to wait for as long as it takes.
 
         Raises:
             NoMasterError: no master is there, or it does not answer.
         """
-        deadline = time.monotonic() + timeout
+        deadline = _deadline(check_timeout("timeout", timeout))
         self._send(protocol.Ask(protocol.VERSION), deadline)
         while (answer := self._receive(deadline)) is not None:
             if isinstance(answer, Report):
@@ -138,13 +140,11 @@ class Client:
             TypeError: an argument has the wrong type.
             ValueError: an argument has an impossible value, or the data are too large.
         """
-        for what, text in (("job_id", job_id), ("service", service)):
-            if not isinstance(text, str):
-                raise TypeError(f"{what} must be str, not {type(text).__name__}")
-        if not 0 < len(service) < 256:
-            raise ValueError(f"a service's name has 1 to 255 characters: {service!r}")
+        if not isinstance(job_id, str):
+            raise TypeError(f"job_id must be str, not {type(job_id).__name__}")
+        check_service(service)
         encoded, encoding = codecs.encode(data, codec)
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = _deadline(check_timeout("timeout", timeout))
         self._number += 1
         call = protocol.Call(self._number, job_id, encoded, encoding, service)
         self._send(call, deadline)
@@ -171,8 +171,9 @@ class Client:
                 f"a master takes calls of up to {LARGEST_CALL} bytes, not {len(frame)}; "
                 "pass the name of a file instead"
             )
-        patience = time.monotonic() + self._patience
-        limit = patience if deadline is None else min(patience, deadline)
+        begun = time.monotonic()
+        limits = [limit for limit in (_deadline(self._patience), deadline) if limit is not None]
+        limit = min(limits, default=None)
         while True:
             self._connected = self._follow_connection()
             if self._connected:
@@ -183,7 +184,7 @@ class Client:
                     pass  # lost just now; the monitor is about to say so
             if not self._poll(limit, self._monitor):
                 reason = self._failure or f"no master at {self._endpoint}; is one running there?"
-                raise NoMasterError(f"{reason} (tried for {self._patience:g} s)")
+                raise NoMasterError(f"{reason} (tried for {time.monotonic() - begun:.3g} s)")
 
     def _receive(self, deadline: float | None) -> protocol.ToClient | None:
         """The next message of the master; None if the time is over."""
@@ -246,6 +247,10 @@ class Client:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _deadline(timeout: float | None) -> float | None:
+    return None if timeout is None else time.monotonic() + timeout
 
 
 def _result(answer: Answer, job_id: str, codec: str | None) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from queue import Empty, SimpleQueue
@@ -20,9 +21,10 @@ from .master.lean import LeanFuture
 from .master.master import Master
 from .master.peers import WorkerInfo
 from .master.tasks import Task
+from .system.arguments import check_timeout
 from .wire import codecs, security
 from .wire.liveness import LOST_AFTER
-from .wire.protocol import DEFAULT_SERVICE, Frame, Result
+from .wire.protocol import DEFAULT_SERVICE, Frame, Result, check_service
 
 if TYPE_CHECKING:
     from .keys import Keys
@@ -86,7 +88,7 @@ class JobRunner:
         )
         joining = joining_entrance(endpoint, work_address, lost_after, access)
         self._entrance = msgspec.structs.replace(joining, calls=True)
-        self._patience = patience
+        self._patience = check_timeout("patience", patience)
         self._pid = os.getpid()
         self._lock = threading.RLock()  # a finalizer or a signal handler may submit, too
         self._master: Master | None = None
@@ -96,23 +98,32 @@ class JobRunner:
 
         Raises:
             RuntimeError: it has been started already.
+            ForkedExecutorError: this is a forked child of the process that made it.
             OSError: the endpoint is in use, or cannot be bound.
         """
+        self._check_owner()
         with self._lock:
             if self._master is not None:
                 raise RuntimeError("this JobRunner has been started; call stop() first")
             master = Master(MasterOptions([self._entrance], patience=self._patience))
             master.start()
             self._master = master
+            # Dropped without `stop`, it finishes what is pending, and gives the endpoint back.
+            self._release = weakref.finalize(self, master.close)
+            self._release.atexit = False
 
     def stop(self) -> None:
         """Stop listening. Workers stay, and look for the next master at the endpoint.
 
-        Jobs that no worker has yet are cancelled, others fail with JobFailedError.
+        Jobs that no worker has yet are cancelled, others fail with JobFailedError. In a forked
+        child of the process that made it, it does nothing.
         """
+        if self._pid != os.getpid():
+            return  # not even wait for the lock, which a thread may have held at the fork
         with self._lock:
             master, self._master = self._master, None
         if master is not None:
+            self._release.detach()
             master.abort(JobFailedError("the master was stopped before the result came"))
             master.join()
 
@@ -140,7 +151,7 @@ class JobRunner:
             TypeError, ValueError: an argument makes no sense.
             RuntimeError: the runner is not started, or was stopped.
         """
-        check_wait(number, timeout)
+        timeout = check_wait(number, timeout)
         self._check_owner()
         if (master := self._master) is None:
             raise RuntimeError("this JobRunner is not running; call start() first")
@@ -173,9 +184,8 @@ class JobRunner:
         """
         if not isinstance(job_id, str):
             raise TypeError(f"job_id must be str, not {type(job_id).__name__}")
-        if not isinstance(service, str):
-            raise TypeError(f"service must be str, not {type(service).__name__}")
-        (job_id + service).encode()  # text that is no text must fail here, and only its caller
+        check_service(service)
+        job_id.encode()  # text that is no text must fail here, and only its caller
         encoded, encoding = codecs.encode(data, codec)
         future: LeanFuture[Data] = LeanFuture()
         task = Task(
@@ -226,6 +236,7 @@ class JobRunner:
             RuntimeError: the runner is not started.
             TypeError: an argument has the wrong type.
         """
+        timeout = check_timeout("timeout", timeout)
         future = self.submit(job_id, data, service=service, codec=codec)
         # Not `future.result(timeout)`: a Ctrl-C in the middle of a Condition's wait can
         # come out as a RuntimeError about its lock. This one is a single step.

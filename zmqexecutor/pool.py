@@ -231,12 +231,13 @@ class Pool:
 
     def wait_for_workers(self, number: int, timeout: float | None) -> None:
         """Return when so many workers are ready."""
-        check_wait(number, timeout)
+        timeout = check_wait(number, timeout)
         if number > self._settings.max_workers and not self._settings.joinable:
             raise ValueError(
                 f"this pool has at most {self._settings.max_workers} workers (max_workers), and no "
                 f"endpoint where others can join; {number} will never be there"
             )
+        self._check_open()  # before the lock, which a forked child may have inherited locked
         with self._lock:
             self._check_open()
             self._equip()

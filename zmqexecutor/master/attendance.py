@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 
+from ..system.arguments import check_integer, check_timeout
 from .peers import Peer, WorkerInfo
 
 __all__ = ["Attendance", "check_wait"]
@@ -25,11 +26,8 @@ class Attendance:
 
     def infos(self) -> tuple[WorkerInfo, ...]:
         """What users see of them, oldest first."""
-        while True:
-            try:
-                return tuple(peer.info() for peer in self._ready.values())
-            except RuntimeError:
-                continue  # one has just come or gone
+        # A list, made in one step: others may come and go.
+        return tuple([peer.info() for peer in list(self._ready.values())])
 
     def come(self, peer: Peer) -> None:
         """A worker is ready."""
@@ -87,16 +85,13 @@ class Attendance:
             self._watchers.remove(news)
 
 
-def check_wait(number: int, timeout: float | None) -> None:
-    """Check the arguments of `wait_for_workers`.
+def check_wait(number: int, timeout: float | None) -> float | None:
+    """Check the arguments of `wait_for_workers`, and return the timeout.
 
     Raises:
         TypeError: one has the wrong type.
         ValueError: one is out of range.
     """
-    if isinstance(number, bool) or not isinstance(number, int):
-        raise TypeError(f"the number of workers must be an integer, not {number!r}")
-    if number < 0:
+    if check_integer("the number of workers", number) < 0:
         raise ValueError(f"the number of workers must be 0 or more, not {number}")
-    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, (int, float))):
-        raise TypeError(f"timeout must be a number of seconds or None, not {timeout!r}")
+    return check_timeout("timeout", timeout)

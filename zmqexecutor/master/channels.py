@@ -12,6 +12,7 @@ import msgspec
 import zmq
 
 from ..errors import ProtocolError
+from ..system.arguments import check_seconds
 from ..system.descriptors import check_descriptors
 from ..wire import protocol, security
 from ..wire.liveness import LOST_AFTER
@@ -88,11 +89,10 @@ def _check_lost_after(seconds: float) -> float:
         TypeError: it is no number.
         ValueError: it is out of range.
     """
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
-        raise TypeError(f"lost_after must be a number of seconds, not {seconds!r}")
-    if not 0.2 <= seconds <= 3600:
+    checked = check_seconds("lost_after", seconds)
+    if not 0.2 <= checked <= 3600:
         raise ValueError(f"lost_after must be 0.2 to 3600 seconds, not {seconds}")
-    return seconds
+    return checked
 
 
 class Channels:

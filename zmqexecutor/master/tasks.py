@@ -13,6 +13,7 @@ import msgspec
 
 from ..errors import BrokenPoolError, SerializationError, TaskKilledError
 from ..payload.shares import Share
+from ..system.arguments import check_integer, check_seconds
 from ..wire.leases import Lease
 from ..wire.protocol import Frame, Result, Segment, Shared
 from .lanes import Job
@@ -77,20 +78,18 @@ def make_options(
         ValueError: one is out of range.
     """
     if timeout is not None:
-        seconds = _number("timeout", timeout)
+        seconds = check_seconds("timeout", timeout)
         if not seconds > 0:
             raise ValueError(f"timeout must be more than 0 seconds, or None, not {timeout}")
         timeout = None if seconds == math.inf else seconds
-    for what, number in (("retries", retries), ("priority", priority)):
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise TypeError(f"{what} must be an integer, not {number!r}")
-    if retries < 0:
+    check_integer("priority", priority)
+    if check_integer("retries", retries) < 0:
         raise ValueError(f"retries must be 0 or more, not {retries}")
     classes: tuple[Any, ...] = retry_on if isinstance(retry_on, tuple) else (retry_on,)
     for kind in classes:
         if not (inspect.isclass(kind) and issubclass(kind, BaseException)):
             raise TypeError(f"retry_on must be exception classes, not {kind!r}")
-    delay = _number("retry_delay", retry_delay)
+    delay = check_seconds("retry_delay", retry_delay)
     if not delay >= 0:
         raise ValueError(f"retry_delay must be 0 seconds or more, not {retry_delay}")
     if name is not None and not isinstance(name, str):
@@ -98,15 +97,6 @@ def make_options(
     return TaskOptions(
         timeout, retries, classes, delay, priority, name, bool(kill_on_cancel), service
     )
-
-
-def _number(what: str, seconds: float) -> float:
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
-        raise TypeError(f"{what} must be a number of seconds, not {seconds!r}")
-    try:
-        return float(seconds)
-    except OverflowError:
-        return math.inf if seconds > 0 else -math.inf
 
 
 class Task(Job, eq=False, kw_only=True):

@@ -23,7 +23,7 @@ from .byvalue import (
     set_class_state,
     unpickling,
 )
-from .namespaces import MAIN, MISSING, Entry, Key, Payload, class_by_id, namespace
+from .namespaces import MAIN, MISSING, Entry, Key, Payload, class_by_id, make_namespace, namespace
 
 __all__ = ["Received"]
 
@@ -194,7 +194,7 @@ class Received:
         self.version += 1
 
     def _bind_global(self, module: str, name: str, value: object) -> None:
-        globals_ = namespace(module)
+        globals_ = make_namespace(module)
         ours = module == MAIN and name in self._bootstrap
         if (module, name) not in self._bound and name in globals_ and not ours:
             return  # set by a task or an initializer before the parent's value was needed

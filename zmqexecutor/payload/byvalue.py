@@ -29,7 +29,7 @@ from typing import Any, Final, Protocol, TypeAlias
 from cloudpickle import cloudpickle as cp
 
 from .enums import make_enum, set_members_state
-from .namespaces import Key, class_by_id, is_dynamic, namespace
+from .namespaces import Key, class_by_id, is_dynamic, make_namespace, namespace
 
 __all__ = [
     "InProgressError",
@@ -126,7 +126,7 @@ def make_function(
         globals_ = {} if own is None else own
         globals_.setdefault("__builtins__", builtins.__dict__)
     elif shared:
-        globals_ = namespace(home)
+        globals_ = make_namespace(home)
     else:
         globals_ = importlib.import_module(home).__dict__
     return types.FunctionType(code, globals_, closure=closure)

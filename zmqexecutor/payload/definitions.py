@@ -53,7 +53,17 @@ from .bulk import BULK, Bulk
 from .checks import CONTAINERS
 from .constancy import is_constant
 from .digests import digest_of
-from .namespaces import MISSING, Entry, Key, Payload, class_by_id, importable, is_class, namespace
+from .namespaces import (
+    MISSING,
+    Entry,
+    Key,
+    Payload,
+    bound_to,
+    class_by_id,
+    importable,
+    is_class,
+    namespace,
+)
 from .packing import Packer
 from .picklers import DefinitionPickler, bound_objects, global_of
 from .proofs import GlobalArray, Proof, holds, prove
@@ -63,7 +73,6 @@ from .unavailable import Unavailable
 
 __all__ = ["Definition", "DefinitionError", "Definitions"]
 
-_FAILURES: Final = (Exception, SystemExit, GeneratorExit)
 """What pickling may raise; a KeyboardInterrupt comes from elsewhere."""
 
 
@@ -141,6 +150,7 @@ class Definitions:
         self._bulks: dict[Key, tuple[int, Bulk]] = {}
         # What tells the object that a global was bound to last, and its number (see `_number`).
         self._bound: dict[Key, tuple[Callable[[object], bool], int]] = {}
+        self._most_bound = self._BOUND
         self._numbers = itertools.count(1)
         # Of entries for which nothing but another pickle is a proof, what they were last.
         self._repeated: dict[Key, bytes] = {}
@@ -193,7 +203,9 @@ class Definitions:
             root = self._make_piece(
                 func, None, proven=again and key is None, before=old.bulk if old else None
             )
-        except _FAILURES as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             raise DefinitionError("", error)
         if key is not None:
             root = root._replace(proof=Proof())
@@ -264,7 +276,9 @@ class Definitions:
         self._pieces.pop(key, None)  # not to be asked again
         try:
             piece = self._make_entry(key)
-        except _FAILURES as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             if not optional:
                 raise DefinitionError(_describe_key(key), error)
             piece = _make_unavailable(key, error)
@@ -314,11 +328,21 @@ class Definitions:
         """
         if is_class(value):
             return 0  # redefined it has an id of its own, and else it is changed in place
+        if len(self._bound) >= self._most_bound:
+            self._forget_unbound()
         known, number = self._bound.get(key, (None, 0))
         if known is not None and not known(value) and _can_change(value):
             number = next(self._numbers)
         self._bound[key] = _identity(value), number
         return number
+
+    def _forget_unbound(self) -> None:
+        """Remember nothing of globals that are gone."""
+        for cache in (self._bound, self._repeated):
+            for key in list(cache):
+                if bound_to(key) is None:
+                    cache.pop(key, None)
+        self._most_bound = max(self._BOUND, 2 * len(self._bound))
 
     def _drop_bulks(self) -> None:
         """Keep nothing of globals that have been deleted, or bound to something else."""

@@ -61,12 +61,17 @@ class _Failure(NamedTuple):
     raised: bool
 
 
+_name_of: Final = vars(type)["__name__"].__get__
+"""The name of an exception's class, whatever its metaclass makes of it."""
+
+
 def describe(error: BaseException) -> str:
     """Return an exception in one line, whatever its `__str__` does."""
+    name: str = _name_of(type(error))
     try:
-        return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return f"{name}: {error}" if str(error) else name
     except BaseException:  # its __str__ may do anything
-        return type(error).__name__
+        return name
 
 
 def _format(error: BaseException) -> str:
@@ -77,7 +82,7 @@ def _format(error: BaseException) -> str:
             trace = trace.tb_next
         return "".join(traceback.format_exception(type(error), error, trace))
     except BaseException:  # memory or stack may have run out, a __str__ may do anything
-        return f"{type(error).__name__}\n"
+        return f"{_name_of(type(error))}\n"
 
 
 def _remote_traceback(text: str) -> Exception:
@@ -181,7 +186,7 @@ def dump_exception(stage: str, error: BaseException, note: Callable[[BaseExcepti
     Args:
         stage: how far the call had come.
         error: what was raised then; it loses its traceback.
-        note: what to add, as lines, to the text of that.
+        note: what to add, as lines, to the text of that; never raises.
     """
     text = _format(error)
     _drop_traceback(error)  # its frames hold the arguments
@@ -198,7 +203,7 @@ def dump_exception(stage: str, error: BaseException, note: Callable[[BaseExcepti
     except BaseException as problem:
         if not message:
             message = (
-                f"The task raised {describe(error)}, an exception of {type(error)!r} "
+                f"The task raised {describe(error)}, an exception of {type.__repr__(type(error))} "
                 f"that cannot be pickled ({describe(problem)}). "
                 f"The traceback in the worker was:\n\n{text}"
             )
@@ -213,7 +218,7 @@ def load_exception(data: Buffer) -> BaseException:
         try:
             error = pickle.loads(pickled)
             if not isinstance(error, BaseException):
-                raise TypeError(f"unpickling made {type(error)!r} of an exception")
+                raise TypeError(f"unpickling made {type.__repr__(type(error))} of an exception")
         except BaseException as problem:
             failure = serialization_error(
                 f"The task's exception cannot be unpickled: {describe(problem)}. "

@@ -33,6 +33,7 @@ __all__ = [
     "importable",
     "is_class",
     "is_dynamic",
+    "make_namespace",
     "module_of",
     "name_of",
     "namespace",
@@ -73,7 +74,10 @@ def travels_by_value(module: str) -> bool:
 
 
 def namespace(module: str) -> dict[str, Any]:
-    """Return the one dict of globals that all code of this module shares here."""
+    """Return the one dict of globals that all code of this module shares here.
+
+    If there is none, an empty dict, which belongs to nothing.
+    """
     if module == MAIN or module == "__mp_main__":
         return sys.modules[MAIN].__dict__
     known = _namespaces.get(module)
@@ -81,6 +85,14 @@ def namespace(module: str) -> dict[str, Any]:
         return known
     if module in sys.modules and travels_by_value(module):
         return sys.modules[module].__dict__
+    return {}
+
+
+def make_namespace(module: str) -> dict[str, Any]:
+    """Return the same; if there is none, make it, since code of that module has arrived."""
+    known = namespace(module)
+    if known:
+        return known
     return _namespaces.setdefault(module, {"__name__": module, "__builtins__": builtins.__dict__})
 
 

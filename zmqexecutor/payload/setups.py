@@ -12,7 +12,7 @@ from multiprocessing.process import current_process
 import msgspec
 
 from ..system import interpreter
-from ..wire.protocol import CALLS, Preloaded
+from ..wire.protocol import CALLS, Preloaded, check_service
 from .inheritance import Descriptor, share_tracker, tracker
 
 __all__ = ["Initializer", "Setup", "boot_code", "call_service", "main_of_workers"]
@@ -27,12 +27,7 @@ def call_service(name: str | None) -> str:
     """
     if name is None:
         return CALLS
-    if not isinstance(name, str):
-        raise TypeError(f"a service is named by text, not {name!r}")
-    if not 0 < len(name) <= 200:
-        raise ValueError(f"a service's name has 1 to 200 characters: {name!r}")
-    name.encode()  # text that is no text cannot be sent
-    return f"{CALLS}/{name}"
+    return f"{CALLS}/{check_service(name, 200)}"
 
 
 class Initializer(msgspec.Struct, frozen=True):

@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import Final
 
 from ..errors import ForkedExecutorError
+from ..system.arguments import check_integer, check_seconds
 from ..system.directories import PrivateDirectory
 from ..system.limits import check_rlimits
 from ..wire.protocol import Configure, GroupFailed, Preloaded, Quit, Scale
@@ -107,7 +108,8 @@ class Workers:
         """
         self.cmd = _check_cmd(cmd)
         self.numprocesses = _check_number(numprocesses)
-        if not 0 <= graceful_timeout <= LONGEST_GRACE:
+        grace = check_seconds("graceful_timeout", graceful_timeout)
+        if not 0 <= grace <= LONGEST_GRACE:
             raise ValueError(
                 f"graceful_timeout must be 0 to {LONGEST_GRACE:.0f} seconds, not {graceful_timeout}"
             )
@@ -118,7 +120,7 @@ class Workers:
         self._remove_directory_too = remove_directory or directory is None
         self._rlimits = check_rlimits(rlimits)
         self._working_dir = None if working_dir is None else os.path.abspath(working_dir)
-        self._graceful_timeout = float(graceful_timeout)
+        self._graceful_timeout = grace
         self._owner = os.getpid()
         self._link: SupervisorLink | None = None
         self._closed = False
@@ -421,8 +423,6 @@ def _check_cmd(cmd: str | Sequence[str]) -> list[str]:
 
 
 def _check_number(numprocesses: int) -> int:
-    if isinstance(numprocesses, bool) or not isinstance(numprocesses, int):
-        raise TypeError(f"numprocesses must be an int, not {numprocesses!r}")
-    if numprocesses < 0:
+    if check_integer("numprocesses", numprocesses) < 0:
         raise ValueError(f"numprocesses must be 0 or more, not {numprocesses}")
     return numprocesses

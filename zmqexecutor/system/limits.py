@@ -5,12 +5,19 @@ from __future__ import annotations
 import errno
 import resource
 from collections.abc import Callable, Mapping
+from typing import Final
+
+from .arguments import check_integer
 
 __all__ = ["check_rlimits", "refusal", "teller"]
 
 _LARGEST = 2**63 - 1
 _MEMORY = ("as", "data")
 _BY_ERRNO = {errno.EMFILE: ("nofile",), errno.EFBIG: ("fsize",), errno.ENOMEM: _MEMORY}
+
+
+_errno_of: Final[Callable[[OSError], object]] = vars(OSError)["errno"].__get__
+"""What the exception was made with, whatever its class makes of it."""
 
 
 def check_rlimits(rlimits: Mapping[str, int] | None) -> dict[str, int] | None:
@@ -25,8 +32,7 @@ def check_rlimits(rlimits: Mapping[str, int] | None) -> dict[str, int] | None:
             raise ValueError(
                 f"there is no resource limit {name!r} here; there are " + ", ".join(sorted(known))
             )
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"the resource limit {name!r} must be an int, not {value!r}")
+        check_integer(f"the resource limit {name!r}", value)
         if not 0 <= value <= _LARGEST:
             raise ValueError(f"the resource limit {name!r} must be 0 to {_LARGEST}, not {value}")
     return dict(rlimits) if rlimits else None
@@ -56,7 +62,7 @@ def refusal(rlimits: Mapping[str, int]) -> str:
 def teller(rlimits: Mapping[str, int]) -> Callable[[BaseException], str]:
     """Return what says, in a line, that an exception came of one of these limits.
 
-    It returns an empty text for other exceptions.
+    It returns an empty text for other exceptions, and never raises.
     """
 
     def tell(error: BaseException) -> str:
@@ -64,7 +70,8 @@ def teller(rlimits: Mapping[str, int]) -> Callable[[BaseException], str]:
         if isinstance(error, MemoryError):
             names = _MEMORY
         elif isinstance(error, OSError):
-            names = _BY_ERRNO.get(error.errno or 0, ())
+            number = _errno_of(error)
+            names = _BY_ERRNO.get(number, ()) if type(number) is int else ()
         struck = [f"{name}={rlimits[name]}" for name in names if name in rlimits]
         if not struck:
             return ""

@@ -74,6 +74,7 @@ __all__ = [
     "WorkFromWorker",
     "WorkerReport",
     "Worn",
+    "check_service",
     "decode_control_from_master",
     "decode_control_to_master",
     "decode_jobs",
@@ -97,6 +98,21 @@ DEFAULT_SERVICE: Final = "default"
 """What a worker offers, and a job asks for, where nobody names a service."""
 CALLS: Final = "python"
 """What an executor's workers offer: to make calls; with `/` and a name, special ones."""
+
+
+def check_service(name: object, longest: int = 255) -> str:
+    """Return the name of a service.
+
+    Raises:
+        TypeError: it is not text.
+        ValueError: it is too short or too long, or text that UTF-8 cannot carry.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"a service is named by text, not {name!r}")
+    if not 0 < len(name) <= longest:
+        raise ValueError(f"a service's name has 1 to {longest} characters: {name!r}")
+    name.encode()  # raises UnicodeEncodeError, a ValueError
+    return name
 
 
 def makes_calls(service: str) -> bool:

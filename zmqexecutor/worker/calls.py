@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from time import monotonic, sleep
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from ..keys import Keys
 
 __all__ = ["main", "serve"]
+
+START_PATIENCE: Final = 30.0
+"""Seconds in which a master has to answer its own workers."""
 
 
 class InitializerError(Exception):
@@ -209,7 +212,9 @@ def main(endpoint: str, journals: str, rlimits: Mapping[str, int], depth: int) -
         del script[name]
     _tell_of_crashes()
     handler = CallHandler(journals, rlimits)
-    worker = Worker.with_handler(endpoint, handler, journals=journals, patience=0)
+    worker = Worker.with_handler(
+        endpoint, handler, journals=journals, patience=START_PATIENCE, owned=True
+    )
     try:
         worker.run()
     except InitializerError:
@@ -222,7 +227,7 @@ def serve(
     endpoint: str,
     services: Sequence[str] = (),
     *,
-    patience: float = PATIENCE,
+    patience: float | None = PATIENCE,
     keys: Keys | str | os.PathLike[str] | None = None,
     allow_plaintext_tcp_from_anyone: bool = False,
 ) -> bool:
@@ -235,7 +240,7 @@ def serve(
         endpoint: the executor's.
         services: what this worker is special for (see `ZmqExecutor.options`); it makes
             only calls that ask for one of these. By default those that ask for none.
-        patience: seconds to look for the executor.
+        patience: seconds to look for the executor, or None to look for as long as it takes.
         keys: as for `ZmqExecutor`, but a worker's.
         allow_plaintext_tcp_from_anyone: use tcp:// without keys: whoever can pose as
             the executor can run any code in this process.

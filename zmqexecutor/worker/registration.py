@@ -64,7 +64,8 @@ class Control(threading.Thread):
         main: Wakeup,
         *,
         services: Sequence[str],
-        patience: float,
+        patience: float | None,
+        owned: bool,
         journals: str | None,
         keys: Keys | None = None,
     ) -> None:
@@ -76,7 +77,8 @@ class Control(threading.Thread):
             workpoint: where the worker will bind its work socket, or None.
             main: wakes that thread.
             services: what the worker offers.
-            patience: seconds to look for a master; 0 ends the process with its master.
+            patience: seconds to look for a master, or None to look for as long as it takes.
+            owned: whether the process ends with its master.
             journals: directory for the journal, or None for no journal.
             keys: what protects the connection, or None if nothing does.
         """
@@ -87,9 +89,10 @@ class Control(threading.Thread):
         self._main = main
         self._services = services
         self._patience = patience
+        self._owned = owned
         self._journals = journals
         self._keys = keys
-        self._connected = False
+        self._open = self._connected = False
         self._failure = ""  # why the last handshake failed
         self._wakeup = Wakeup()
         self._outbox: deque[protocol.ControlFromWorker] = deque()
@@ -106,7 +109,7 @@ class Control(threading.Thread):
         self._journal: JournalWriter | None = None
         self._mailbox: Mailbox | None = None
         self._main_thread = threading.get_ident()
-        self._deadline: float | None = time.monotonic() + (patience or 30.0)
+        self._deadline = self._by_patience()
         self.events: deque[Event] = deque()
         """What the main thread should know, in this order."""
 
@@ -158,8 +161,11 @@ class Control(threading.Thread):
             self._tell(RegistrationError(f"the control thread failed: {error!r}"))
         finally:
             # The work connection's monitor stays: ZeroMQ would wait for somebody to read it.
-            if not self._parted:
+            if self._open:
                 self._disconnect(linger=1000)
+
+    def _by_patience(self) -> float | None:
+        return None if self._patience is None else time.monotonic() + self._patience
 
     def _connect(self) -> None:
         """Open the socket under a name that no master knows yet.
@@ -167,7 +173,7 @@ class Control(threading.Thread):
         What is still under way from this worker to an earlier master, whose place
         at the same addresses another one has taken, then means nothing to that one.
         """
-        self._connected = False
+        self._open = self._connected = False
         self._worker = uuid.uuid4().hex
         self._socket = security.socket(self._context, zmq.DEALER, self._endpoint, keys=self._keys)
         # Nothing is kept for a master that is not there: it would come too late.
@@ -179,8 +185,10 @@ class Control(threading.Thread):
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
         self._socket.connect(self._endpoint)
+        self._open = True
 
     def _disconnect(self, linger: int = 0) -> None:
+        self._open = False
         self._poller.unregister(self._socket)
         self._poller.unregister(self._monitor)
         self._socket.disable_monitor()
@@ -208,7 +216,7 @@ class Control(threading.Thread):
         elif self._parted:
             if self._seeking:
                 self._seeking = self._parted = False
-                self._deadline = time.monotonic() + self._patience
+                self._deadline = self._by_patience()
                 self._connect()
         elif self._monitor in ready:
             monitor = self._monitor
@@ -277,8 +285,8 @@ class Control(threading.Thread):
             self._connected = True
             self._failure = ""
             self._register()
-            if not self._patience:
-                self._deadline = None  # we are that master's own; it welcomes us when it wants
+            if self._owned:
+                self._deadline = None  # that master welcomes us when it wants
             return
         self._begin_again()
 
@@ -292,7 +300,7 @@ class Control(threading.Thread):
             self._work = handshakes.Connections()
             self._poller.register(monitor, zmq.POLLIN)
             if worker == self._worker:
-                self._deadline = time.monotonic() + self._patience
+                self._deadline = self._by_patience()
 
     def _watch_no_more(self) -> None:
         if self._work_monitor is not None:
@@ -328,7 +336,7 @@ class Control(threading.Thread):
         That may still be in a job, with its work socket open under the old name: a master
         that connected to that at our workpoint would for ever take us for who we were.
         """
-        if not self._patience:
+        if self._owned:
             _end(signal.SIGTERM)  # the master is dead, and nobody waits for our result
             os._exit(1)
         self._welcomed = False

@@ -64,7 +64,9 @@ class TargetHandler:
             result = target([job.id, codecs.decode(job.data, job.codec)], *self._state)
             data, codec = codecs.encode(result, job.codec if job.codec in codecs.CODECS else None)
             return Outcome(True, data, codec)
-        except Exception:
+        except KeyboardInterrupt:
+            raise  # meant for this process
+        except BaseException:  # `sys.exit()` in a target, too, is the job's own failure
             return Outcome(False, traceback.format_exc().encode(errors="replace"), codecs.TEXT)
 
     def _refusal(self, codec: str) -> str:

@@ -31,9 +31,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import zmq
 
+from ..system.arguments import check_timeout
 from ..wire import handshakes, protocol, security
 from ..wire.journal import JournalWriter
-from ..wire.protocol import DEFAULT_SERVICE, Frame, Job
+from ..wire.protocol import DEFAULT_SERVICE, Frame, Job, check_service
 from ..wire.shortcuts import BellRope, Mailbox
 from ..wire.wakeup import Wakeup
 from ..worker_errors import RegistrationError
@@ -85,7 +86,7 @@ class Worker:
         initargs: tuple[Any, ...] = (),
         teardown: Callable[[Any], object] | None = None,
         allow_pickle: bool = False,
-        patience: float = PATIENCE,
+        patience: float | None = PATIENCE,
         keys: Keys | str | os.PathLike[str] | None = None,
         allow_plaintext_tcp_from_anyone: bool = False,
     ) -> None:
@@ -109,7 +110,8 @@ class Worker:
             teardown: called with what the initializer returned when `run` ends.
             allow_pickle: whether jobs may be pickled. Who can send such a job can run
                 any code in this process.
-            patience: seconds to look for a master, at the start and after its loss.
+            patience: seconds to look for a master, at the start and after its loss, or None to
+                look for as long as it takes.
             keys: for tcp://, the worker's keys or their directory. None means those in
                 the default directory, if it is there; without keys only addresses of
                 the loopback interface can be used, in plain text.
@@ -148,8 +150,9 @@ class Worker:
         handler: Handler,
         *,
         journals: str | None,
-        patience: float,
+        patience: float | None,
         once: bool = False,
+        owned: bool = False,
         keys: Keys | None = None,
     ) -> Worker:
         """A worker whose jobs mean something else than a call of a target.
@@ -158,13 +161,15 @@ class Worker:
             endpoint: as for `Worker`.
             handler: what runs the jobs.
             journals: a private directory of the master's host, for the journal.
-            patience: as for `Worker`; 0 ends the process with its master.
+            patience: as for `Worker`.
             once: whether `run` returns when a master is lost that it has worked for.
+            owned: whether the process is that master's own, and ends with it.
             keys: the worker's, if it has any.
         """
         worker = cls.__new__(cls)
         worker._init(endpoint, None, handler, patience, journals, keys)
         worker._once = once
+        worker._owned = owned
         return worker
 
     def _init(
@@ -172,7 +177,7 @@ class Worker:
         endpoint: str,
         workpoint: str | None,
         handler: Handler,
-        patience: float,
+        patience: float | None,
         journals: str | None = None,
         keys: Keys | None = None,
     ) -> None:
@@ -180,14 +185,14 @@ class Worker:
         self._endpoint = endpoint
         self._workpoint = workpoint
         self._handler = handler
-        self._patience = patience
+        self._patience = check_timeout("patience", patience)
         self._journals = journals
         self._wakeup = Wakeup()
         self._poller = select.poll()
         self._poller.register(self._wakeup, select.POLLIN)
         self._stopping = False
         self._set_up = False
-        self._once = False
+        self._once = self._owned = False
         self.lost = False
         """Whether the last master has gone, or has taken this worker for lost."""
         self.stopped = False
@@ -226,6 +231,7 @@ class Worker:
             self._wakeup,
             services=self._handler.services,
             patience=self._patience,
+            owned=self._owned,
             journals=self._journals,
             keys=self._keys,
         )
@@ -256,7 +262,7 @@ class Worker:
 
     def _catch_sigterm(self) -> Any:
         """Make SIGTERM stop the worker, where we may and the user has not decided."""
-        if not self._patience or threading.current_thread() is not threading.main_thread():
+        if self._owned or threading.current_thread() is not threading.main_thread():
             return None
         if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
             return None
@@ -351,7 +357,7 @@ class Worker:
 
     def _say_goodbye(self) -> None:
         """Tell the master that what has no result was not started here, but for one."""
-        if "lost" in self._control.events:
+        if self._is_over():
             return
         self._flush()
         self._stop_watch()  # the master may answer by closing the connection
@@ -557,9 +563,13 @@ class Worker:
                     return False
             self._await_room(self._work)
 
+    def _is_over(self) -> bool:
+        """Whether the control thread has told that the master is lost, or has failed itself."""
+        return any(event != "drain" for event in self._control.events)
+
     def _await_confirmation(self) -> None:
         """Wait until the master has what only a message holds, or is lost."""
-        while self._needed > self._confirmed and "lost" not in self._control.events:
+        while self._needed > self._confirmed and not self._is_over():
             self._flush()
             self._wait()
             self._receive()
@@ -580,11 +590,7 @@ def _check_targets(
     if not targets:
         raise TypeError("target must be callable: it is called with [job_id, data]")
     for name, function in targets.items():
-        if not isinstance(name, str):
-            raise TypeError(f"a service is named by text, not {name!r}")
-        if not 0 < len(name) < 256:
-            raise ValueError(f"a service's name has 1 to 255 characters: {name!r}")
-        name.encode()  # text that is no text cannot be sent
+        check_service(name)
         if not callable(function):
             raise TypeError(
                 f"the target of {name!r} must be callable: it is called with [job_id, data]"

@@ -1,0 +1,51 @@
+"""Checks of the numbers that users give."""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import Any
+
+__all__ = ["check_integer", "check_seconds", "check_timeout"]
+
+
+def check_integer(what: str, number: Any) -> int:
+    """Return an integer.
+
+    Raises:
+        TypeError: it is none; True and False are none.
+    """
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise TypeError(f"{what} must be an integer, not {number!r}")
+    return number
+
+
+def check_seconds(what: str, seconds: Any) -> float:
+    """Return a number of seconds, which may be infinite.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is not a number.
+    """
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+        raise TypeError(f"{what} must be a number of seconds, not {seconds!r}")
+    if seconds != seconds:
+        raise ValueError(f"{what} must be a number of seconds, not {seconds}")
+    try:
+        return float(seconds)
+    except OverflowError:
+        return math.inf if seconds > 0 else -math.inf
+
+
+def check_timeout(what: str, seconds: Any) -> float | None:
+    """Return how long to wait: 0 or more seconds, or None for as long as it takes.
+
+    Raises:
+        TypeError: it is neither a number nor None.
+        ValueError: it is not a number.
+    """
+    if seconds is None:
+        return None
+    seconds = check_seconds(what, seconds)
+    # What the system cannot wait for is longer than any process lives.
+    return None if seconds > threading.TIMEOUT_MAX else max(0.0, seconds)
