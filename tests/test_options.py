@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import itertools
 import importlib
+import itertools
 import os
 import pickle
 import signal

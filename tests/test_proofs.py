@@ -25,6 +25,7 @@ import pytest
 from tests.test_bulk import Counted
 from zmqexecutor import ZmqExecutor
 from zmqexecutor.payload.definitions import Definitions
+from zmqexecutor.payload.namespaces import travels_by_value
 from zmqexecutor.payload.picklers import DefinitionPickler
 from zmqexecutor.payload.proofs import prove
 from zmqexecutor.payload.serialization import CallPickler, Made
@@ -556,3 +557,34 @@ def test_map_with_a_method(script: Any, defined: list[Any]) -> None:
 def _add_to_count(counter: Any, number: int) -> int:
     total: int = counter.count + number
     return total
+
+
+# ------------------------------------------------------------------ what is remembered
+
+
+def test_nothing_is_remembered_of_globals_that_are_gone(script: Any) -> None:
+    pickler = CallPickler()
+    for number in range(3000):
+        code = f"v{number} = [object]\ndef f{number}(): return v{number}"
+        exec(code, vars(script))
+        for _ in range(2):
+            pickler.dump_call(vars(script)[f"f{number}"], (), {})
+        del vars(script)[f"f{number}"], vars(script)[f"v{number}"]
+    definitions = pickler._definitions
+    for cache in (definitions._bound, definitions._repeated, definitions._pieces):
+        assert len(cache) <= 1024
+
+
+def test_a_module_that_is_no_longer_sent_by_value(script: Any) -> None:
+    """Its name says nothing any more, also of what was sent while it did."""
+    script.value = np.zeros(100_000)
+    pickler = CallPickler()
+    pickler.dump_call(script.get, (), {})
+    cloudpickle.unregister_pickle_by_value(script)
+    try:
+        bind(lambda _: None)(script)
+        for _ in range(2):
+            pickler.dump_call(lambda: np, (), {})
+        assert not travels_by_value(script.__name__)
+    finally:
+        cloudpickle.register_pickle_by_value(script)
