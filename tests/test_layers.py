@@ -23,7 +23,7 @@ SOURCES = {
 # Each module may import those before it; the folders are layers, and so are their modules.
 LAYERS = """
     : worker_errors errors
-    system: arguments machine memory limits interpreter descriptors directories shutdown
+    system: arguments interrupts machine memory limits interpreter descriptors directories shutdown
     : keys
     wire: liveness protocol codecs wakeup journal shortcuts security handshakes filling
         comparison buffers leases

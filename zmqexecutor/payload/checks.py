@@ -20,6 +20,7 @@ import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
+from ..system.interrupts import is_interrupt
 from ..wire.comparison import same, same_objects
 from .arrays import is_simple, known_kinds
 from .namespaces import MISSING, Key, importable, namespace
@@ -266,7 +267,9 @@ def same_data(value: object) -> Check | None:
     """
     try:
         return functools.partial(_is_data, value, _Data(value).pieces)
-    except Exception:  # something else is in it, or it is large
+    except Exception as error:  # something else is in it, or it is large
+        if is_interrupt(error):
+            raise
         return None
 
 

@@ -26,6 +26,7 @@ from typing import Any, Final
 
 from cloudpickle import cloudpickle as cp
 
+from ..system.interrupts import is_interrupt
 from .arrays import is_fixed, known_kinds
 from .checks import (
     ATOMS,
@@ -174,7 +175,7 @@ class Proof:
         return [*compiled, *self.checks.values()]
 
     def holds(self) -> bool:
-        """Say whether a new pickle would say the same. Never raises."""
+        """Say whether a new pickle would say the same. Raises nothing of its own."""
         if len(sys.modules) != self._modules:
             return False
         if self._registered != cp._PICKLE_BY_VALUE_MODULES:
@@ -185,7 +186,9 @@ class Proof:
             for check in self._compiled:
                 if not check():
                     return False
-        except Exception:  # a name, a cell or a function is gone
+        except Exception as error:  # a name, a cell or a function is gone
+            if is_interrupt(error):
+                raise
             return False
         return True
 
@@ -210,7 +213,9 @@ def prove(value: object, *, weakly: bool = False) -> Proof | None:
     """
     try:
         return _Prover(value, weakly=weakly).proof
-    except Exception:  # Unprovable, or something odd that no proof should rest on
+    except Exception as error:  # Unprovable, or something odd that no proof should rest on
+        if is_interrupt(error):
+            raise
         return None
 
 

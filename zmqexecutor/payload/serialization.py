@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import msgspec
 
+from ..system.interrupts import is_interrupt
 from ..wire.buffers import Segments
 from ..wire.leases import Lease
 from ..worker_errors import SerializationError
@@ -178,7 +179,7 @@ class CallPickler:
 
         Raises:
             SerializationError: something of it cannot be pickled; the message
-                says what, and the cause why. KeyboardInterrupt passes.
+                says what, and the cause why. What a signal handler raises passes.
         """
         call = fn, args, kwargs
         if type(fn) is types.MethodType:
@@ -195,9 +196,9 @@ class CallPickler:
                 definition = self._definitions.define(fn, arguments.keys)
                 if made is not None:
                     _note_made(made, arguments.keys, definition)
-        except KeyboardInterrupt:
-            raise
         except BaseException as error:
+            if is_interrupt(error):
+                raise
             failure = _explain(*call, error)
         else:
             used = arguments.shares
@@ -251,9 +252,9 @@ class CallPickler:
             keys = frozenset(pickler.refs | pickler.names)
             needs = pickler.take_shares()
             share = self.packer.share(file.pieces, views, keys, needs)
-        except KeyboardInterrupt:
-            raise
         except BaseException as error:
+            if is_interrupt(error):
+                raise
             what = f"An object of type {type(obj).__qualname__} cannot be shared"
             failure = serialization_error(f"{what}: {describe(error)}. {HINT}", error)
         else:
@@ -316,9 +317,9 @@ def _culprit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     for name, arg in named:
         try:
             ArgumentPickler(io.BytesIO()).dump(arg)
-        except KeyboardInterrupt:
-            raise
-        except BaseException:
+        except BaseException as error:
+            if is_interrupt(error):
+                raise
             return f"{name} (of type {type(arg).__qualname__})"
     return None
 
@@ -420,11 +421,7 @@ class CallRunner:
 
     def forget(self, function_id: bytes) -> None:
         """Let go of a function; the globals it came with stay."""
-        function = self._functions.pop(function_id, None)
-        if function is not None:
-            entries = function.entries
-            del function
-            self._received.forget(entries)
+        self._functions.pop(function_id, None)
 
     def load_share(self, key: bytes, data: bytes) -> None:
         """Take an object that calls will use; it is unpickled by the first of them."""
