@@ -218,6 +218,28 @@ def test_cancelled_tasks_leave_no_segment(executor: ZmqExecutor) -> None:
     assert eventually(lambda: not files(executor))
 
 
+def test_cancelled_tasks_hold_nothing_while_all_workers_are_busy(
+    executor: ZmqExecutor, tmp_path: Path
+) -> None:
+    blockers = [executor.submit(_wait_for_file, tmp_path / "go") for _ in range(2)]
+    assert eventually(lambda: all(future.running() for future in blockers))
+    waiting = [executor.submit(len, np.ones(BIG) * number) for number in range(4)]
+    killed = executor.submit(len, np.ones(BIG))
+    assert len(files(executor)) == 5
+    assert all(future.cancel() for future in waiting)
+    assert killed.kill()
+    assert eventually(lambda: not files(executor))
+    assert not any(future.done() for future in blockers)
+    (tmp_path / "go").touch()
+    for blocker in blockers:
+        blocker.result(60)
+    assert all(future.cancelled() for future in [*waiting, killed])
+
+
+def _wait_for_file(path: Path) -> None:
+    assert eventually(path.exists, 60)
+
+
 def _wait_for(seconds: float) -> None:
     threading.Event().wait(seconds)
 

@@ -588,3 +588,44 @@ def test_a_module_that_is_no_longer_sent_by_value(script: Any) -> None:
         assert not travels_by_value(script.__name__)
     finally:
         cloudpickle.register_pickle_by_value(script)
+
+
+def make_class(script: Any, table: list[int]) -> Any:
+    return type("Local", (), {"__module__": script.__name__, "table": table})
+
+
+def count_bound() -> int:
+    gc.collect()
+    return sum(type(each).__name__ == "_Bound" for each in gc.get_objects())
+
+
+def test_nothing_is_remembered_of_classes_that_have_died(script: Any) -> None:
+    with ZmqExecutor(1) as executor:
+        tables = []
+        for number in range(600):  # more than a worker keeps definitions
+            kind = make_class(script, [number])
+            assert executor.submit(script.take, kind()).result(60).table == [number]
+            tables.append(weakref.ref(kind))
+        del kind
+        gc.collect()
+        assert not any(ref() for ref in tables[:-1])
+        definitions = executor._opening.pool()._pickler._definitions
+        assert len(definitions._pieces) < 10
+        assert len(definitions._classes) < 10
+        assert executor.submit(count_bound).result(60) < 550
+
+
+def test_what_a_dead_class_had_is_not_kept_by_its_proof(script: Any) -> None:
+    pickler = CallPickler()
+    kept = []
+    for _ in range(2):
+        table = functools.partial(print)  # of a type that can be referred to weakly
+        kind = make_class(script, [])
+        kind.table = table
+        kept.append(weakref.ref(table))
+        for _ in range(3):
+            pickler.dump_call(script.take, (kind(),), {})
+        del kind, table
+    gc.collect()
+    pickler.dump_call(script.take, (), {})
+    assert not any(ref() for ref in kept)

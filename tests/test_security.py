@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zmq
@@ -204,6 +205,25 @@ def test_what_was_never_locked_is_swept_when_it_is_old(base: Path) -> None:
     os.utime(unlocked, (old, old))
     PrivateDirectory().close()
     assert os.listdir(root_of(base)) == []
+
+
+def test_an_old_one_is_left_alone_whose_lock_cannot_be_opened(
+    base: Path, owner: Owner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That no descriptor was left says nothing of its owner."""
+    old = time.time() - directories.UNLOCKED_FOR - 1
+    os.utime(owner.path, (old, old))
+    open_ = os.open
+
+    def refuse(path: str, *rest: Any, **more: Any) -> int:
+        if path == str(owner.path / "lock"):
+            raise OSError(errno.ENFILE, "too many open files", path)
+        return open_(path, *rest, **more)
+
+    monkeypatch.setattr(os, "open", refuse)
+    PrivateDirectory().close()
+    monkeypatch.undo()
+    assert (owner.path / "lock").exists()
 
 
 @pytest.mark.parametrize("end", ["pass", "raise KeyboardInterrupt", "del directory; input()"])

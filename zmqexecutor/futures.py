@@ -42,7 +42,7 @@ class TaskFuture(LeanFuture[T]):
         Returns:
             False if the task had ended already, else True.
         """
-        if super().cancel():
+        if self._cancel_queued():
             return True
         master = None if self._master is None else self._master()
         task = self._task
@@ -58,4 +58,11 @@ class TaskFuture(LeanFuture[T]):
         this returns True, and `cancelled` stays False, for `result` raises
         TaskKilledError when the worker has gone.
         """
-        return self.kill() if self._kill_on_cancel else super().cancel()
+        return self.kill() if self._kill_on_cancel else self._cancel_queued()
+
+    def _cancel_queued(self) -> bool:
+        task = self._task
+        cancelled = super().cancel()
+        if cancelled and task is not None:
+            task.let_go()  # its arguments; the rest stays where it waits until its turn comes
+        return cancelled

@@ -134,7 +134,7 @@ class Task(Job, eq=False, kw_only=True):
             except BaseException as problem:  # somebody else has completed it
                 _log_unless_done(problem)
             if not self.sent:
-                self._let_go()
+                self.let_go()
         return self.sent
 
     def unstart(self) -> None:
@@ -161,7 +161,7 @@ class Task(Job, eq=False, kw_only=True):
         except BaseException as error:
             # Its traceback would keep this task and its arguments alive.
             return BaseException.with_traceback(error, None)  # its class may have its own
-        self._let_go()
+        self.let_go()
         try:
             self.future.set_result(value)
         except BaseException as error:
@@ -183,7 +183,7 @@ class Task(Job, eq=False, kw_only=True):
 
     def fail(self, error: BaseException) -> None:
         """Complete the future with an exception, unless it is done or was cancelled."""
-        self._let_go()
+        self.let_go()
         try:
             if not self.sent:
                 self.sent = self.future.set_running_or_notify_cancel()
@@ -197,7 +197,7 @@ class Task(Job, eq=False, kw_only=True):
         if self.sent:
             self.fail(CancelledError())
         else:
-            self._let_go()
+            self.let_go()
             try:
                 try:
                     self.future.cancel()
@@ -211,10 +211,10 @@ class Task(Job, eq=False, kw_only=True):
         self.doomed = True
         self.fail(TaskKilledError(f"{self.name} was ended by the kill() of its future"))
 
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
+        """Keep nothing of what was to be sent: it is done, or nobody wants it."""
         self.future._task = None
-        self.shares = ()
-        self.lease = None
+        self.data, self.buffers, self.lease, self.shares = b"", (), None, ()
 
 
 def _log_unless_done(error: BaseException) -> None:

@@ -13,6 +13,7 @@ import pickle
 import types
 import weakref
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 from .byvalue import (
@@ -186,7 +187,9 @@ class Received:
             self._bind_global(module, name, value)
         cls = contents = None
         if isinstance(value, type):
-            cls, contents = weakref.ref(value), contents_of(value)
+            cls, contents = weakref.ref(value, partial(self._forget, key)), contents_of(value)
+        elif not module:
+            return  # in the place of a class, which is gone
         else:
             self._numbers[key] = self._numbers.get(key, 0) + 1
         numbers = {other: self._numbers[other] for other in needed if other in self._numbers}
@@ -207,8 +210,8 @@ class Received:
         if isinstance(value, (types.FunctionType, functools._lru_cache_wrapper)):
             arrived.add(value)
 
-    def forget(self, entries: list[Entry]) -> None:
-        """Let go of what was remembered of classes that have died."""
-        for module, name, _, _ in entries:
-            if not module and class_by_id(name) is None:
-                self._bound.pop((module, name), None)
+    def _forget(self, key: Key, cls: weakref.ref[type]) -> None:
+        """A class has died: remember nothing of it, if no global had it."""
+        last = self._bound.get(key)
+        if not key[0] and last is not None and last.cls is cls:
+            del self._bound[key]

@@ -47,6 +47,7 @@ import weakref
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final, NamedTuple
 
+from ..system.interrupts import is_interrupt
 from ..wire.protocol import Shared
 from .arrays import is_array
 from .bulk import BULK, Bulk
@@ -72,9 +73,6 @@ from .shares import Share
 from .unavailable import Unavailable
 
 __all__ = ["Definition", "DefinitionError", "Definitions"]
-
-"""What pickling may raise; a KeyboardInterrupt comes from elsewhere."""
-
 
 _ROUNDS: Final = 5
 """Attempts to find the owner of each object, while other threads bind globals."""
@@ -146,6 +144,7 @@ class Definitions:
         """
         self._known: dict[int, _Known] = {}
         self._pieces: dict[Key, _Piece] = {}
+        self._classes: dict[Key, weakref.ref[type]] = {}
         # Of globals that may be in no kept piece: the id of their value, and its bulk.
         self._bulks: dict[Key, tuple[int, Bulk]] = {}
         # What tells the object that a global was bound to last, and its number (see `_number`).
@@ -175,7 +174,10 @@ class Definitions:
 
     def clear(self) -> None:
         """Keep nothing any more."""
-        for cache in (self._known, self._pieces, self._bulks, self._bound, self._repeated):
+        for cache in (
+            *(self._known, self._pieces, self._classes),
+            *(self._bulks, self._bound, self._repeated),
+        ):
             cache.clear()
 
     def _keep(self, func: Any, keys: frozenset[Key], definition: Definition) -> None:
@@ -189,6 +191,9 @@ class Definitions:
             if len(all_known) >= self._BOUND:
                 all_known.clear()
             known = all_known[ident] = _Known(ref, {})
+        for others in list(known.by_keys):
+            if any(not module and class_by_id(name) is None for module, name in others):
+                known.by_keys.pop(others, None)  # of classes that have died
         if len(known.by_keys) >= 16:
             known.by_keys.clear()
         known.by_keys[keys] = definition
@@ -203,9 +208,9 @@ class Definitions:
             root = self._make_piece(
                 func, None, proven=again and key is None, before=old.bulk if old else None
             )
-        except KeyboardInterrupt:
-            raise
         except BaseException as error:
+            if is_interrupt(error):
+                raise
             raise DefinitionError("", error)
         if key is not None:
             root = root._replace(proof=Proof())
@@ -276,17 +281,28 @@ class Definitions:
         self._pieces.pop(key, None)  # not to be asked again
         try:
             piece = self._make_entry(key)
-        except KeyboardInterrupt:
-            raise
         except BaseException as error:
+            if is_interrupt(error):
+                raise
             if not optional:
                 raise DefinitionError(_describe_key(key), error)
             piece = _make_unavailable(key, error)
         if piece.proof is not None:
-            if len(self._pieces) >= self._BOUND:
-                self._pieces.clear()
-            self._pieces[key] = piece
+            self._keep_piece(key, piece)
         return piece
+
+    def _keep_piece(self, key: Key, piece: _Piece) -> None:
+        pieces, classes = self._pieces, self._classes
+        if len(pieces) >= self._BOUND:
+            pieces.clear()
+        pieces[key] = piece
+        module, name = key
+        cls = None if module else class_by_id(name)
+        if cls is not None:
+            # With a class of no global goes what has proven that it is the same.
+            classes[key] = weakref.ref(
+                cls, lambda _: (pieces.pop(key, None), classes.pop(key, None))
+            )
 
     def _make_entry(self, key: Key) -> _Piece:
         module, name = key

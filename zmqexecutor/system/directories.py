@@ -131,9 +131,11 @@ def _sweep(root: str) -> None:
             continue
         try:
             lock = os.open(os.path.join(path, "lock"), os.O_RDWR | os.O_CLOEXEC)
-        except OSError:
+        except FileNotFoundError:
             _sweep_unlocked(path)
             continue
+        except OSError:
+            continue  # too few descriptors, say: that tells nothing of its owner
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
