@@ -604,7 +604,7 @@ def test_a_callback_that_ends_the_program_does_not_end_the_master(tmp_path: Path
     ("options", "error", "message"),
     [
         ({"timeout": 0}, ValueError, "timeout must be more than 0 seconds"),
-        ({"timeout": float("nan")}, ValueError, "timeout must be more than 0 seconds"),
+        ({"timeout": float("nan")}, ValueError, "timeout must be a number of seconds"),
         ({"timeout": "1"}, TypeError, "timeout must be a number"),
         ({"retries": -1}, ValueError, "retries must be 0 or more"),
         ({"retries": True}, TypeError, "retries must be an integer"),
