@@ -91,10 +91,21 @@ def test_an_argument_is_writable_in_the_task_and_stays_as_it_is_at_home(
     assert array.sum() == BIG
 
 
-def test_a_read_only_argument_stays_read_only(executor: ZmqExecutor) -> None:
-    array: Any = np.ones(BIG)
+@pytest.mark.parametrize("size", [3, BIG])
+def test_a_read_only_argument_may_be_written_to_in_the_task(
+    executor: ZmqExecutor, size: int
+) -> None:
+    array: Any = np.ones(size)
     array.flags.writeable = False
-    assert not executor.submit(lambda a: a.flags.writeable, array).result()
+
+    def double(*arrays: Any) -> Any:
+        for each in arrays:
+            each *= 2
+        return sum(each.sum() for each in arrays)
+
+    assert executor.submit(double, array).result() == 2 * size
+    assert executor.submit(double, array, array).result() == 8 * size  # it is one array
+    assert array.sum() == size
 
 
 def test_the_array_may_be_changed_once_submit_has_returned(executor: ZmqExecutor) -> None:

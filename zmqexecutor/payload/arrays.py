@@ -55,8 +55,34 @@ def is_fixed(value: object) -> bool:
     return isinstance(value, numpy.dtype) and value.isbuiltin == 1 and not value.metadata
 
 
-def reduce_array(obj: Any) -> Any:
-    """How to pickle an object of one of these kinds; NotImplemented if as numpy does."""
+class _Memory:
+    """That of a read-only array, shown to numpy as if it could be written to."""
+
+    def __init__(self, array: Any) -> None:
+        self._array = array  # kept alive
+        address, _ = array.__array_interface__["data"]
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": (array.nbytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+        }
+
+
+def _unlocked(array: Any) -> Any:
+    """The same array to be read by pickle, which makes a copy that can be written to."""
+    numpy: Any = sys.modules["numpy"]
+    memory = numpy.asarray(_Memory(array))
+    return numpy.ndarray(array.shape, array.dtype, memory, 0, array.strides)
+
+
+def reduce_array(obj: Any, *, as_is: bool = False) -> Any:
+    """How to pickle an object of one of these kinds; NotImplemented if as numpy does.
+
+    Args:
+        obj: the object.
+        as_is: whether a read-only array is to arrive as one. With the standard library it does not.
+    """
     kind = type(obj)
     name = _kinds[kind]
     if name:
@@ -65,6 +91,11 @@ def reduce_array(obj: Any) -> Any:
         if number != number or name != kind.__name__:
             return NotImplemented
         return kind, (number,)
+    flags = obj.flags
+    if not as_is and not flags.writeable and flags.forc and not obj.dtype.hasobject:
+        obj = _unlocked(obj)
+        if not is_simple(obj):
+            return obj.__reduce_ex__(5)
     if not is_simple(obj):
         return NotImplemented
     if obj.flags.c_contiguous:

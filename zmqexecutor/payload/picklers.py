@@ -76,6 +76,8 @@ class ValuePickler(pickle.Pickler, ABC):
 
     # It has no `dispatch_table`, since `reducers.reduce` is asked; so pickle looks into copyreg's.
     _finish_class = staticmethod(byvalue.set_class_state)
+    _as_is = False
+    """Whether read-only arrays stay so."""
 
     def __init__(
         self,
@@ -118,7 +120,7 @@ class ValuePickler(pickle.Pickler, ABC):
         elif kind is SharedObject:
             return self._share(obj)
         else:
-            reduced = reducers.reduce(obj)
+            reduced = reducers.reduce(obj, as_is=self._as_is)
             if reduced is NotImplemented:
                 if reducers.is_ordinary(kind):
                     self.ordinary.add(kind)
@@ -316,6 +318,7 @@ class DefinitionPickler(ArgumentPickler):
             another global were bound to them.
     """
 
+    _as_is = True
     _is_bound = False
     """Whether a global is bound to the callable."""
 
@@ -395,7 +398,7 @@ class DefinitionPickler(ArgumentPickler):
             return NotImplemented
         if kind in reducers.GUARDS:
             return reducers.GUARDS[kind](obj)
-        reduced = reducers.reduce(obj)
+        reduced = reducers.reduce(obj, as_is=True)
         if reduced is NotImplemented and reducers.is_ordinary(kind):
             self.ordinary.add(kind)
         return reduced

@@ -4,9 +4,10 @@ Numbers and short text alone are; with numpy's arrays and scalars among them the
 list, in which a tuple stands for an array or a scalar:
 
     (1, "a", array([1.5, 2.5]), float64(3.5))
-    [1, "a", ((2,), "<f8", "C", writable, memory), ("float64", 3.5)]
+    [1, "a", ((2,), "<f8", "C", memory), ("float64", 3.5)]
 
-Of a large array the memory is a buffer. Both ends are of the same version of Python.
+Of a large array the memory is a buffer. Both ends are of the same version of Python. Who gets an
+array may write to it, as with the standard library, also if it was read-only.
 """
 
 from __future__ import annotations
@@ -77,14 +78,13 @@ def dump_arrays(
                 return None
             marshalled.append((name, number))
         elif is_simple(value):
-            flags = value.flags
-            by_rows, memory = flags.c_contiguous, None
+            by_rows, memory = value.flags.c_contiguous, None
             if value.nbytes >= OUT_OF_BAND:
                 views.append(pickle.PickleBuffer(value).raw())
             else:
                 memory = value if by_rows else value.T  # which has the same memory, by rows
             order = "C" if by_rows else "F"
-            marshalled.append((value.shape, value.dtype.str, order, flags.writeable, memory))
+            marshalled.append((value.shape, value.dtype.str, order, memory))
         else:
             return None
     data = marshal.dumps(marshalled)
@@ -106,11 +106,7 @@ def load_plain(data: Buffer, buffers: Sequence[Buffer]) -> Any:
             name, number = value
             values[at] = getattr(numpy, name)(number)
             continue
-        shape, dtype, order, is_writable, memory = value
-        if memory is None:
-            memory = next(left)
-            memory = writable(memory) if is_writable else memoryview(memory).toreadonly()
-        elif is_writable:
-            memory = bytearray(memory)
+        shape, dtype, order, memory = value
+        memory = writable(next(left)) if memory is None else bytearray(memory)
         values[at] = numpy.ndarray(shape, dtype, memory, 0, None, order)
     return values

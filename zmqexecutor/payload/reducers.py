@@ -239,14 +239,14 @@ def reducer_of(kind: type) -> Callable[[Any], Reduced] | None:
     return reducer
 
 
-def reduce(obj: Any) -> Reduced:
+def reduce(obj: Any, *, as_is: bool = False) -> Reduced:
     """What `reducer_of` its class says, or `reduce_array`; NotImplemented if that is nothing."""
     kind = type(obj)
     reducer = reducer_of(kind)
     if reducer is not None:
         return reducer(obj)
     if kind in known_kinds() and kind not in copyreg.dispatch_table:
-        return reduce_array(obj)
+        return reduce_array(obj, as_is=as_is)
     return NotImplemented
 
 
