@@ -17,7 +17,7 @@ import socket
 import subprocess
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
@@ -72,8 +72,8 @@ def main(fd: int, parent: int, preload: str = "") -> Callable[[], object]:
             launcher = Launcher(_as_asked_by_now(config, link), template)
             unsent = _start_first(link, launcher, terminated)
 
-            from .supervisor import supervise
-
+            with _docstrings():
+                from .supervisor import supervise
             supervise(link, parent, launcher, unsent, terminated)
         code = 0
     except BaseException:
@@ -84,6 +84,19 @@ def main(fd: int, parent: int, preload: str = "") -> Callable[[], object]:
         launcher.close()
     # Nothing of the interpreter's own end is needed, and some of it could wait.
     os._exit(code)
+
+
+@contextlib.contextmanager
+def _docstrings() -> Iterator[None]:
+    """Let Circus be imported without any, as under `python -OO`: it takes those of its commands."""
+    import textwrap  # as Circus does, but not before the first processes are started
+
+    dedent = textwrap.dedent
+    textwrap.dedent = lambda text: dedent(text or "-")
+    try:
+        yield
+    finally:
+        textwrap.dedent = dedent
 
 
 def _as_asked_by_now(config: Configure, link: socket.socket) -> Configure:
