@@ -111,6 +111,11 @@ def _look_up(module: str, name: str, tracker_id: str | None) -> Any:
         raise AttributeError(f"module {module!r} has no attribute {name!r}") from None
 
 
+def imported(module: str, name: str) -> Any:
+    """What a module has under this name here."""
+    return getattr(importlib.import_module(module), name)
+
+
 # -------------------------------------------------------------------- functions
 
 

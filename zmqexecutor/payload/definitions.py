@@ -51,7 +51,8 @@ from ..system.interrupts import is_interrupt
 from ..wire.protocol import Shared
 from .arrays import is_array
 from .bulk import BULK, Bulk
-from .checks import CONTAINERS
+from .byvalue import imported
+from .checks import CONTAINERS, is_imported
 from .constancy import is_constant
 from .digests import digest_of
 from .namespaces import (
@@ -62,12 +63,15 @@ from .namespaces import (
     bound_to,
     class_by_id,
     importable,
+    importable_as,
     is_class,
     namespace,
+    origin_of,
 )
 from .packing import Packer
 from .picklers import DefinitionPickler, bound_objects, global_of
 from .proofs import GlobalArray, Proof, holds, prove
+from .reducers import GUARDS
 from .repeats import Pickled, repeat
 from .shares import Share
 from .unavailable import Unavailable
@@ -216,7 +220,7 @@ class Definitions:
             root = root._replace(proof=Proof())
         pieces = self._closure(root, keys)
         entries: list[Entry] = []
-        for key in sorted(pieces, key=lambda key: (not pieces[key].is_class, key)):
+        for key in _ordered(pieces):
             digest = pieces[key].digest
             if pieces[key].refs:
                 digest = digest_of(*(pieces[other].digest for other in sorted(_reach(pieces, key))))
@@ -284,9 +288,14 @@ class Definitions:
         except BaseException as error:
             if is_interrupt(error):
                 raise
-            if not optional:
+            module, name = key
+            value = bound_to(key)
+            if module and (origin := importable_as(name, value)) is not None:
+                piece = _make_import(key, value, origin)
+            elif not optional:
                 raise DefinitionError(_describe_key(key), error)
-            piece = _make_unavailable(key, error)
+            else:
+                piece = _make_unavailable(key, error)
         if piece.proof is not None:
             self._keep_piece(key, piece)
         return piece
@@ -311,6 +320,11 @@ class Definitions:
             proof = Proof()
             proof.bind([key])
             return _Piece((), b"", frozenset(), frozenset(), False, proof)
+        origin = origin_of(name, value) if module else None
+        if module and type(value) in GUARDS:
+            origin = importable_as(name, value)
+        if origin is not None:
+            return _make_import(key, value, origin)
         ident, before = self._bulks.get(key, (0, None))
         number = self._number(key, value)
         array = GlobalArray.of(value)
@@ -444,6 +458,25 @@ def _describe_key(key: Key) -> str:
     return f"the class {getattr(class_by_id(name), '__qualname__', name)}"
 
 
+class _Import:
+    """Stands for what a worker has to import."""
+
+    def __init__(self, origin: Key) -> None:
+        self._origin = origin
+
+    def __reduce__(self) -> tuple[Callable[..., Any], Key]:
+        return imported, self._origin
+
+
+def _make_import(key: Key, value: object, origin: Key) -> _Piece:
+    """Of a global that has been imported, and that a copy cannot stand for."""
+    piece = _make_piece(_Import(origin), None, proven=False)[0]
+    proof = Proof()
+    proof.bind([key])
+    proof.checks[origin] = functools.partial(is_imported, *origin, id(value))
+    return piece._replace(proof=proof)
+
+
 def _make_unavailable(key: Key, error: BaseException) -> _Piece:
     value = namespace(key[0]).get(key[1], MISSING) if key[0] else MISSING
     try:
@@ -488,6 +521,27 @@ def _make_piece(
     if pickler.proxies:
         piece = piece._replace(proxies=pickler.take_proxies())
     return piece, data, views
+
+
+def _ordered(pieces: dict[Key, _Piece]) -> list[Key]:
+    """The order in which a worker binds entries: first what others hold, or their code names.
+
+    That code may run when an object is unpickled: a `__setstate__`, say, or a `__hash__`.
+    """
+    ordered: dict[Key, None] = {}
+    begun: set[Key] = set()
+    todo = sorted(pieces, reverse=True)
+    while todo:
+        key = todo[-1]
+        if key in begun:
+            todo.pop()
+            ordered[key] = None
+        else:
+            begun.add(key)
+            piece = pieces[key]
+            needed = (piece.refs | piece.names) & pieces.keys()
+            todo += sorted(needed - begun, reverse=True)
+    return list(ordered)
 
 
 def _reach(pieces: dict[Key, _Piece], start: Key) -> set[Key]:

@@ -31,12 +31,14 @@ __all__ = [
     "homes",
     "id_of_class",
     "importable",
+    "importable_as",
     "is_class",
     "is_dynamic",
     "make_namespace",
     "module_of",
     "name_of",
     "namespace",
+    "origin_of",
     "travels_by_value",
 ]
 
@@ -163,6 +165,58 @@ def importable(obj: Any) -> bool:
             return True
     found = cp._lookup_module_and_qualname(obj, name=name)
     return found is not None and not cp._is_registered_pickle_by_value(found[0])
+
+
+_OF_THE_PROCESS: Final = ("os", "sys")
+"""Modules of which a copy of anything would say nothing of the process that has it."""
+
+
+def origin_of(name: str, value: Any) -> Key | None:
+    """Return the module, and the name there, of what a global has been imported from.
+
+    Only of what a copy cannot stand for: methods of an object that the module keeps for itself
+    (`from random import random`), objects that are nothing but themselves, such as a
+    `MISSING`, and what `os` and `sys` tell of the process.
+    """
+    for module in _OF_THE_PROCESS:
+        if vars(sys.modules[module]).get(name, MISSING) is value:
+            return module, name
+    kind = type(value)
+    if kind is types.MethodType or kind is types.BuiltinMethodType:
+        owner = value.__self__
+        if owner is None or isinstance(owner, types.ModuleType) or is_class(owner):
+            return None
+        return importable_as(name, value) or importable_as(value.__name__, value)
+    return importable_as(name, value) if _has_nothing(value) else None
+
+
+def importable_as(name: str, value: object) -> Key | None:
+    """Return a module that can be imported and has this object under this name."""
+    found = []
+    for module, known in list(sys.modules.items()):
+        if type(known) is not types.ModuleType or vars(known).get(name, MISSING) is not value:
+            continue
+        if getattr(known, "__spec__", None) is not None and not travels_by_value(module):
+            found.append(module)
+    if not found:
+        return None
+    home = type(getattr(value, "__self__", value)).__module__.partition(".")[0]
+    return min(found, key=lambda module: (module.partition(".")[0] != home, len(module))), name
+
+
+def _has_nothing(value: object) -> bool:
+    kind = type(value)
+    return (
+        (kind is object or kind.__base__ is object)
+        and kind.__reduce_ex__ is object.__reduce_ex__
+        and kind.__reduce__ is object.__reduce__
+        and not getattr(value, "__dict__", None)
+        and kind.__basicsize__ <= _EMPTY.__basicsize__
+    )
+
+
+class _EMPTY:
+    """As large as objects are that have room for attributes and for nothing else."""
 
 
 def is_dynamic(cls: type) -> bool:

@@ -1,0 +1,221 @@
+"""What a script imports from a module, and what of its code runs when its globals arrive."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import pytest
+
+from zmqexecutor import SerializationError, ZmqExecutor
+from zmqexecutor.payload.namespaces import importable_as, origin_of
+from zmqexecutor.payload.serialization import CallPickler
+
+LIBRARY = """
+import threading
+
+class Service:
+    def __init__(self):
+        self.calls = []
+
+    def call(self, number):
+        self.calls.append(number)
+        return list(self.calls)
+
+class Sealed:
+    def __reduce__(self):
+        raise TypeError("cannot be sent")
+
+_service = Service()
+call = _service.call
+UNSET = object()
+LOCK = threading.Lock()
+CONNECTION = Sealed()
+TABLE = {"of": "the module"}
+
+def is_unset(value):
+    return value is UNSET
+"""
+
+SCRIPT = """
+import os, random, sys, threading
+import imported_library
+from imported_library import CONNECTION, LOCK, TABLE, UNSET, call, is_unset
+from imported_library import call as renamed
+from os import environ
+from random import gauss, random as draw, randint
+from sys import flags, modules, path, version_info
+
+def same():
+    return {
+        "call": call is imported_library.call,
+        "renamed": renamed is imported_library.call,
+        "UNSET": UNSET is imported_library.UNSET and is_unset(UNSET),
+        "LOCK": LOCK is imported_library.LOCK,
+        "CONNECTION": CONNECTION is imported_library.CONNECTION,
+        "environ": environ is os.environ,
+        "path": path is sys.path,
+        "modules": modules is sys.modules,
+        "flags": flags is sys.flags,
+        "version_info": version_info is sys.version_info,
+        "draw": draw.__self__ is random._inst and randint.__self__ is random._inst,
+    }
+
+def use(number):
+    return call(number), renamed(number), imported_library._service.calls
+
+def numbers(_):
+    return draw(), gauss(0, 1), randint(0, 10**12)
+
+def seeded():
+    random.seed(5)
+    return draw()
+
+def table():
+    return TABLE
+
+class Scaled:
+    def __init__(self, number):
+        self.number = number
+    def __getstate__(self):
+        return self.number
+    def __setstate__(self, number):
+        self.number, self.scaled = number, number * rate
+        self.thread = threading.current_thread().name
+
+class Hashed:
+    def __init__(self, number):
+        self.number = number
+    def __hash__(self):
+        return zeroth(self.number)
+    def __eq__(self, other):
+        return self.number == other.number
+
+def zeroth(number):
+    return number * later
+
+later = 3
+rate = 1
+a_first = Scaled(10)
+b_second = {Hashed(1): 1}
+
+def scaled():
+    return a_first.scaled, a_first.number * rate
+
+def found():
+    return Hashed(1) in b_second
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A module that is sent by value, and one that workers can import."""
+    (tmp_path / "imported_library.py").write_text(LIBRARY)
+    (tmp_path / "importing_script.py").write_text(SCRIPT)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = importlib.import_module("importing_script")
+    cloudpickle.register_pickle_by_value(module)
+    yield module
+    cloudpickle.unregister_pickle_by_value(module)
+    for name in ("importing_script", "imported_library"):
+        del sys.modules[name]
+
+
+@pytest.fixture
+def executor() -> Iterator[ZmqExecutor]:
+    with ZmqExecutor(2) as executor:
+        yield executor
+
+
+def test_it_is_the_module_s_in_a_task_too(script: Any, executor: ZmqExecutor) -> None:
+    same = executor.submit(script.same).result(60)
+    assert same == dict.fromkeys(same, True)
+
+
+def test_a_method_works_on_the_object_of_the_module(script: Any) -> None:
+    with ZmqExecutor(1) as executor:
+        assert executor.submit(script.use, 1).result(60) == ([1], [1, 1], [1, 1])
+        assert executor.submit(script.use, 2).result(60)[0] == [1, 1, 2]
+    assert script.imported_library._service.calls == []
+
+
+def test_workers_draw_other_numbers(script: Any, executor: ZmqExecutor) -> None:
+    script.draw()
+    drawn = list(executor.map(script.numbers, range(20)))
+    assert len(set(drawn)) == 20
+    assert [len(set(column)) for column in zip(*drawn, strict=True)] == [20, 20, 20]
+    assert executor.submit(script.seeded).result(60) == script.seeded()
+
+
+def test_tables_arrive_as_the_program_has_changed_them(script: Any, executor: ZmqExecutor) -> None:
+    """What can be copied is, by whatever way the script came to it."""
+    script.TABLE["of"] = "the program"
+    assert executor.submit(script.table).result(60) == {"of": "the program"}
+
+
+def test_it_is_not_looked_for_again_but_seen_when_it_changes(script: Any) -> None:
+    pickler = CallPickler()
+    first = pickler.dump_call(script.use, (1,), {}).shared.key
+    assert pickler.dump_call(script.use, (1,), {}).shared.key == first
+    script.call = script.imported_library._service.call = script.imported_library.Service().call
+    assert pickler.dump_call(script.use, (1,), {}).shared.key != first
+
+
+def test_what_no_module_has_is_copied_or_refused(script: Any, executor: ZmqExecutor) -> None:
+    script.call = script.imported_library.Service().call
+    assert executor.submit(script.use, 7).result(60)[0] == [7]
+    script.CONNECTION = script.imported_library.Sealed()
+    with pytest.raises(SerializationError, match="CONNECTION"):
+        executor.submit(script.same).result(60)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("len", len),
+        ("dumps", cloudpickle.dumps),
+        ("fromkeys", dict.fromkeys),
+        ("nothing", None),
+        ("number", 10**10),
+        ("table", {"a": 1}),
+        ("kind", type("Kind", (), {})),
+        ("plain", object()),
+        ("held", type("Held", (), {"__slots__": ("a",)})()),
+    ],
+)
+def test_what_is_of_no_module(name: str, value: Any) -> None:
+    assert origin_of(name, value) is None
+
+
+def test_the_module_that_the_object_is_of_is_preferred() -> None:
+    random: Any = sys.modules["random"]
+    for name in ("another_module", "a"):
+        module: Any = type(sys)(name)
+        module.__spec__ = random.__spec__
+        module.randint = random.randint
+        sys.modules[name] = module
+    try:
+        assert importable_as("randint", random.randint) == ("random", "randint")
+    finally:
+        del sys.modules["another_module"], sys.modules["a"]
+
+
+# ----------------------------------------------------- code that runs when globals arrive
+
+
+@pytest.mark.parametrize("name", ["scaled", "found"])
+def test_it_finds_the_globals_that_it_uses(script: Any, executor: ZmqExecutor, name: str) -> None:
+    function: Callable[[], Any] = getattr(script, name)
+    assert executor.submit(function).result(60) == (True if name == "found" else (10, 10))
+
+
+def test_it_finds_them_as_they_are_now(script: Any) -> None:
+    with ZmqExecutor(1) as executor:
+        for rate in (1, 2, 3):
+            script.rate, script.a_first = rate, script.Scaled(10 * rate)
+            result = executor.submit(script.scaled).result(60)
+            assert result == (10 * rate * rate, 10 * rate * rate)
