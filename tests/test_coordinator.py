@@ -50,7 +50,7 @@ class FakeGroup:
     """A group with one process, as the supervisor tells of it."""
 
     supervisor_pid = 1
-    closed = False
+    closed = hung_up = False
     pids = frozenset((7,))
 
     def receive(self) -> list[Spawned]:

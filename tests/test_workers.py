@@ -26,6 +26,7 @@ import pytest
 
 from tests.conftest import run_in_supervisors
 from zmqexecutor.errors import ForkedExecutorError
+from zmqexecutor.master.fleet import Fleet
 from zmqexecutor.supervision.workers import Workers
 from zmqexecutor.wire.protocol import GroupFailed, Reaped, Spawned
 
@@ -810,6 +811,24 @@ def test_sigterm_ends_a_supervisor_orderly_and_the_rest_leaves_it_alone(start: S
     assert watch.count(Reaped) == 3
     assert watch.group.directory is not None
     assert os.path.isdir(watch.group.directory)
+
+
+def test_when_this_process_exits_the_supervisor_is_not_taken_for_dead(start: Start) -> None:
+    """A daemon thread sees the end of the connection, and must not stop who cleans up."""
+    watch = start()
+    pids = watch.alive(2)
+    group = watch.group
+    supervisor = group.supervisor_pid
+    assert supervisor is not None
+    fleet = Fleet(group)
+    before = group.hung_up, fleet.supervisor_died()
+    assert before == (False, False)
+    assert group._link is not None
+    group._link._supervisor.hang_up()  # as at exit
+    until(lambda: group.receive() or group.closed)
+    assert group.hung_up
+    assert not fleet.supervisor_died()
+    until(lambda: all(gone(pid) for pid in [*pids, supervisor]))
 
 
 def test_a_hung_supervisor_is_killed_by_stop(start: Start) -> None:

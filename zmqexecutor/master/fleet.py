@@ -61,6 +61,10 @@ class Group(Protocol):
     def closed(self) -> bool:
         """Whether the supervisor has gone without being asked."""
 
+    @property
+    def hung_up(self) -> bool:
+        """Whether that is because this process is exiting."""
+
     def scale(self, numprocesses: int, *, spare: bool = False) -> None:
         """Keep this many alive; `spare` leaves surplus ones to end by themselves."""
 
@@ -236,7 +240,8 @@ class Fleet:
 
     def supervisor_died(self) -> bool:
         """Whether the supervisor is gone and should be restarted."""
-        return self.group is not None and not self._stopped and self.group.closed
+        group = self.group
+        return group is not None and not self._stopped and group.closed and not group.hung_up
 
     def restart(self) -> None:
         """Start a new supervisor, unless too many have died lately."""

@@ -89,6 +89,11 @@ class SupervisorLink:
                     "start the group again"
                 ) from None
 
+    @property
+    def hung_up(self) -> bool:
+        """Whether the end is ours: this process is exiting, and the supervisor cleans up."""
+        return not self._supervisor.hang_up.alive
+
     def receive(self) -> list[Event]:
         """What has come, and what `wait_end` has read in the meantime."""
         with self._reading:

@@ -324,6 +324,11 @@ class Workers:
         return self._closed
 
     @property
+    def hung_up(self) -> bool:
+        """Whether that is because this process is exiting."""
+        return self._link is not None and self._link.hung_up
+
+    @property
     def alive(self) -> bool:
         """Whether the supervisor process is running."""
         link = self._link
