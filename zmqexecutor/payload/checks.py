@@ -77,7 +77,7 @@ _CONSTANTS: Final = frozenset((type(None), bool, int, float, complex, str, bytes
 IMMUTABLE_MODULES: Final = frozenset(
     (
         *("annotated_types", "datetime", "decimal", "fractions", "ipaddress"),
-        *("pathlib", "pydantic_core", "re", "typing", "uuid", "zoneinfo"),
+        *("pathlib", "pydantic_core", "re", "_struct", "typing", "uuid", "zoneinfo"),
     )
 )
 OWN_DESCRIPTORS: Final = (types.GetSetDescriptorType, types.MemberDescriptorType)

@@ -11,6 +11,7 @@ import contextvars
 import copyreg
 import functools
 import io
+import struct
 import sys
 import threading
 import types
@@ -215,6 +216,7 @@ REDUCERS: Final[dict[type, Callable[[Any], Reduced]]] = {
     io.TextIOWrapper: _reduce_text_file,
     types.CellType: reduce_cell,
     types.CodeType: _reduce_code,
+    struct.Struct: lambda form: (struct.Struct, (form.format,)),
     functools.cached_property: _reduce_cached_property,
     functools.singledispatchmethod: _reduce_singledispatchmethod,
     functools._lru_cache_wrapper: reduce_lru_cache,
