@@ -65,7 +65,6 @@ class SupervisedGroup(Watcher):  # type: ignore[misc]
             report: is told what happens.
         """
         config = launcher.config
-        stderr = {"stream": self._on_stderr} if config.capture_stderr else None
         super().__init__(
             "group",
             config.cmd,
@@ -74,7 +73,7 @@ class SupervisedGroup(Watcher):  # type: ignore[misc]
             numprocesses=max(1, config.numprocesses),
             working_dir=config.working_dir or ".",
             graceful_timeout=config.graceful_timeout,
-            stderr_stream=stderr,
+            stderr_stream={"stream": self._on_stderr},
             rlimits=config.rlimits,
         )
         self._launcher = launcher

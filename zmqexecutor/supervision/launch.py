@@ -58,11 +58,11 @@ class Launcher:
         for popen in self.first:
             if popen.returncode is None and not _has_ended(popen.pid):
                 return False
-            if popen.stderr is not None:
-                poll = select.poll()
-                poll.register(popen.stderr, select.POLLIN)
-                if any(event & select.POLLIN for _, event in poll.poll(0)):
-                    return False
+            assert popen.stderr is not None
+            poll = select.poll()
+            poll.register(popen.stderr, select.POLLIN)
+            if any(event & select.POLLIN for _, event in poll.poll(0)):
+                return False
         return bool(self.first)
 
     def reap_others(self, known: Container[int]) -> None:
@@ -113,7 +113,7 @@ def _execute(config: Configure, wid: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [_replace(part, words) for part in config.cmd],
         stdin=subprocess.DEVNULL,
-        stderr=subprocess.PIPE if config.capture_stderr else None,
+        stderr=subprocess.PIPE,
         cwd=config.working_dir,
         env={**os.environ, **(config.env or {})},
         start_new_session=True,

@@ -76,7 +76,6 @@ class SupervisedProcess(Process):  # type: ignore[misc]
             rlimits=group.rlimits,
             watcher=group,
             pipe_stdout=False,
-            pipe_stderr=group.stderr_stream is not None,
         )
 
     def spawn(self) -> None:
@@ -143,7 +142,7 @@ class SupervisedProcess(Process):  # type: ignore[misc]
 
     def drain(self) -> bytes:
         """What is left in its standard error now; never waits for more."""
-        if self.stderr is None or self.stderr.closed:
+        if self.stderr.closed:
             return b""
         fd = self.stderr.fileno()
         os.set_blocking(fd, False)

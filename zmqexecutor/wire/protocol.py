@@ -154,7 +154,6 @@ class Configure(Message, frozen=True):
     working_dir: str | None = None
     graceful_timeout: float = 5.0
     """Seconds between SIGTERM and SIGKILL when a process is stopped."""
-    capture_stderr: bool = True
     rlimits: dict[str, int] | None = None
     """Resource limits of each process, by the names that Circus takes."""
     preloaded: Preloaded | None = None
