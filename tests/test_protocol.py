@@ -168,7 +168,7 @@ SUPERVISION: list[tuple[object, object, bytes]] = [
         b'["Configure",["python"],2,"/d",{"A":"b"},"/w",1.0,{"cpu":9},["m","f",["a"]]]',
     ),
     (ToSupervisor, Scale(3, True), b'["Scale",3,true]'),
-    (ToSupervisor, Quit(None), b'["Quit",null,false,false]'),
+    (ToSupervisor, Quit(1.0), b'["Quit",1.0,false,false]'),
     (FromSupervisor, Spawned(7), b'["Spawned",7]'),
     (
         FromSupervisor,

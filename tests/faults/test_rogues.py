@@ -40,7 +40,7 @@ RUBBISH: dict[str, list[Parts]] = {
             protocol.Welcome(1, "ipc:///x"),
             protocol.Jobs(0, []),
             protocol.Drain(),
-            protocol.Quit(),
+            protocol.Quit(1.0),
         )
     ],
     "from a stranger": [

@@ -200,9 +200,8 @@ class Supervisor:
             if self._group is not None:
                 self._group.scale(message.numprocesses, message.spare)
         elif isinstance(message, Quit):
-            if self._group is not None and message.graceful_timeout is not None:
-                self._group.graceful_timeout = message.graceful_timeout
             if self._group is not None:
+                self._group.graceful_timeout = message.graceful_timeout
                 self._group.with_children = message.with_children
             self._remove_directory = message.remove_directory
             self._quit.set()

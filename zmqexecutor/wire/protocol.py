@@ -170,7 +170,8 @@ class Scale(Message, frozen=True):
 class Quit(Message, frozen=True):
     """Stop every process, then end the supervisor."""
 
-    graceful_timeout: float | None = None
+    graceful_timeout: float
+    """Seconds between SIGTERM and SIGKILL for the processes."""
     remove_directory: bool = False
     """Nobody needs the private directory any more."""
     with_children: bool = False
