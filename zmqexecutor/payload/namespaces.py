@@ -53,7 +53,6 @@ says that there is no such global."""
 Entry: TypeAlias = tuple[str, str, bytes, Payload]
 """Module, name, digest and payload."""
 
-Reduced: TypeAlias = Any
 MISSING: Final = object()
 """Stands for the value of a global that does not exist."""
 
