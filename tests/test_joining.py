@@ -268,7 +268,7 @@ def test_a_cancelled_task_that_no_worker_has_seen_keeps_nobody(endpoint: str) ->
     future = executor.submit(abs, -1)
     executor.shutdown(wait=False)
     assert future.cancel()
-    assert executor._engine.master.join(60)
+    assert eventually(lambda: not executor._engine.master._thread.is_alive(), 60)
 
 
 # ------------------------------------------------------------ special workers

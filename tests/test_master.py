@@ -103,7 +103,7 @@ def test_a_filter_of_the_users_log_that_raises(busy: tuple[ZmqExecutor, Path]) -
                 future.result(60)
         with pytest.raises(BrokenPoolError, match="no request_id"):
             executor.submit(abs, 1)
-        assert executor._engine.master.join(60)
+        assert eventually(lambda: not masters(), 60)
     finally:
         threading.excepthook = hook
         loop.removeFilter(refuse)

@@ -150,11 +150,10 @@ class Master:
             refused.update(channels.refused)
         return refused
 
-    def join(self, timeout: float | None = None) -> bool:
-        """Wait for the end of the thread, at most `timeout` seconds; say if it came."""
+    def join(self) -> None:
+        """Wait for the end of the thread, unless it is this one."""
         if threading.current_thread() is not self._thread:
-            self._thread.join(timeout)
-        return not self._thread.is_alive()
+            self._thread.join()
 
     def end_at_exit(self) -> None:
         """The interpreter exits: do what is to be done before it may."""
