@@ -555,7 +555,7 @@ class Coordinator:
         self.closing = True
         self.finish()
         if self.fleet.group and not self._ended and not self.broken:
-            self.fleet.keep_no_more()
+            self.fleet.scale(0)
             for peer in self.roster:
                 if peer.grouped:
                     peer.tell(protocol.Drain())

@@ -268,7 +268,7 @@ class Fleet:
             self.failure = f"the supervisor could not be started again: {error}"
 
     def scale(self, workers: int) -> None:
-        """Keep this many workers."""
+        """Keep this many workers; what is too much is not stopped, but not replaced."""
         self._wanted = workers
         if self.group and not self._stopped:
             try:
@@ -301,14 +301,6 @@ class Fleet:
             for event in self.receive():
                 if isinstance(event, Reaped):
                     self._ready.discard(event.pid)
-
-    def keep_no_more(self) -> None:
-        """Replace no worker that ends from now on."""
-        if self.group and not self._stopped:
-            try:
-                self.group.scale(0, spare=True)
-            except (OSError, RuntimeError):
-                pass  # the supervisor is gone, and replaces nothing
 
     def stop(self) -> None:
         """Stop the group in bounded steps.
