@@ -17,6 +17,7 @@ from ..system.descriptors import check_descriptors
 from ..wire import protocol, security
 from ..wire.liveness import LOST_AFTER
 from ..wire.protocol import Frame
+from ..wire.security import has_message
 
 if TYPE_CHECKING:
     from .gatekeeper import Gatekeeper
@@ -31,7 +32,6 @@ LARGEST_CONTROL_MESSAGE: Final = 1024 * 1024
 """Bytes; who sends more is disconnected."""
 
 _MORE: Final = zmq.DONTWAIT | zmq.SNDMORE
-_POLLIN: Final = int(zmq.POLLIN)  # `&` of pyzmq's enum takes longer than the call
 
 Handle: TypeAlias = Callable[[bytes, Frame, list[Frame]], None]
 
@@ -181,7 +181,7 @@ class Channels:
                 level = logging.WARNING if self.dropped == 1 else logging.DEBUG
                 logger.log(level, "dropped what a peer sent: %s", str(error))
             # Not until `recv` raises Again: 1.4 us against 6.
-            if not _has_message(socket):
+            if not has_message(socket):
                 self.used.discard(socket)
                 return
 
@@ -191,7 +191,7 @@ class Channels:
         ZeroMQ makes them readable when something happens, and not again for what is there
         once the socket has been used, even for sending.
         """
-        self.used = {socket for socket in self.used if _has_message(socket)}
+        self.used = {socket for socket in self.used if has_message(socket)}
         return [self.work_fd if socket is self.work else self.control_fd for socket in self.used]
 
     def connect(self, workpoint: str) -> None:
@@ -223,7 +223,7 @@ class Channels:
 
     def is_read(self) -> bool:
         """Whether no message is waiting on the work socket."""
-        return not _has_message(self.work)
+        return not has_message(self.work)
 
     def _send(self, socket: zmq.Socket[bytes], identity: bytes, parts: list[Frame]) -> bool:
         self.used.add(socket)
@@ -262,8 +262,3 @@ class Channels:
         for socket in (self.control, self.work):
             security.close(socket, self._bound.get(socket))
         self._context.term()
-
-
-def _has_message(socket: zmq.Socket[bytes]) -> bool:
-    """Whether a message can be received at once."""
-    return bool(int(socket.getsockopt(zmq.EVENTS)) & _POLLIN)

@@ -30,6 +30,7 @@ __all__ = [
     "bind",
     "check_address",
     "close",
+    "has_message",
     "reachable",
     "socket",
 ]
@@ -45,6 +46,7 @@ Tcp: TypeAlias = Literal["nowhere", "loopback", "anywhere"]
 
 _HOST: Final = re.compile(r"[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+(%[A-Za-z0-9_.-]+)?\]")
 _ANY: Final = ("0.0.0.0", "[::]")  # noqa: S104  (no address to bind: what is compared with)
+_POLLIN: Final = int(zmq.POLLIN)  # `&` of pyzmq's enum takes longer than the call
 
 
 class Access(msgspec.Struct, frozen=True):
@@ -363,3 +365,8 @@ def _have_kernel_watch(made: zmq.Socket[bytes], lost_after: float) -> None:
     made.setsockopt(zmq.TCP_KEEPALIVE_IDLE, math.ceil(lost_after / 2))
     made.setsockopt(zmq.TCP_KEEPALIVE_INTVL, math.ceil(lost_after / 6))
     made.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
+
+
+def has_message(made: zmq.Socket[bytes]) -> bool:
+    """Whether a message can be received at once."""
+    return bool(int(made.getsockopt(zmq.EVENTS)) & _POLLIN)

@@ -35,6 +35,7 @@ from ..system.arguments import check_timeout
 from ..wire import handshakes, protocol, security
 from ..wire.journal import JournalWriter
 from ..wire.protocol import DEFAULT_SERVICE, Frame, Job, check_service
+from ..wire.security import has_message
 from ..wire.shortcuts import BellRope, Mailbox
 from ..wire.wakeup import Wakeup
 from ..worker_errors import RegistrationError
@@ -53,8 +54,6 @@ LONGEST_REASON: Final = 10_000
 """Characters of what the master is told when it is no use to go on."""
 PATIENCE: Final = 60.0
 """Default of how long a worker looks for a master, in seconds."""
-
-_POLLIN: Final = int(zmq.POLLIN)  # `&` of pyzmq's enum takes longer than the call
 
 
 class Worker:
@@ -292,7 +291,7 @@ class Worker:
         # Not zmq.zmq_poll, which takes longer. The socket's descriptor tells of what has
         # come since the socket was used last, so that is asked before.
         if self._work_used:
-            if _has_message(self._work):
+            if has_message(self._work):
                 return
             self._work_used = False
         for descriptor, _ in self._poller.poll():
@@ -573,11 +572,6 @@ class Worker:
             self._flush()
             self._wait()
             self._receive()
-
-
-def _has_message(socket: zmq.Socket[bytes]) -> bool:
-    """Whether a message can be received at once."""
-    return bool(int(socket.getsockopt(zmq.EVENTS)) & _POLLIN)
 
 
 def _check_targets(
