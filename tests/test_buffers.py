@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from zmqexecutor.wire import buffers, filling
+from zmqexecutor.wire import buffers, filling, mappings
 from zmqexecutor.wire.buffers import Segments
 from zmqexecutor.wire.leases import Lease
 from zmqexecutor.wire.protocol import Segment
@@ -126,15 +126,15 @@ def test_what_is_mapped_just_before_a_fork_is_not_used_again(segments: Segments)
 def test_a_fork_just_after_the_mapping_was_made_has_it(
     segments: Segments, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    map_ = buffers._map
+    map_ = mappings.map_file
 
-    def slow_map(*args: Any) -> Any:
-        made = map_(*args)
+    def slow_map(*args: Any, **options: Any) -> Any:
+        made = map_(*args, **options)
         buffers._before_fork()  # of another thread
         buffers._after_fork_in_parent()
         return made
 
-    monkeypatch.setattr(buffers, "_map", slow_map)
+    monkeypatch.setattr(buffers, "map_file", slow_map)
     views = segments.open(stored(segments), owned=True)
     del views
     assert os.listdir(segments._free) == []

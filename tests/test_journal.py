@@ -27,6 +27,8 @@ from zmqexecutor.wire.journal import (
     JournalWriter,
 )
 
+from .conftest import _descriptors
+
 OVERHEAD = 12
 """Bytes that an entry takes beside its result."""
 LARGEST_ENTRY = CAPACITY // PART
@@ -526,7 +528,7 @@ def test_results_stay_readable_after_the_name_is_removed(pair: Pair) -> None:
     assert read(pair.reader) == [b"still here"]
 
 
-def no_room(*_: object) -> None:
+def no_room(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -543,6 +545,19 @@ def test_without_room_there_is_an_error_and_no_file(
     assert os.listdir(tmp_path) == []
     if before:
         assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="nothing tells of descriptors")
+def test_each_side_holds_a_descriptor_only_before_python_3_13(tmp_path: Path) -> None:
+    def held() -> int:
+        return sum(link.startswith(str(tmp_path)) for link in _descriptors().values())
+
+    pair = Pair(tmp_path)
+    pair.writer.append(b"result")
+    assert held() == (0 if sys.version_info >= (3, 13) else 2)
+    assert read(pair.reader) == [b"result"]
+    pair.close()
+    assert held() == 0
 
 
 def test_the_room_is_reserved_before_it_is_written(pair: Pair) -> None:

@@ -25,8 +25,8 @@ LAYERS = """
     : worker_errors errors
     system: arguments interrupts machine memory limits interpreter descriptors directories shutdown
     : keys
-    wire: liveness protocol codecs wakeup journal shortcuts security handshakes filling
-        comparison buffers leases
+    wire: liveness protocol codecs wakeup mappings journal shortcuts security handshakes
+        filling comparison buffers leases
     payload: namespaces arrays enums byvalue reducers unavailable constancy digests shares bulk
         picklers bindings packing tables checks proofs repeats definitions snapshots values plain
         failures serialization

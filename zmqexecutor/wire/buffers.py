@@ -30,16 +30,16 @@ import errno
 import itertools
 import mmap
 import os
-import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from .comparison import same
 from .filling import Filler
+from .mappings import HOLD_DESCRIPTORS, map_file
 
 if TYPE_CHECKING:
     from .protocol import Segment
@@ -332,7 +332,7 @@ class Segments:
         )
         forked = forks()  # before it is mapped: a fork just after that has it
         try:
-            mapping = _map(file, size, readonly)
+            mapping = map_file(file, size, private=True, readonly=readonly)
         finally:
             os.close(file)
         key = segment.name, next(self._numbers)  # the same segment may be mapped twice
@@ -461,15 +461,8 @@ def _size(name: str) -> int:
     return int(name.partition("-")[0])
 
 
-def _map(file: int, size: int, readonly: bool) -> mmap.mmap:
-    # Since 3.13 a mapping can do without a descriptor of its own.
-    options: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
-    protection = mmap.PROT_READ if readonly else mmap.PROT_READ | mmap.PROT_WRITE
-    return mmap.mmap(file, size, flags=mmap.MAP_PRIVATE, prot=protection, **options)
-
-
 def _most_mapped() -> int:
-    if sys.version_info >= (3, 13):
+    if not HOLD_DESCRIPTORS:
         return MAX_MAPPED
     import resource
 

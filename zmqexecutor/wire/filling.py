@@ -23,6 +23,8 @@ import threading
 import time
 from typing import Any, Final
 
+from .mappings import map_file
+
 __all__ = ["FILLED_BY_TWO", "Filler"]
 
 FILLED_BY_TWO: Final = 16 * 1024 * 1024
@@ -180,8 +182,7 @@ class _Mapping:
     def __init__(self, file: int, size: int) -> None:
         if os.fstat(file).st_size < size:
             os.ftruncate(file, size)
-        options: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
-        self._mapping = mmap.mmap(file, size, **options)
+        self._mapping = map_file(file, size)
         self._has_pages = False
         self.size = size
 

@@ -63,6 +63,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from typing import Final
 
+from .mappings import map_file
 from .protocol import Frame
 
 __all__ = ["JournalReader", "JournalWriter"]
@@ -149,7 +150,7 @@ class JournalWriter:
                 os.posix_fallocate(descriptor, 0, size)
             else:
                 os.write(descriptor, bytes(size))
-            self._map = mmap.mmap(descriptor, size)
+            self._map = map_file(descriptor, size)
         except BaseException:
             os.unlink(self.path)
             raise
@@ -258,7 +259,7 @@ class JournalReader:
             self._capacity = status.st_size - _HEADER
             if not LEAST_CAPACITY <= self._capacity <= CAPACITY:
                 raise ValueError(f"{path} is not a journal of this version")
-            self._map = mmap.mmap(descriptor, status.st_size)
+            self._map = map_file(descriptor, status.st_size)
         finally:
             os.close(descriptor)
         if self._map[: len(_MAGIC)] != _MAGIC:
