@@ -33,7 +33,7 @@ LAYERS = """
         inheritance setups
     worker: handler targets registration worker calls
     supervision: terminal last_words prctl template launch process group supervisor
-        supervisor_boot supervisor_process supervisor_link workers
+        supervisor_boot supervisor_process supervisor_link restarts workers
     master: lean queues lanes scheduler tasks retries certificate fleet gatekeeper channels
         peers offers recalls stops roster dispatch attendance clients inbox coordinator loop
         master

@@ -27,6 +27,7 @@ import pytest
 from tests.conftest import run_in_supervisors
 from zmqexecutor.errors import ForkedExecutorError
 from zmqexecutor.master.fleet import Fleet
+from zmqexecutor.supervision.restarts import Restarts
 from zmqexecutor.supervision.workers import Workers
 from zmqexecutor.wire.protocol import GroupFailed, Reaped, Spawned
 
@@ -631,6 +632,12 @@ def test_run_replaces_the_supervisor_but_not_for_ever() -> None:
         thread.join()
         group.stop()
     assert len(seen) == 4
+
+
+def test_restarts_are_counted_within_a_minute() -> None:
+    restarts = Restarts()
+    refused = [now for now in (0.0, 10.0, 20.0, 59.0, 60.0, 69.0, 70.0) if not restarts.add(now)]
+    assert refused == [59.0, 69.0]
 
 
 SEED = """

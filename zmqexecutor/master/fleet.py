@@ -7,10 +7,10 @@ import os
 import select
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
+from ..supervision.restarts import PERIOD, RESTARTS, Restarts
 from ..system.descriptors import check_descriptors
 from ..wire.protocol import GroupFailed, Reaped, Spawned
 from .certificate import ending, lost_error
@@ -22,9 +22,6 @@ logger = logging.getLogger(__name__)
 
 STARTS_BEFORE_BROKEN: Final = 3
 """Workers in a row that may die before they are ready."""
-SUPERVISORS_BEFORE_BROKEN: Final = 3
-"""Supervisors that may die within `SUPERVISOR_PERIOD` seconds."""
-SUPERVISOR_PERIOD: Final = 60.0
 WAIT_FOR_EXIT_STATUS: Final = 3.0
 """Seconds that a lost task waits for the supervisor's word on how its worker died."""
 DESCRIPTORS_OF_A_WORKER: Final = 5
@@ -112,7 +109,7 @@ class Fleet:
         self._lost: dict[int, tuple[Task, float | None, float]] = {}
         self._wanted = 1
         self._failed_starts = 0
-        self._supervisor_deaths: deque[float] = deque()
+        self._restarts = Restarts()
         self._started = False
         self._stopped = False
         self._left = False  # whether the workers have had time to end by themselves
@@ -246,20 +243,15 @@ class Fleet:
     def restart(self) -> None:
         """Start a new supervisor, unless too many have died lately."""
         assert self.group is not None
-        now = time.monotonic()
         self.check_deadlines(float("inf"))
         self._alive.clear()
         self._ready.clear()
-        deaths = self._supervisor_deaths
-        deaths.append(now)
-        while deaths[0] < now - SUPERVISOR_PERIOD:
-            deaths.popleft()
-        if len(deaths) > SUPERVISORS_BEFORE_BROKEN:
+        if not self._restarts.add(time.monotonic()):
             self.stop()
             self.failure = (
-                f"the supervisor died {len(deaths)} times within a minute. If it could not start, "
-                f"standard error says why; check that {sys.executable!r} runs, PYTHONHOME suits "
-                "it, and it can import zmqexecutor"
+                f"the supervisor died {RESTARTS + 1} times within {PERIOD:.0f} seconds. If it "
+                f"could not start, standard error says why; check that {sys.executable!r} runs, "
+                "PYTHONHOME suits it, and it can import zmqexecutor"
             )
             return
         try:

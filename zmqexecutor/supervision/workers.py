@@ -14,7 +14,6 @@ Two ways to use a group:
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import os
 import shlex
@@ -30,15 +29,12 @@ from ..system.arguments import check_integer, check_seconds
 from ..system.directories import PrivateDirectory
 from ..system.limits import check_rlimits
 from ..wire.protocol import Configure, GroupFailed, Preloaded, Quit, Scale
+from .restarts import PERIOD, RESTARTS, Restarts
 from .supervisor_link import TERM_GRACE, Event, SupervisorLink
 from .supervisor_process import SupervisorProcess
 
 __all__ = ["Workers"]
 
-RESTARTS: Final = 3
-"""How often `run` starts the supervisor again within `RESTART_WINDOW`."""
-RESTART_WINDOW: Final = 60.0
-"""Seconds."""
 STOP_MARGIN: Final = 1.0
 """Seconds that a supervisor has for its own end, beside its processes' grace."""
 LONGEST_GRACE: Final = 1e6
@@ -184,7 +180,7 @@ class Workers:
         self._check_owner()
         if self._link is None:
             self.start()
-        restarts: collections.deque[float] = collections.deque(maxlen=RESTARTS)
+        restarts = Restarts()
         while True:
             self._wait_readable(None)
             for event in self.receive():
@@ -195,15 +191,13 @@ class Workers:
             with self._lifecycle:  # held by a stop() in progress
                 if self._stopping or self._link is None:
                     return
-                now = time.monotonic()
-                if len(restarts) == RESTARTS and now - restarts[0] < RESTART_WINDOW:
+                if not restarts.add(time.monotonic()):
                     raise RuntimeError(
                         f"the supervisor process ended {RESTARTS + 1} times within "
-                        f"{RESTART_WINDOW:.0f} seconds, the last time with exit code "
+                        f"{PERIOD:.0f} seconds, the last time with exit code "
                         f"{self._link.wait(TERM_GRACE)}; its standard error says why, if "
                         "nobody killed it"
                     )
-                restarts.append(now)
                 self.restart()
 
     def stop(self, timeout: float | None = None, *, with_children: bool = False) -> None:
