@@ -7,6 +7,8 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 
+from ..supervision.launch import NUMBER, with_number
+
 __all__ = ["circus_ini"]
 
 
@@ -66,7 +68,7 @@ def _argument(text: str) -> str:
     """Quoted for Circus, which splits as a shell does."""
     # A ";" after a space begins a comment, in quotes too; with these it comes after a quote.
     quoted = shlex.quote(text).replace(" ;", " '';")
-    return quoted.replace("$(circus.wid)", "$WID").replace("$WID", "$(circus.wid)")
+    return with_number(quoted, NUMBER)
 
 
 def _line(key: str, value: str) -> str:

@@ -237,9 +237,11 @@ def _serve_calls(arguments: Namespace) -> int:
 
 def workers(arguments: Namespace) -> int:
     """Keep a group of workers alive, or print how circusd can do that."""
+    from ..supervision.launch import with_number  # of no use to a worker
+
     _make_absolute(arguments)
     point = arguments.workpoint
-    if point and arguments.numprocesses > 1 and not _numbered(point):
+    if point and arguments.numprocesses > 1 and with_number(point, 1) == with_number(point, 2):
         raise CommandError(
             f"--workpoint {point!r}: each worker needs one of its own; put $WID into it, "
             "and single quotes around it",
@@ -247,17 +249,13 @@ def workers(arguments: Namespace) -> int:
         )
     command = python_command("-m", "zmqexecutor", *_worker_arguments(arguments))
     # A mistake is told once, not by each worker again and again.
-    trial = [part.replace("$(circus.wid)", "1").replace("$WID", "1") for part in command]
+    trial = [with_number(part, 1) for part in command]
     if code := subprocess.run([*trial, "--check"], check=False).returncode:
         return code if code > 0 else Exit.FAILED
     if arguments.circus_ini:
         print(_circus_ini(arguments, command), end="")
         return 0
     return _supervise(arguments, command)
-
-
-def _numbered(address: str) -> bool:
-    return "$WID" in address or "$(circus.wid)" in address
 
 
 def _worker_arguments(arguments: Namespace) -> list[str]:

@@ -18,10 +18,12 @@ from ..wire.protocol import Configure
 from . import prctl
 from .template import Forked, Template, TemplateLostError
 
-__all__ = ["KILL_WAIT", "Launched", "Launcher", "end_now"]
+__all__ = ["KILL_WAIT", "NUMBER", "Launched", "Launcher", "end_now", "with_number"]
 
 KILL_WAIT: Final = 0.5
 """Seconds in which the kernel should have ended a killed process."""
+NUMBER: Final = "$(circus.wid)"
+"""What Circus calls the number of a process in its command. We also know it as `$WID`."""
 
 Launched: TypeAlias = "subprocess.Popen[bytes] | Forked"
 
@@ -101,6 +103,11 @@ def _who_has_ended() -> int:
     return ended.si_pid if ended else 0
 
 
+def with_number(part: str, number: int | str) -> str:
+    """Put the number of a process into an argument of its command, where that asks for it."""
+    return part.replace(NUMBER, str(number)).replace("$WID", str(number))
+
+
 def _execute(config: Configure, wid: int) -> subprocess.Popen[bytes]:
     supervisor = os.getpid()
 
@@ -109,9 +116,8 @@ def _execute(config: Configure, wid: int) -> subprocess.Popen[bytes]:
         for name, limit in (config.rlimits or {}).items():
             resource.setrlimit(getattr(resource, f"RLIMIT_{name.upper()}"), (limit, limit))
 
-    words = {"$(circus.wid)": str(wid), "$WID": str(wid)}
     return subprocess.Popen(
-        [_replace(part, words) for part in config.cmd],
+        [with_number(part, wid) for part in config.cmd],
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         cwd=config.working_dir,
@@ -134,9 +140,3 @@ def end_now(popen: Launched) -> int | None:
         return popen.wait(KILL_WAIT)
     except subprocess.TimeoutExpired:
         return None
-
-
-def _replace(text: str, words: dict[str, str]) -> str:
-    for word, value in words.items():
-        text = text.replace(word, value)
-    return text
