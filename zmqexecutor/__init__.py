@@ -1,9 +1,12 @@
 """A drop-in ProcessPoolExecutor whose workers Circus supervises and ZeroMQ reaches.
 
-from zmqexecutor import ZmqExecutor
+Example:
+    Squares, by a worker for each processor::
 
-with ZmqExecutor() as executor:
-print(list(executor.map(lambda x: x * x, range(10))))
+        from zmqexecutor import ZmqExecutor
+
+        with ZmqExecutor() as executor:
+            print(list(executor.map(lambda x: x * x, range(10))))
 """
 
 from __future__ import annotations

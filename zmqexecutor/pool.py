@@ -1,7 +1,9 @@
 """The engine of a `ZmqExecutor`: it makes tasks of calls, for a master of its own.
 
-call ─► pickler ─► Task ─► Master ─► workers
-        segments           Workers, in a private directory
+    call ─► pickler ─► Task ─► Master ─► workers
+            segments           Workers, in a private directory
+
+When an executor gets one is told in `opening`.
 """
 
 from __future__ import annotations
