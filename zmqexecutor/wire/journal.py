@@ -88,7 +88,7 @@ _MAGIC = b"zmqexjn3"
 # The header's words by their places, in the machine's byte order. They are read and written
 # through a memoryview, each as a whole; `struct.pack_into` would show zeros in between.
 _RUNNING, _END, _STARTED, _CONDEMNED, _RECALLED, _SETTLED, _WAITING = range(1, 8)
-# The lowest bits of the last two say which recall it is.
+# The lowest bits of _RECALLED and _SETTLED say which recall it is.
 _COUNTED = 16
 _COUNT = (1 << _COUNTED) - 1
 _entry = struct.Struct("=III")  # length of the result, checksum, how many buffers
