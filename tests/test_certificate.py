@@ -110,8 +110,11 @@ class TestError:
         assert guess.cause == "the system ran out of memory, or somebody used kill -9"
         assert f"likely cause: {guess.cause}." in str(guess)
 
-    def test_an_exit_code_of_a_ready_worker_comes_of_a_call(self) -> None:
-        assert "os._exit" in certificate(Reaped(7, 3, "")).cause
+    def test_an_exit_code_of_a_ready_worker_has_two_likely_causes(self) -> None:
+        error = certificate(Reaped(7, 3, "Traceback ..."))
+        assert "ended by itself with exit code 3; likely cause: something called" in str(error)
+        assert "os._exit, or the worker's own code failed" in error.cause
+        assert "own code" not in certificate(Reaped(7, 0, "")).cause
         assert "os._exit" not in ending(Reaped(7, 3, "Traceback ..."))
 
     def test_an_unknown_signal_has_a_number(self) -> None:

@@ -80,7 +80,7 @@ def _how(end: Reaped | None, seconds: float | None) -> str:
     if end is None or end.exitcode is None:
         return f"is gone{after}, how it ended is not known"
     if end.exitcode >= 0:
-        what = f"ended with exit code {end.exitcode}"
+        what = f"ended by itself with exit code {end.exitcode}"
     else:
         what = f"was killed by {_signal_name(-end.exitcode)}"
     memory = f", having used up to {end.peak_rss / 2**20:.0f} MiB of memory" if end.peak_rss else ""
@@ -105,7 +105,9 @@ def _cause(end: Reaped | None) -> str:
         return _LIKELY_CAUSES.get(-end.exitcode, "")  # type: ignore[call-overload,no-any-return]
     if end.fault:
         return "the interpreter gave up"
-    return "something called os._exit"
+    if end.exitcode == 0:
+        return "something called os._exit"
+    return "something called os._exit, or the worker's own code failed"
 
 
 def _because(cause: str) -> str:
