@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import mmap
 import os
 import resource
 import signal
@@ -89,6 +90,27 @@ def test_an_argument_is_writable_in_the_task_and_stays_as_it_is_at_home(
     array = np.ones(BIG, dtype=np.uint8)
     assert executor.submit(fill, array).result() == 9 * BIG
     assert array.sum() == BIG
+
+
+@pytest.mark.parametrize("journal", [True, False])
+def test_the_pools_own_workers_map_an_argument(
+    monkeypatch: pytest.MonkeyPatch, journal: bool
+) -> None:
+    def fail(path: str) -> None:
+        raise OSError("too many open files")
+
+    def owner(memory: Any) -> object:
+        while isinstance(memory, (np.ndarray, memoryview)):
+            memory = memory.base if isinstance(memory, np.ndarray) else memory.obj
+        return type(memory)
+
+    if not journal:
+        monkeypatch.setattr("zmqexecutor.master.roster.JournalReader", fail)
+    with ZmqExecutor(1) as executor:
+        files(executor)
+        handle: Any = executor.share(np.ones(BIG))
+        for argument in (np.ones(BIG), handle):
+            assert executor.submit(owner, argument).result(60) is mmap.mmap
 
 
 @pytest.mark.parametrize("size", [3, BIG])

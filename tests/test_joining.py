@@ -40,6 +40,14 @@ WORKER = """
     except ConnectionError as error:
         print(error)
 """
+WITH_JOURNAL = """
+    import sys
+    from zmqexecutor.worker.calls import CallHandler
+    from zmqexecutor.worker.worker import Worker
+
+    handler = CallHandler(None, {}, ["python"])
+    Worker.with_handler(sys.argv[1], handler, journals=sys.argv[2], patience=20, once=True).run()
+"""
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -54,8 +62,8 @@ def start_worker(endpoint: str) -> Iterator[Start]:
     """Start a worker process that joins at the endpoint; it is killed after the test."""
     with ExitStack() as stack:
 
-        def start(*services: str, **options: Any) -> subprocess.Popen[str]:
-            command = [sys.executable, "-c", textwrap.dedent(WORKER), endpoint, *services]
+        def start(*words: str, code: str = WORKER, **options: Any) -> subprocess.Popen[str]:
+            command = [sys.executable, "-c", textwrap.dedent(code), endpoint, *words]
             process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)
             stack.enter_context(process)
             stack.callback(process.kill)
@@ -94,14 +102,20 @@ def test_workers_join_a_pool_that_has_its_own(endpoint: str, start_worker: Start
         assert pids == {own.pid, joined.pid}
 
 
-def test_what_is_shared_reaches_both(endpoint: str, start_worker: Start) -> None:
-    """The pool's own workers map a file of its private directory, which others do not see."""
+@pytest.mark.parametrize("journal", [False, True])
+def test_what_is_shared_reaches_both(
+    endpoint: str, start_worker: Start, tmp_path: Path, journal: bool
+) -> None:
+    """The pool's own workers map a file of its private directory, which others do not see.
+
+    Nor can they if they have a journal that the master maps, as any worker of this host may.
+    """
 
     def add(array: np.ndarray[Any, Any], shared: np.ndarray[Any, Any]) -> tuple[int, Any]:
         time.sleep(0.02)
         return os.getpid(), array + shared
 
-    joined = start_worker()
+    joined = start_worker(str(tmp_path), code=WITH_JOURNAL) if journal else start_worker()
     with ZmqExecutor(1, endpoint=endpoint) as executor:
         executor.wait_for_workers(2, 60)
         array = np.arange(200_000)

@@ -15,17 +15,19 @@ from .errors import JobFailedError, NoMasterError, TaskTimeoutError
 from .system.arguments import check_timeout
 from .system.descriptors import check_descriptors
 from .wire import codecs, handshakes, protocol, security
-from .wire.protocol import DEFAULT_SERVICE, Answer, Report, check_service
+from .wire.liveness import CLIENT_PATIENCE
+from .wire.protocol import (
+    DEFAULT_SERVICE,
+    LARGEST_CONTROL_MESSAGE,
+    Answer,
+    Report,
+    check_service,
+)
 
 if TYPE_CHECKING:
     from .keys import Keys
 
 __all__ = ["Client"]
-
-PATIENCE: Final = 5.0
-"""Default of how long a client looks for a master, in seconds."""
-LARGEST_CALL: Final = 1024 * 1024
-"""Bytes of a message that a master takes on its control socket."""
 
 _ERRORS: Final = {
     name: getattr(errors, name)
@@ -51,7 +53,7 @@ class Client:
         self,
         endpoint: str,
         *,
-        patience: float | None = PATIENCE,
+        patience: float | None = CLIENT_PATIENCE,
         keys: Keys | str | os.PathLike[str] | None = None,
         allow_plaintext_tcp_from_anyone: bool = False,
     ) -> None:
@@ -93,7 +95,7 @@ class Client:
         )
         self._socket.connect(endpoint)
 
-    def status(self, timeout: float | None = PATIENCE) -> Report:
+    def status(self, timeout: float | None = CLIENT_PATIENCE) -> Report:
         """Ask the master for its workers, its queue, and what has become of its jobs.
 
         Args:
@@ -166,10 +168,10 @@ class Client:
     def _send(self, message: protocol.FromClient, deadline: float | None) -> None:
         """Send on a connection that is known to be open, so that its loss will be seen."""
         frame = protocol.encode(message)
-        if len(frame) > LARGEST_CALL:
+        if len(frame) > LARGEST_CONTROL_MESSAGE:
             raise ValueError(
-                f"a master takes calls of up to {LARGEST_CALL} bytes, not {len(frame)}; "
-                "pass the name of a file instead"
+                f"a master takes calls of up to {LARGEST_CONTROL_MESSAGE} bytes, not "
+                f"{len(frame)}; pass the name of a file instead"
             )
         begun = time.monotonic()
         limits = [limit for limit in (_deadline(self._patience), deadline) if limit is not None]

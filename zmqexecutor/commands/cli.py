@@ -16,13 +16,12 @@ from typing import Final
 
 import zmqexecutor
 
+from ..wire.liveness import CLIENT_PATIENCE, WORKER_PATIENCE
 from .exits import EXIT_CODES, CommandError, Exit
 
 __all__ = ["main"]
 
 PROGRAM: Final = "zmqexecutor"
-CONNECT_PATIENCE: Final = 5.0
-WORKER_PATIENCE: Final = 60.0
 
 WORKER_EXAMPLES: Final = """\
 A target is a function of a module: called with [JOB_ID, DATA] for each job, it returns
@@ -302,7 +301,7 @@ def _add_connect_patience(parser: argparse.ArgumentParser) -> None:
         "--patience",
         metavar="SECONDS",
         type=_positive,
-        default=CONNECT_PATIENCE,
+        default=CLIENT_PATIENCE,
         help="how long to look for the master (default: %(default)g)",
     )
 

@@ -16,7 +16,7 @@ from ..system.arguments import check_seconds
 from ..system.descriptors import check_descriptors
 from ..wire import protocol, security
 from ..wire.liveness import LOST_AFTER
-from ..wire.protocol import Frame
+from ..wire.protocol import LARGEST_CONTROL_MESSAGE, Frame
 from ..wire.security import has_message
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ logger = logging.getLogger(__name__)
 
 MESSAGES_PER_STEP: Final = 256
 """Messages read from one socket before the others have their turn."""
-LARGEST_CONTROL_MESSAGE: Final = 1024 * 1024
-"""Bytes; who sends more is disconnected."""
 
 _MORE: Final = zmq.DONTWAIT | zmq.SNDMORE
 

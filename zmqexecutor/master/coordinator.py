@@ -388,7 +388,7 @@ class Coordinator:
         self.roster.remove(peer)
         self._stops.forget(peer)
         self._recalls.forget(peer)
-        self._dispatcher.lost(peer)
+        self._dispatcher.nothing_to_tell(peer)
         if peer.state:
             doomed = peer.doomed()
             lost = self._scheduler.worker_lost(peer.state, running, time.monotonic())

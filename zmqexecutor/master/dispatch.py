@@ -117,7 +117,7 @@ class Dispatcher:
                 peer.introduce(task.shared, shared, forget)
             for share in task.shares:
                 peer.introduce_share(share, shared)
-            segment, buffers = task.ship(mapped=peer.journal is not None)
+            segment, buffers = task.ship(mapped=peer.maps_segments)
             service = task.service if len(peer.hello.services) > 1 else ""
             jobs.append(
                 protocol.Job(
@@ -132,7 +132,7 @@ class Dispatcher:
             peer.sent_at = time.monotonic()
             if limited:
                 self._stops.sent(peer, [task for _, task in decision.jobs], peer.sent_at)
-        self.lost(peer)
+        self.nothing_to_tell(peer)
 
     def take_up(self, offer: Offer, task: Task) -> None:
         """A thread has taken an offer for this task; the scheduler knows that it is sent."""
@@ -175,7 +175,7 @@ class Dispatcher:
             if not peer.send_jobs([], [], peer.take_forgotten()):
                 self._lose(peer, None)
 
-    def lost(self, peer: Peer) -> None:
-        """It need not be told anything, or has just been."""
+    def nothing_to_tell(self, peer: Peer) -> None:
+        """It has just been told everything, or is lost."""
         self._unconfirmed.discard(peer)
         self._forgetful.discard(peer)

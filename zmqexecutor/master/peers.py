@@ -130,6 +130,15 @@ class Peer:
         """Whether it is a process of the master's own group."""
         return self.channels.entrance.group_only
 
+    @property
+    def maps_segments(self) -> bool:
+        """Whether it can map our segments: these are in the group's private directory.
+
+        A journal says nothing about that. Any worker of this host may have one, and one of
+        the group need not: there may have been no room for it.
+        """
+        return self.grouped
+
     def info(self) -> WorkerInfo:
         """The public view of this worker, once it is ready. Any thread may ask for it."""
         assert self.state is not None
@@ -219,7 +228,7 @@ class Peer:
         """Note that a job uses this; it stays until nobody in the parent has it."""
         if share.key not in self._shares:
             self._shares.add(share.key)
-            new.append(Shared(share.key, share.contents(mapped=self.grouped)))
+            new.append(Shared(share.key, share.contents(mapped=self.maps_segments)))
 
     def forget_share(self, key: bytes) -> bool:
         """Nobody has it any more; whether the worker has to be told, by `take_forgotten`."""

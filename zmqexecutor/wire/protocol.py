@@ -33,6 +33,7 @@ from ..worker_errors import ProtocolError
 __all__ = [
     "CALLS",
     "DEFAULT_SERVICE",
+    "LARGEST_CONTROL_MESSAGE",
     "VERSION",
     "Answer",
     "Ask",
@@ -92,7 +93,8 @@ Frame: TypeAlias = bytes | bytearray | memoryview
 
 VERSION: Final = 1
 """The protocol's version. A master refuses a worker that speaks another one."""
-
+LARGEST_CONTROL_MESSAGE: Final = 1024 * 1024
+"""Bytes; who sends a master more is disconnected."""
 
 DEFAULT_SERVICE: Final = "default"
 """What a worker offers, and a job asks for, where nobody names a service."""

@@ -25,10 +25,11 @@ from ..system.machine import resident_memory
 from ..system.memory import keep_freed_memory
 from ..wire import buffers, security
 from ..wire.buffers import Segments
+from ..wire.liveness import WORKER_PATIENCE
 from ..wire.protocol import CALLS, Frame, Job
 from ..worker_errors import RegistrationError
 from .handler import Outcome
-from .worker import PATIENCE, Worker
+from .worker import Worker
 
 if TYPE_CHECKING:
     from ..keys import Keys
@@ -227,7 +228,7 @@ def serve(
     endpoint: str,
     services: Sequence[str] = (),
     *,
-    patience: float | None = PATIENCE,
+    patience: float | None = WORKER_PATIENCE,
     keys: Keys | str | os.PathLike[str] | None = None,
     allow_plaintext_tcp_from_anyone: bool = False,
 ) -> bool:

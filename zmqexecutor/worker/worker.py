@@ -34,6 +34,7 @@ import zmq
 from ..system.arguments import check_timeout
 from ..wire import handshakes, protocol, security
 from ..wire.journal import JournalWriter
+from ..wire.liveness import WORKER_PATIENCE
 from ..wire.protocol import DEFAULT_SERVICE, Frame, Job, check_service
 from ..wire.security import has_message
 from ..wire.shortcuts import BellRope, Mailbox
@@ -52,8 +53,6 @@ COALESCE: Final = 0.0003
 """Seconds for which results may be held back to travel together."""
 LONGEST_REASON: Final = 10_000
 """Characters of what the master is told when it is no use to go on."""
-PATIENCE: Final = 60.0
-"""Default of how long a worker looks for a master, in seconds."""
 
 
 class Worker:
@@ -85,7 +84,7 @@ class Worker:
         initargs: tuple[Any, ...] = (),
         teardown: Callable[[Any], object] | None = None,
         allow_pickle: bool = False,
-        patience: float | None = PATIENCE,
+        patience: float | None = WORKER_PATIENCE,
         keys: Keys | str | os.PathLike[str] | None = None,
         allow_plaintext_tcp_from_anyone: bool = False,
     ) -> None:
