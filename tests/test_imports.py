@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +220,48 @@ def test_it_finds_them_as_they_are_now(script: Any) -> None:
             script.rate, script.a_first = rate, script.Scaled(10 * rate)
             result = executor.submit(script.scaled).result(60)
             assert result == (10 * rate * rate, 10 * rate * rate)
+
+
+# ------------------------------------------------------------------- executors among them
+
+
+EXECUTORS = """
+import os
+
+class Service:
+    pool = None
+
+    def work(self, number):
+        return number + 1
+
+    def run(self):
+        return [future.result(60) for future in [self.pool.submit(self.work, n) for n in range(3)]]
+
+    def nested(self):
+        return self.pool.submit(abs, -1).result(60)
+
+executor = None
+home = os.getpid()
+
+def fibonacci(n):
+    if n < 2:
+        return n
+    if n > 6 and os.getpid() == home:
+        parts = [executor.submit(fibonacci, n - 1), executor.submit(fibonacci, n - 2)]
+        return sum(part.result(60) for part in parts)
+    return fibonacci(n - 1) + fibonacci(n - 2)
+"""
+
+
+def test_an_executor_beside_what_a_task_needs(script: Any, executor: ZmqExecutor) -> None:
+    """As with a fork it may be there; who uses it is told."""
+    exec(EXECUTORS, vars(script))
+    script.Service.pool = script.executor = executor
+    assert script.Service().run() == [1, 2, 3]
+    assert script.fibonacci(8) == 21
+    with ThreadPoolExecutor(1) as threads:
+        script.executor = threads
+        assert executor.submit(script.fibonacci, 8).result(60) == 21
+    with pytest.raises(SerializationError, match="a ZmqExecutor cannot be used in a worker"):
+        executor.submit(script.Service().nested).result(60)
+    script.Service.pool = None

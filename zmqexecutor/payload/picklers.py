@@ -46,6 +46,7 @@ from .namespaces import (
     travels_by_value,
 )
 from .shares import Share, SharedObject, take
+from .unavailable import Unavailable
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
@@ -385,6 +386,10 @@ class DefinitionPickler(ArgumentPickler):
             return reducers.reduce(obj)
         if isinstance(obj, types.ModuleType):
             return cp._module_reduce(obj)
+        if reducers.is_executor(kind):  # beside what a task needs, in a class or a function
+            return Unavailable, (
+                f"a {kind.__qualname__} cannot be used in a worker. A task may make one of its own",
+            )
         if self._root is None:
             if self._is_bound and kind in reducers.GUARDS:
                 return reducers.GUARDS[kind](obj)

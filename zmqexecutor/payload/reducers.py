@@ -29,6 +29,7 @@ __all__ = [
     "GUARDS",
     "REDUCERS",
     "SINGLEDISPATCH_CODE",
+    "is_executor",
     "is_ordinary",
     "is_proxy",
     "is_registered",
@@ -261,6 +262,12 @@ def is_proxy(kind: type) -> bool:
     """Whether instances stand for what a multiprocessing's manager has while they are alive."""
     managers = sys.modules.get("multiprocessing.managers")
     return managers is not None and issubclass(kind, managers.BaseProxy)
+
+
+def is_executor(kind: type) -> bool:
+    """Whether instances run the tasks of a program, as executors of whatever library do."""
+    base = sys.modules.get("concurrent.futures._base")
+    return base is not None and issubclass(kind, base.Executor)
 
 
 def is_registered(kind: type) -> bool:
