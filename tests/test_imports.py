@@ -265,3 +265,10 @@ def test_an_executor_beside_what_a_task_needs(script: Any, executor: ZmqExecutor
     with pytest.raises(SerializationError, match="a ZmqExecutor cannot be used in a worker"):
         executor.submit(script.Service().nested).result(60)
     script.Service.pool = None
+
+
+def test_a_class_that_cannot_be_sent_can_be_imported(script: Any, executor: ZmqExecutor) -> None:
+    script.Scaled.held = (number for number in range(3))
+    with pytest.raises(SerializationError, match=r"'Scaled'.* Move it to a module") as caught:
+        executor.submit(script.scaled).result(60)
+    assert isinstance(caught.value.__cause__, TypeError)

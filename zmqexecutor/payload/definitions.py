@@ -85,10 +85,11 @@ _ROUNDS: Final = 5
 class DefinitionError(Exception):
     """Part of a definition cannot be pickled: which part, and the exception."""
 
-    def __init__(self, what: str, error: BaseException) -> None:
+    def __init__(self, what: str, error: BaseException, part: object = None) -> None:
         super().__init__(what, error)
         self.what = what
         self.error = error
+        self.is_class = is_class(part)
 
 
 class _Piece(NamedTuple):
@@ -293,7 +294,7 @@ class Definitions:
             if module and (origin := importable_as(name, value)) is not None:
                 piece = _make_import(key, value, origin)
             elif not optional:
-                raise DefinitionError(_describe_key(key), error)
+                raise DefinitionError(_describe_key(key), error, value)
             else:
                 piece = _make_unavailable(key, error)
         if piece.proof is not None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HINT",
+    "HINT_FOR_CLASSES",
     "PICKLING",
     "RUNNING",
     "UNPICKLING",
@@ -42,6 +43,7 @@ HINT = (
     "Send what it is made from (a path, a name, settings) and make it in the task, "
     "or once for each worker in an initializer."
 )
+HINT_FOR_CLASSES = "Move it to a module, which workers can import: then only its name is sent."
 
 
 class _Failure(NamedTuple):

@@ -46,6 +46,7 @@ from .constancy import is_constant
 from .definitions import Definition, DefinitionError, Definitions
 from .failures import (
     HINT,
+    HINT_FOR_CLASSES,
     PICKLING,
     RUNNING,
     UNPICKLING,
@@ -298,15 +299,17 @@ def _explain(
     fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException
 ) -> SerializationError:
     """Return what to raise when this call could not be pickled."""
-    name = name_of(fn)
+    name, hint = name_of(fn), HINT
     if isinstance(error, DefinitionError):
         what = f"{error.what}, which it uses," if error.what else "the function itself"
+        if error.is_class:
+            hint = HINT_FOR_CLASSES
         error = error.error
     else:
         what = _culprit(args, kwargs) or "the object it is a method of"
     return serialization_error(
         f"The call of {name}() cannot be sent to a worker: {what} cannot be pickled "
-        f"({describe(error)}). {HINT}",
+        f"({describe(error)}). {hint}",
         error,
     )
 
