@@ -386,9 +386,8 @@ class DefinitionPickler(ArgumentPickler):
             return reducers.reduce(obj)
         if isinstance(obj, types.ModuleType):
             return cp._module_reduce(obj)
-        if kind not in self.ordinary and reducers.is_executor(
-            kind
-        ):  # beside what a task needs, in a class or a function
+        if kind not in self.ordinary and reducers.is_executor(kind):
+            # It is beside what a task needs, in a class or a function.
             return Unavailable, (
                 f"a {kind.__qualname__} cannot be used in a worker. A task may make one of its own",
             )
