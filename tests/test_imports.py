@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
+import os
 import sys
+import threading
+import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +17,7 @@ import cloudpickle
 import pytest
 
 from zmqexecutor import SerializationError, ZmqExecutor
-from zmqexecutor.payload.namespaces import importable_as, origin_of
+from zmqexecutor.payload.namespaces import importable_as, is_only_itself, origin_of
 from zmqexecutor.payload.serialization import CallPickler
 
 LIBRARY = """
@@ -31,8 +35,8 @@ class Sealed:
     def __reduce__(self):
         raise TypeError("cannot be sent")
 
-_service = Service()
-call = _service.call
+SERVICE = Service()
+call = SERVICE.call
 UNSET = object()
 LOCK = threading.Lock()
 CONNECTION = Sealed()
@@ -43,23 +47,22 @@ def is_unset(value):
 """
 
 SCRIPT = """
-import os, random, sys, threading
+import dataclasses, os, random, sys, threading
 import imported_library
-from imported_library import CONNECTION, LOCK, TABLE, UNSET, call, is_unset
-from imported_library import call as renamed
+from dataclasses import MISSING
+from imported_library import CONNECTION, LOCK, SERVICE, TABLE, UNSET, call, is_unset
 from os import environ
 from random import gauss, random as draw, randint
-from sys import flags, modules, path, version_info
+from sys import flags, modules, version_info
 
 def same():
     return {
-        "call": call is imported_library.call,
-        "renamed": renamed is imported_library.call,
+        "call": call.__self__ is SERVICE,
         "UNSET": UNSET is imported_library.UNSET and is_unset(UNSET),
+        "MISSING": MISSING is dataclasses.MISSING,
         "LOCK": LOCK is imported_library.LOCK,
         "CONNECTION": CONNECTION is imported_library.CONNECTION,
         "environ": environ is os.environ,
-        "path": path is sys.path,
         "modules": modules is sys.modules,
         "flags": flags is sys.flags,
         "version_info": version_info is sys.version_info,
@@ -67,7 +70,7 @@ def same():
     }
 
 def use(number):
-    return call(number), renamed(number), imported_library._service.calls
+    return call(number), SERVICE.calls
 
 def numbers(_):
     return draw(), gauss(0, 1), randint(0, 10**12)
@@ -137,11 +140,13 @@ def test_it_is_the_module_s_in_a_task_too(script: Any, executor: ZmqExecutor) ->
     assert same == dict.fromkeys(same, True)
 
 
-def test_a_method_works_on_the_object_of_the_module(script: Any) -> None:
+def test_a_method_is_of_the_copy_of_its_object(script: Any) -> None:
+    """An object with something in it is copied as the program has it, and so are its methods."""
+    script.SERVICE.calls.append(0)
     with ZmqExecutor(1) as executor:
-        assert executor.submit(script.use, 1).result(60) == ([1], [1, 1], [1, 1])
-        assert executor.submit(script.use, 2).result(60)[0] == [1, 1, 2]
-    assert script.imported_library._service.calls == []
+        assert executor.submit(script.use, 1).result(60) == ([0, 1], [0, 1])
+        assert executor.submit(script.use, 2).result(60) == ([0, 1, 2], [0, 1, 2])
+    assert script.SERVICE.calls == [0]
 
 
 def test_workers_draw_other_numbers(script: Any, executor: ZmqExecutor) -> None:
@@ -160,49 +165,90 @@ def test_tables_arrive_as_the_program_has_changed_them(script: Any, executor: Zm
 
 def test_it_is_not_looked_for_again_but_seen_when_it_changes(script: Any) -> None:
     pickler = CallPickler()
-    first = pickler.dump_call(script.use, (1,), {}).shared.key
-    assert pickler.dump_call(script.use, (1,), {}).shared.key == first
-    script.call = script.imported_library._service.call = script.imported_library.Service().call
-    assert pickler.dump_call(script.use, (1,), {}).shared.key != first
+    keys = [pickler.dump_call(script.numbers, (1,), {}).shared.key for _ in range(2)]
+    script.draw = script.random.Random(5).random
+    keys.append(pickler.dump_call(script.numbers, (1,), {}).shared.key)
+    assert keys[0] == keys[1] != keys[2]
 
 
-def test_what_no_module_has_is_copied_or_refused(script: Any, executor: ZmqExecutor) -> None:
-    script.call = script.imported_library.Service().call
-    assert executor.submit(script.use, 7).result(60)[0] == [7]
+def test_what_a_script_has_put_into_a_module_is_the_script_s(script: Any) -> None:
+    """The module of a worker has something else there, or nothing."""
+    library = script.imported_library
+    library.LOCK = script.LOCK = threading.RLock()
+    library.UNSET = script.UNSET = script.Scaled(2)
+    library.MORE = script.MORE = object()
+    exec("def more(): return type(MORE) is object, type(LOCK), UNSET.scaled", vars(script))
+    exec("def cpu_count(): return 1000\ndef count(): return cpu_count()", vars(script))
+    before = os.cpu_count
+    os.cpu_count = script.cpu_count
+    try:
+        with ZmqExecutor(1) as executor:
+            more = executor.submit(script.more).result(60)
+            assert more == (True, type(threading.RLock()), 2)
+            assert executor.submit(script.count).result(60) == 1000
+    finally:
+        os.cpu_count = before
+
+
+def test_a_module_that_workers_cannot_import(script: Any, executor: ZmqExecutor) -> None:
+    """Then it is as if it had not been imported: a copy, or an error when it is used."""
+    module: Any = types.ModuleType("nowhere_to_be_found")
+    module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
+    module.UNSET = script.UNSET = object()
+    module.CONNECTION = script.CONNECTION = script.imported_library.Sealed()
+    exec("def unset(): return type(UNSET) is object", vars(script))
+    exec("def connect(): return CONNECTION.name", vars(script))
+    sys.modules[module.__name__] = module
+    try:
+        assert executor.submit(script.unset).result(60) is True
+        with pytest.raises(SerializationError, match=r"'CONNECTION' .* cannot be used in a worker"):
+            executor.submit(script.connect).result(60)
+    finally:
+        del sys.modules[module.__name__]
+
+
+def test_what_no_module_has_is_refused(script: Any, executor: ZmqExecutor) -> None:
     script.CONNECTION = script.imported_library.Sealed()
     with pytest.raises(SerializationError, match="CONNECTION"):
         executor.submit(script.same).result(60)
 
 
+class Lazy:
+    """Has no attributes yet, and says so."""
+
+    @property
+    def __dict__(self) -> Any:  # type: ignore[override]
+        raise RuntimeError("not bound")
+
+
 @pytest.mark.parametrize(
-    ("name", "value"),
+    "value",
     [
-        ("len", len),
-        ("dumps", cloudpickle.dumps),
-        ("fromkeys", dict.fromkeys),
-        ("nothing", None),
-        ("number", 10**10),
-        ("table", {"a": 1}),
-        ("kind", type("Kind", (), {})),
-        ("plain", object()),
-        ("held", type("Held", (), {"__slots__": ("a",)})()),
+        *(len, cloudpickle.dumps, dict.fromkeys, None, 10**10, {"a": 1}, type("Kind", (), {})),
+        *(type("Held", (), {"__slots__": ("a",)})(), sys.argv, sys.path, os.name, Lazy()),
     ],
 )
-def test_what_is_of_no_module(name: str, value: Any) -> None:
-    assert origin_of(name, value) is None
+def test_what_is_copied(value: Any) -> None:
+    assert origin_of(value) is None
+    assert not is_only_itself(value)
 
 
-def test_the_module_that_the_object_is_of_is_preferred() -> None:
-    random: Any = sys.modules["random"]
-    for name in ("another_module", "a"):
-        module: Any = type(sys)(name)
-        module.__spec__ = random.__spec__
-        module.randint = random.randint
+def test_there_must_be_no_doubt_which_module() -> None:
+    dataclasses: Any = sys.modules["dataclasses"]
+    unset = object()
+    for name in ("another_module", "a", "a.part"):
+        module: Any = types.ModuleType(name)
+        module.__spec__ = dataclasses.__spec__
+        module.MISSING = dataclasses.MISSING
+        module.UNSET = unset
         sys.modules[name] = module
     try:
-        assert importable_as("randint", random.randint) == ("random", "randint")
+        assert importable_as("MISSING", dataclasses.MISSING) == ("dataclasses", "MISSING")
+        assert importable_as("UNSET", unset) is None
+        del sys.modules["another_module"]
+        assert importable_as("UNSET", unset) == ("a", "UNSET")
     finally:
-        del sys.modules["another_module"], sys.modules["a"]
+        del sys.modules["a"], sys.modules["a.part"]
 
 
 # ----------------------------------------------------- code that runs when globals arrive

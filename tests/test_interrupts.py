@@ -14,6 +14,7 @@ import pytest
 
 from zmqexecutor import SerializationError, ZmqExecutor
 from zmqexecutor.payload import proofs
+from zmqexecutor.payload.namespaces import importable
 from zmqexecutor.system.interrupts import is_interrupt
 
 
@@ -57,6 +58,15 @@ def leave(*_: Any) -> None:
     sys.exit(7)
 
 
+def disarm(signum: int, _frame: Any) -> None:
+    signal.signal(signum, signal.SIG_IGN)
+    raise LimitError
+
+
+class Inherits(Handler):
+    """Has its `__call__` from another class."""
+
+
 def take(value: Any) -> Any:
     return value
 
@@ -67,6 +77,9 @@ HANDLERS: dict[str, tuple[Callable[..., Any], type[BaseException]]] = {
     "a lambda": (lambda *_: limit(), LimitError),
     "a method": (Handler().method, LimitError),
     "an object": (Handler(), LimitError),
+    "one that inherits": (Inherits(), LimitError),
+    "a cached one": (functools.lru_cache(limit), LimitError),
+    "a wrapped one": (functools.wraps(limit)(lambda *args: limit(*args)), LimitError),
     "a partial": (functools.partial(limit, "more"), LimitError),
     "Ctrl-C": (signal.default_int_handler, KeyboardInterrupt),
 }
@@ -122,6 +135,32 @@ def test_it_comes_out_of_a_proof(
         proofs.prove([[1]])
 
 
+def test_it_comes_out_though_the_handler_has_disarmed_itself(executor: ZmqExecutor) -> None:
+    before = signal.signal(signal.SIGUSR1, disarm)
+    try:
+        with pytest.raises(LimitError):
+            executor.submit(take, Interrupted(signal.SIGUSR1))
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+class Unlucky(type):
+    """A signal comes while someone looks for the name of its instances."""
+
+    def __getattribute__(cls, name: str) -> Any:
+        if name == "__module__" and type.__getattribute__(cls, "armed"):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return type.__getattribute__(cls, name)
+
+
+def test_it_comes_out_of_the_look_for_a_name(raised: type[BaseException]) -> None:
+    unlucky = Unlucky("Class", (), {"armed": True})
+    with pytest.raises(raised):
+        importable(unlucky)
+    unlucky.armed = False  # type: ignore[attr-defined]
+    assert not importable(unlucky)
+
+
 def test_what_an_argument_raises_itself_is_its_future_s(executor: ZmqExecutor) -> None:
     future = executor.submit(take, Exits())
     with pytest.raises(SerializationError, match="SystemExit: 9"):
@@ -144,13 +183,13 @@ def test_a_handler_that_submits_what_cannot_be_pickled(executor: ZmqExecutor) ->
         futures[0].result(60)
 
 
-def test_in_another_thread_there_are_no_handlers() -> None:
+def test_a_function_that_is_called_is_no_handler() -> None:
     before = signal.signal(signal.SIGUSR1, limit)
     found: list[bool] = []
 
     def look() -> None:
         try:
-            limit()  # called, not a handler's call
+            limit(signal.SIGUSR1, None)
         except LimitError as error:
             found.append(is_interrupt(error))
 
@@ -161,4 +200,4 @@ def test_in_another_thread_there_are_no_handlers() -> None:
         look()
     finally:
         signal.signal(signal.SIGUSR1, before)
-    assert found == [False, True]
+    assert found == [False, False]

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["is_array", "is_fixed", "is_simple", "known_kinds", "reduce_array"]
+__all__ = ["ReadOnlyMemory", "is_array", "is_fixed", "is_simple", "known_kinds", "reduce_array"]
 
 _kinds: dict[type, str] = {}
 
@@ -55,24 +55,29 @@ def is_fixed(value: object) -> bool:
     return isinstance(value, numpy.dtype) and value.isbuiltin == 1 and not value.metadata
 
 
-class _Memory:
-    """That of a read-only array, shown to numpy as if it could be written to."""
+class ReadOnlyMemory:
+    """That of a read-only array, shown to numpy as if it could be written to.
+
+    Attributes:
+        base: the array.
+        address: where the memory is.
+    """
 
     def __init__(self, array: Any) -> None:
-        self._array = array  # kept alive
-        address, _ = array.__array_interface__["data"]
+        self.base = array
+        self.address, _ = array.__array_interface__["data"]
         self.__array_interface__ = {
             "version": 3,
             "shape": (array.nbytes,),
             "typestr": "|u1",
-            "data": (address, False),
+            "data": (self.address, False),
         }
 
 
 def _unlocked(array: Any) -> Any:
     """The same array to be read by pickle, which makes a copy that can be written to."""
     numpy: Any = sys.modules["numpy"]
-    memory = numpy.asarray(_Memory(array))
+    memory = numpy.asarray(ReadOnlyMemory(array))
     return numpy.ndarray(array.shape, array.dtype, memory, 0, array.strides)
 
 

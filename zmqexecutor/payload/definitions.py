@@ -51,7 +51,7 @@ from ..system.interrupts import is_interrupt
 from ..wire.protocol import Shared
 from .arrays import is_array
 from .bulk import BULK, Bulk
-from .byvalue import imported
+from .byvalue import imported, name_of_kind
 from .checks import CONTAINERS, is_imported
 from .constancy import is_constant
 from .digests import digest_of
@@ -65,6 +65,7 @@ from .namespaces import (
     importable,
     importable_as,
     is_class,
+    is_only_itself,
     namespace,
     origin_of,
 )
@@ -289,10 +290,11 @@ class Definitions:
         except BaseException as error:
             if is_interrupt(error):
                 raise
-            module, name = key
             value = bound_to(key)
-            if module and (origin := importable_as(name, value)) is not None:
-                piece = _make_import(key, value, origin)
+            origin = _origin_of_object(key, value)
+            if origin is not None:
+                why = Unavailable(_describe_unavailable(key, error))
+                piece = _make_import(key, value, origin, why)
             elif not optional:
                 raise DefinitionError(_describe_key(key), error, value)
             else:
@@ -321,11 +323,12 @@ class Definitions:
             proof = Proof()
             proof.bind([key])
             return _Piece((), b"", frozenset(), frozenset(), False, proof)
-        origin = origin_of(name, value) if module else None
-        if module and type(value) in GUARDS:
+        if module and (origin := origin_of(value)) is not None:
+            return _make_import(key, value, origin, None)
+        if module and (type(value) in GUARDS or is_only_itself(value)):
             origin = importable_as(name, value)
-        if origin is not None:
-            return _make_import(key, value, origin)
+            if origin is not None:
+                return _make_import(key, value, origin, value)
         ident, before = self._bulks.get(key, (0, None))
         number = self._number(key, value)
         array = GlobalArray.of(value)
@@ -460,31 +463,48 @@ def _describe_key(key: Key) -> str:
 
 
 class _Import:
-    """Stands for what a worker has to import."""
+    """Stands for what a worker is to import, and for what it has if it cannot."""
 
-    def __init__(self, origin: Key) -> None:
-        self._origin = origin
+    def __init__(self, origin: Key, kind: str, otherwise: object) -> None:
+        self._arguments = (*origin, kind, otherwise)
 
-    def __reduce__(self) -> tuple[Callable[..., Any], Key]:
-        return imported, self._origin
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return imported, self._arguments
 
 
-def _make_import(key: Key, value: object, origin: Key) -> _Piece:
+def _origin_of_object(key: Key, value: object) -> Key | None:
+    """Where an object has been imported from that cannot be sent, if it is just an object.
+
+    A function or class of the script, or an object of such a class, is what the script has put
+    into the module.
+    """
+    module, name = key
+    if not module or isinstance(value, types.FunctionType) or is_class(value):
+        return None
+    return importable_as(name, value) if importable(type(value)) else None
+
+
+def _make_import(key: Key, value: object, origin: Key, otherwise: object) -> _Piece:
     """Of a global that has been imported, and that a copy cannot stand for."""
-    piece = _make_piece(_Import(origin), None, proven=False)[0]
+    reference = _Import(origin, name_of_kind(value), otherwise)
+    piece = _make_piece(reference, key, proven=False)[0]
     proof = Proof()
-    proof.bind([key])
+    proof.bind((key, *piece.refs))
     proof.checks[origin] = functools.partial(is_imported, *origin, id(value))
     return piece._replace(proof=proof)
 
 
-def _make_unavailable(key: Key, error: BaseException) -> _Piece:
-    value = namespace(key[0]).get(key[1], MISSING) if key[0] else MISSING
+def _describe_unavailable(key: Key, error: BaseException) -> str:
     try:
         why = str(error)[:2000]
     except Exception:
         why = type(error).__name__
-    reason = f"{_describe_key(key)} cannot be used in a worker, as it cannot be pickled: {why}"
+    return f"{_describe_key(key)} cannot be used in a worker, as it cannot be pickled: {why}"
+
+
+def _make_unavailable(key: Key, error: BaseException) -> _Piece:
+    value = namespace(key[0]).get(key[1], MISSING) if key[0] else MISSING
+    reason = _describe_unavailable(key, error)
     piece = _make_piece(Unavailable(reason), None)[0]._replace(available=False)
     # A lock or a pool stays what it is. What else holds something may come to hold another thing.
     kind = type(value)

@@ -14,6 +14,8 @@ from typing import Any, Final
 
 from cloudpickle import cloudpickle as cp
 
+from ..system.interrupts import is_interrupt
+
 __all__ = ["make_enum", "reduce_enum", "set_members_state"]
 
 _MADE_BY_METACLASS: Final = (
@@ -74,7 +76,9 @@ def _raw_members(cls: type[enum.Enum]) -> list[tuple[Any, ...]] | None:
         if kind is not object:
             try:
                 make, args = kind.__reduce_ex__(member, 4)[:2]
-            except Exception:  # of no kind that can be pickled
+            except Exception as error:  # of no kind that can be pickled
+                if is_interrupt(error):
+                    raise
                 return None
             if make is copyreg.__newobj__:  # type: ignore[attr-defined]
                 new = args[1:]

@@ -17,6 +17,8 @@ from typing import Any, Final, TypeAlias
 
 from cloudpickle import cloudpickle as cp
 
+from ..system.interrupts import is_interrupt
+
 __all__ = [
     "BASE_NAMES",
     "MAIN",
@@ -34,6 +36,7 @@ __all__ = [
     "importable_as",
     "is_class",
     "is_dynamic",
+    "is_only_itself",
     "make_namespace",
     "module_of",
     "name_of",
@@ -121,7 +124,9 @@ def name_of(func: Any) -> str:
     """What a callable is called."""
     try:
         name = getattr(func, "__qualname__", None)
-    except Exception:  # of a `__getattr__` of its own
+    except Exception as error:  # of a `__getattr__` of its own
+        if is_interrupt(error):
+            raise
         name = None
     return name if isinstance(name, str) and name else type(func).__qualname__
 
@@ -146,7 +151,9 @@ def importable(obj: Any) -> bool:
     try:
         module = getattr(obj, "__module__", None)
         name = getattr(obj, "__qualname__", None) or getattr(obj, "__name__", None)
-    except Exception:  # of a `__getattr__` of its own
+    except Exception as error:  # of a `__getattr__` of its own
+        if is_interrupt(error):
+            raise
         return False
     if module == "__mp_main__" or not name or not isinstance(name, str):
         return False
@@ -166,55 +173,73 @@ def importable(obj: Any) -> bool:
     return found is not None and not cp._is_registered_pickle_by_value(found[0])
 
 
-_OF_THE_PROCESS: Final = ("os", "sys")
-"""Modules of which a copy of anything would say nothing of the process that has it."""
+_OF_THE_PROCESS: Final = (
+    *(("os", "environ"), ("os", "environb"), ("sys", "modules"), ("sys", "flags")),
+    *(("sys", name) for name in ("version_info", "implementation", "thread_info")),
+    *(("sys", name) for name in ("float_info", "int_info", "hash_info")),
+)
+"""What tells of a process: of another one it would be wrong, or cannot be sent at all."""
+_GENERATORS: Final = (("random", "_inst"), ("numpy.random.mtrand", "_rand"))
+"""Where modules keep those whose methods are their functions, and the modules."""
 
 
-def origin_of(name: str, value: Any) -> Key | None:
-    """Return the module, and the name there, of what a global has been imported from.
+def origin_of(value: Any) -> Key | None:
+    """Return the module, and the name there, of what a copy would be of no use of.
 
-    Only of what a copy cannot stand for: methods of an object that the module keeps for itself
-    (`from random import random`), objects that are nothing but themselves, such as a
-    `MISSING`, and what `os` and `sys` tell of the process.
+    That are functions that draw from a module's own generator (`from random import random`),
+    and what tells of the process.
     """
-    for module in _OF_THE_PROCESS:
-        if vars(sys.modules[module]).get(name, MISSING) is value:
-            return module, name
     kind = type(value)
     if kind is types.MethodType or kind is types.BuiltinMethodType:
-        owner = value.__self__
-        if owner is None or isinstance(owner, types.ModuleType) or is_class(owner):
-            return None
-        return importable_as(name, value) or importable_as(value.__name__, value)
-    return importable_as(name, value) if _has_nothing(value) else None
+        for home, generator in _GENERATORS:
+            owner = getattr(sys.modules.get(home), generator, None)
+            if owner is not None and value.__self__ is owner:
+                return home, value.__name__
+        return None
+    for home, known in _OF_THE_PROCESS:
+        if value is getattr(sys.modules[home], known, MISSING):
+            return home, known
+    return None
 
 
 def importable_as(name: str, value: object) -> Key | None:
-    """Return a module that can be imported and has this object under this name."""
+    """Return the module that has this object under this name, if there is no doubt which."""
     found = []
     for module, known in list(sys.modules.items()):
         if type(known) is not types.ModuleType or vars(known).get(name, MISSING) is not value:
             continue
         if getattr(known, "__spec__", None) is not None and not travels_by_value(module):
             found.append(module)
-    if not found:
+    home = type(value).__module__
+    if home in found:
+        return home, name
+    if len({module.partition(".")[0] for module in found}) != 1:
         return None
-    home = type(getattr(value, "__self__", value)).__module__.partition(".")[0]
-    return min(found, key=lambda module: (module.partition(".")[0] != home, len(module))), name
+    return min(found, key=len), name
 
 
-def _has_nothing(value: object) -> bool:
+def is_only_itself(value: object) -> bool:
+    """Say whether an object has nothing that tells it from others, such as a `MISSING`."""
     kind = type(value)
-    return (
-        (kind is object or kind.__base__ is object)
-        and kind.__reduce_ex__ is object.__reduce_ex__
-        and kind.__reduce__ is object.__reduce__
-        and not getattr(value, "__dict__", None)
-        and kind.__basicsize__ <= _EMPTY.__basicsize__
-    )
+    if kind is object:
+        return True
+    if (
+        kind.__base__ is not object
+        or "__dict__" not in vars(kind)  # builtin, or with slots
+        or kind.__reduce_ex__ is not object.__reduce_ex__
+        or kind.__reduce__ is not object.__reduce__
+        or kind.__basicsize__ > _Empty.__basicsize__
+    ):
+        return False
+    try:
+        return not getattr(value, "__dict__", None)
+    except Exception as error:
+        if is_interrupt(error):
+            raise
+        return False
 
 
-class _EMPTY:
+class _Empty:
     """As large as objects are that have room for attributes and for nothing else."""
 
 

@@ -21,6 +21,7 @@ from typing import Any, Final, TypeAlias
 
 from cloudpickle import cloudpickle as cp
 
+from ..system.interrupts import is_interrupt
 from .arrays import known_kinds, reduce_array
 from .byvalue import Reduced, reduce_cell
 from .namespaces import importable
@@ -183,8 +184,10 @@ def _reduce_context_variable(variable: contextvars.ContextVar[Any]) -> Reduced:
         options = {"default": default}
         if type(default) not in GUARDS:
             cp.dumps(default)
-    except Exception:  # there is none, or it cannot be sent: then tasks that set it do without
-        options = {}
+    except Exception as error:  # there is none, or it cannot be sent
+        if is_interrupt(error):
+            raise
+        options = {}  # tasks that set it do without
     return _make_context_variable, (variable.name, options)
 
 

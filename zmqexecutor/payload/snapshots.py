@@ -11,9 +11,11 @@ import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
+from ..system.interrupts import is_interrupt
 from ..system.memory import keep_freed_memory
 from ..wire.comparison import same
 from ..wire.leases import Lease
+from .arrays import ReadOnlyMemory
 
 if TYPE_CHECKING:
     from ..wire.buffers import Segments
@@ -60,11 +62,8 @@ class Snapshots:
         return list(map(self._copy, views))
 
     def _copy(self, view: memoryview) -> memoryview:
-        owner: Any = view.obj
-        while owner is not None and not isinstance(owner, bytes):
-            owner = getattr(owner, "base", None)  # an array made over bytes, say
-        if owner is not None:
-            return view
+        if view.readonly and _made_over(bytes, view) is not None:
+            return view  # nobody can change them
         origin = _origin(view)
         known = self._copies.get(origin)
         copy = known() if known is not None else None
@@ -74,12 +73,22 @@ class Snapshots:
         return copy
 
 
+def _made_over(kind: type[T], view: memoryview) -> T | None:
+    """What of this kind an array was made over, if it is the owner of the memory."""
+    owner: Any = view.obj
+    while owner is not None and not isinstance(owner, kind):
+        owner = getattr(owner, "base", None)
+    return owner
+
+
 def _origin(view: memoryview) -> _Origin:
-    owner = view.obj
+    # Arrow makes a new object for each look at a buffer, and so do we of a read-only array.
+    owner: Any = _made_over(ReadOnlyMemory, view) or view.obj
     try:
-        # Arrow makes a new object for each look at a buffer.
         address = getattr(owner, "address", None)
-    except Exception:  # of a class that is not Arrow's
+    except Exception as error:  # of a class that is not Arrow's
+        if is_interrupt(error):
+            raise
         address = None
     return address if type(address) is int else id(owner), view.nbytes
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-import threading
-from typing import Any
+from typing import Any, Final
 
 __all__ = ["check_integer", "check_seconds", "check_timeout"]
+
+
+_LONGEST: Final = 2_000_000.0
+"""Seconds, some three weeks: what polls wait for at most, as they count milliseconds in 31 bits."""
 
 
 def check_integer(what: str, number: Any) -> int:
@@ -47,5 +50,4 @@ def check_timeout(what: str, seconds: Any) -> float | None:
     if seconds is None:
         return None
     seconds = check_seconds(what, seconds)
-    # What the system cannot wait for is longer than any process lives.
-    return None if seconds > threading.TIMEOUT_MAX else max(0.0, seconds)
+    return None if seconds > _LONGEST else max(0.0, seconds)

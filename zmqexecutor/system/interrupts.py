@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import threading
-from collections.abc import Iterator
-from types import CodeType
+from types import FrameType
 
 __all__ = ["is_interrupt"]
 
@@ -20,22 +18,21 @@ def is_interrupt(error: BaseException) -> bool:
         return True
     if threading.current_thread() is not threading.main_thread():
         return False
-    handlers = set(_handlers())
     trace = error.__traceback__
     while trace is not None:
-        if trace.tb_frame.f_code in handlers:
+        if _is_handler(trace.tb_frame):
             return True
         trace = trace.tb_next
     return False
 
 
-def _handlers() -> Iterator[CodeType]:
-    """The code of the handlers that are installed now."""
-    for signum in signal.valid_signals():
-        handler = signal.getsignal(signum)
-        handler = getattr(handler, "func", handler)  # of a partial
-        # A function or method, or an object that is called.
-        for what in (handler, vars(type(handler)).get("__call__")):
-            code = getattr(what, "__code__", None)
-            if isinstance(code, CodeType):
-                yield code
+def _is_handler(frame: FrameType) -> bool:
+    """Whether it was given the frame that it has interrupted, as nothing but a handler is."""
+    interrupted = frame.f_back
+    if interrupted is None:
+        return False
+    return any(
+        value is interrupted
+        or (type(value) is tuple and any(each is interrupted for each in value))
+        for value in list(frame.f_locals.values())
+    )

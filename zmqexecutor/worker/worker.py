@@ -563,7 +563,7 @@ class Worker:
 
     def _is_over(self) -> bool:
         """Whether the control thread has told that the master is lost, or has failed itself."""
-        return any(event != "drain" for event in self._control.events)
+        return any(event != "drain" for event in list(self._control.events))
 
     def _await_confirmation(self) -> None:
         """Wait until the master has what only a message holds, or is lost."""
