@@ -18,11 +18,12 @@ def is_interrupt(error: BaseException) -> bool:
         return True
     if threading.current_thread() is not threading.main_thread():
         return False
+    # Not the frame that has caught it: before Python 3.13 one that still runs would keep what
+    # it is asked for, and all its variables with it.
     trace = error.__traceback__
-    while trace is not None:
+    while trace is not None and (trace := trace.tb_next) is not None:
         if _is_handler(trace.tb_frame):
             return True
-        trace = trace.tb_next
     return False
 
 
