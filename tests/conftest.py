@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib
 import os
 import signal
 import subprocess
@@ -12,7 +14,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import cloudpickle
 import psutil
 import pytest
 
@@ -31,6 +35,27 @@ for _signum in (signal.SIGHUP, signal.SIGQUIT):
 
 # Not the keys of whoever runs the tests, also not in the programs that they start.
 os.environ["ZMQEXECUTOR_KEYS"] = ""
+
+
+@contextlib.contextmanager
+def sent_by_value(name: str, source: str, folder: Path) -> Iterator[Any]:
+    """A module whose code travels by value, as the script's does.
+
+    Args:
+        name: its name.
+        source: its code.
+        folder: where it is, and perhaps modules that it imports; workers can import from there.
+    """
+    (folder / f"{name}.py").write_text(source)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        module = importlib.import_module(name)
+        cloudpickle.register_pickle_by_value(module)
+        try:
+            yield module
+        finally:
+            cloudpickle.unregister_pickle_by_value(module)
+            del sys.modules[name]
 
 
 def eventually(condition: Callable[[], object], timeout: float = DEADLINE) -> bool:

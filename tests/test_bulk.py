@@ -6,10 +6,8 @@ import contextlib
 import copyreg
 import functools
 import gc
-import importlib
 import os
 import signal
-import sys
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -17,11 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
-import cloudpickle
 import numpy as np
 import pytest
 
-from tests.conftest import eventually
+from tests.conftest import eventually, sent_by_value
 from tests.test_share import either, files
 from zmqexecutor import WorkerLostError, ZmqExecutor
 from zmqexecutor.payload import shares
@@ -85,16 +82,10 @@ def grow_too():
 
 
 @pytest.fixture
-def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def script(tmp_path: Path) -> Iterator[Any]:
     """A module whose code travels by value, as the script's does."""
-    name = f"script_{os.getpid()}_{len(SCRIPT)}"
-    (tmp_path / f"{name}.py").write_text(SCRIPT)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    module = importlib.import_module(name)
-    cloudpickle.register_pickle_by_value(module)
-    yield module
-    cloudpickle.unregister_pickle_by_value(module)
-    del sys.modules[name]
+    with sent_by_value(f"script_{os.getpid()}_{len(SCRIPT)}", SCRIPT, tmp_path) as module:
+        yield module
 
 
 def test_what_arrives(either: ZmqExecutor, script: Any) -> None:

@@ -16,8 +16,9 @@ from typing import Any
 import cloudpickle
 import pytest
 
+from tests.conftest import sent_by_value
 from zmqexecutor import SerializationError, ZmqExecutor
-from zmqexecutor.payload.namespaces import importable_as, is_only_itself, origin_of
+from zmqexecutor.payload.imports import importable_as, is_only_itself, origin_of
 from zmqexecutor.payload.serialization import CallPickler
 
 LIBRARY = """
@@ -116,17 +117,12 @@ def found():
 
 
 @pytest.fixture
-def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def script(tmp_path: Path) -> Iterator[Any]:
     """A module that is sent by value, and one that workers can import."""
     (tmp_path / "imported_library.py").write_text(LIBRARY)
-    (tmp_path / "importing_script.py").write_text(SCRIPT)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    module = importlib.import_module("importing_script")
-    cloudpickle.register_pickle_by_value(module)
-    yield module
-    cloudpickle.unregister_pickle_by_value(module)
-    for name in ("importing_script", "imported_library"):
-        del sys.modules[name]
+    with sent_by_value("importing_script", SCRIPT, tmp_path) as module:
+        yield module
+    del sys.modules["imported_library"]
 
 
 @pytest.fixture

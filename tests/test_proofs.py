@@ -7,7 +7,6 @@ import collections
 import datetime
 import functools
 import gc
-import importlib
 import itertools
 import random
 import sys
@@ -22,6 +21,7 @@ import cloudpickle
 import numpy as np
 import pytest
 
+from tests.conftest import sent_by_value
 from tests.test_bulk import Counted
 from zmqexecutor import ZmqExecutor
 from zmqexecutor.payload.definitions import Definitions
@@ -85,15 +85,10 @@ def take(*args):
 
 
 @pytest.fixture
-def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def script(tmp_path: Path) -> Iterator[Any]:
     """A module whose functions, classes and globals are sent by value."""
-    (tmp_path / "proven_script.py").write_text(SCRIPT)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    module = importlib.import_module("proven_script")
-    cloudpickle.register_pickle_by_value(module)
-    yield module
-    cloudpickle.unregister_pickle_by_value(module)
-    del sys.modules["proven_script"]
+    with sent_by_value("proven_script", SCRIPT, tmp_path) as module:
+        yield module
 
 
 class Calls(Counted):

@@ -111,21 +111,6 @@ def _look_up(module: str, name: str, tracker_id: str | None) -> Any:
         raise AttributeError(f"module {module!r} has no attribute {name!r}") from None
 
 
-def imported(module: str, name: str, kind: str, otherwise: Any) -> Any:
-    """What a module has under this name here, if that is of this kind."""
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except Exception:  # it may do anything, and what it did at home may not have been to import it
-        return otherwise
-    return found if name_of_kind(found) == kind else otherwise
-
-
-def name_of_kind(value: object) -> str:
-    """The name of an object's class, by which two processes know that it is the same."""
-    kind = type(value)
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
 # -------------------------------------------------------------------- functions
 
 

@@ -51,10 +51,10 @@ from ..system.interrupts import is_interrupt
 from ..wire.protocol import Shared
 from .arrays import is_array
 from .bulk import BULK, Bulk
-from .byvalue import imported, name_of_kind
 from .checks import CONTAINERS, is_imported
 from .constancy import is_constant
 from .digests import digest_of
+from .imports import Import, importable_as, is_only_itself, origin_of, origin_of_object
 from .namespaces import (
     MISSING,
     Entry,
@@ -63,11 +63,8 @@ from .namespaces import (
     bound_to,
     class_by_id,
     importable,
-    importable_as,
     is_class,
-    is_only_itself,
     namespace,
-    origin_of,
 )
 from .packing import Packer
 from .picklers import DefinitionPickler, bound_objects, global_of
@@ -291,7 +288,7 @@ class Definitions:
             if is_interrupt(error):
                 raise
             value = bound_to(key)
-            origin = _origin_of_object(key, value)
+            origin = origin_of_object(key, value)
             if origin is not None:
                 why = Unavailable(_describe_unavailable(key, error))
                 piece = _make_import(key, value, origin, why)
@@ -462,31 +459,9 @@ def _describe_key(key: Key) -> str:
     return f"the class {getattr(class_by_id(name), '__qualname__', name)}"
 
 
-class _Import:
-    """Stands for what a worker is to import, and for what it has if it cannot."""
-
-    def __init__(self, origin: Key, kind: str, otherwise: object) -> None:
-        self._arguments = (*origin, kind, otherwise)
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return imported, self._arguments
-
-
-def _origin_of_object(key: Key, value: object) -> Key | None:
-    """Where an object has been imported from that cannot be sent, if it is just an object.
-
-    A function or class of the script, or an object of such a class, is what the script has put
-    into the module.
-    """
-    module, name = key
-    if not module or isinstance(value, types.FunctionType) or is_class(value):
-        return None
-    return importable_as(name, value) if importable(type(value)) else None
-
-
 def _make_import(key: Key, value: object, origin: Key, otherwise: object) -> _Piece:
     """Of a global that has been imported, and that a copy cannot stand for."""
-    reference = _Import(origin, name_of_kind(value), otherwise)
+    reference = Import(origin, value, otherwise)
     piece = _make_piece(reference, key, proven=False)[0]
     proof = Proof()
     proof.bind((key, *piece.refs))

@@ -33,15 +33,12 @@ __all__ = [
     "homes",
     "id_of_class",
     "importable",
-    "importable_as",
     "is_class",
     "is_dynamic",
-    "is_only_itself",
     "make_namespace",
     "module_of",
     "name_of",
     "namespace",
-    "origin_of",
     "travels_by_value",
 ]
 
@@ -171,76 +168,6 @@ def importable(obj: Any) -> bool:
             return True
     found = cp._lookup_module_and_qualname(obj, name=name)
     return found is not None and not cp._is_registered_pickle_by_value(found[0])
-
-
-_OF_THE_PROCESS: Final = (
-    *(("os", "environ"), ("os", "environb"), ("sys", "modules"), ("sys", "flags")),
-    *(("sys", name) for name in ("version_info", "implementation", "thread_info")),
-    *(("sys", name) for name in ("float_info", "int_info", "hash_info")),
-)
-"""What tells of a process: of another one it would be wrong, or cannot be sent at all."""
-_GENERATORS: Final = (("random", "_inst"), ("numpy.random.mtrand", "_rand"))
-"""Where modules keep those whose methods are their functions, and the modules."""
-
-
-def origin_of(value: Any) -> Key | None:
-    """Return the module, and the name there, of what a copy would be of no use of.
-
-    That are functions that draw from a module's own generator (`from random import random`),
-    and what tells of the process.
-    """
-    kind = type(value)
-    if kind is types.MethodType or kind is types.BuiltinMethodType:
-        for home, generator in _GENERATORS:
-            owner = getattr(sys.modules.get(home), generator, None)
-            if owner is not None and value.__self__ is owner:
-                return home, value.__name__
-        return None
-    for home, known in _OF_THE_PROCESS:
-        if value is getattr(sys.modules[home], known, MISSING):
-            return home, known
-    return None
-
-
-def importable_as(name: str, value: object) -> Key | None:
-    """Return the module that has this object under this name, if there is no doubt which."""
-    found = []
-    for module, known in list(sys.modules.items()):
-        if type(known) is not types.ModuleType or vars(known).get(name, MISSING) is not value:
-            continue
-        if getattr(known, "__spec__", None) is not None and not travels_by_value(module):
-            found.append(module)
-    home = type(value).__module__
-    if home in found:
-        return home, name
-    if len({module.partition(".")[0] for module in found}) != 1:
-        return None
-    return min(found, key=len), name
-
-
-def is_only_itself(value: object) -> bool:
-    """Say whether an object has nothing that tells it from others, such as a `MISSING`."""
-    kind = type(value)
-    if kind is object:
-        return True
-    if (
-        kind.__base__ is not object
-        or "__dict__" not in vars(kind)  # builtin, or with slots
-        or kind.__reduce_ex__ is not object.__reduce_ex__
-        or kind.__reduce__ is not object.__reduce__
-        or kind.__basicsize__ > _Empty.__basicsize__
-    ):
-        return False
-    try:
-        return not getattr(value, "__dict__", None)
-    except Exception as error:
-        if is_interrupt(error):
-            raise
-        return False
-
-
-class _Empty:
-    """As large as objects are that have room for attributes and for nothing else."""
 
 
 def is_dynamic(cls: type) -> bool:
