@@ -20,6 +20,7 @@ __all__ = [
     "JobFailedError",
     "NoMasterError",
     "NoWorkerError",
+    "PerformanceWarning",
     "ProtocolError",
     "RegistrationError",
     "SerializationError",
@@ -38,6 +39,13 @@ FORKED = (
 # As the standard library says it.
 AFTER_SHUTDOWN = "cannot schedule new futures after shutdown"
 AFTER_EXIT = "cannot schedule new futures after interpreter shutdown"
+
+
+class PerformanceWarning(UserWarning):
+    """Something takes long that need not be done; the message says what, and what to do instead.
+
+    Given once for each global that is compared at each `submit`, when that has taken a second.
+    """
 
 
 class BrokenPoolError(ZmqExecutorError, BrokenProcessPool):

@@ -29,6 +29,7 @@ from .tables import unchanged
 
 __all__ = [
     "ATOMS",
+    "CONSTANTS",
     "CONTAINERS",
     "FUNCTION_TABLES",
     "IMMUTABLE_MODULES",
@@ -72,7 +73,7 @@ ATOMS: Final = frozenset(
         dataclasses._FIELD_BASE,  # type: ignore[attr-defined]
     )
 )
-_CONSTANTS: Final = frozenset((type(None), bool, int, float, complex, str, bytes))
+CONSTANTS: Final = frozenset((type(None), bool, int, float, complex, str, bytes))
 # Modules, some of which pydantic's classes need, whose instances do not change.
 IMMUTABLE_MODULES: Final = frozenset(
     (
@@ -206,7 +207,7 @@ def _are_constants(values: Collection[object]) -> bool:
         kinds.remove(tuple)
         tuples: Any = (value for value in values if type(value) is tuple)
         kinds.update(map(type, itertools.chain.from_iterable(tuples)))
-    return kinds <= _CONSTANTS
+    return kinds <= CONSTANTS
 
 
 def _has_items(live: Sequence[Collection[object]], items: Sequence[tuple[object, ...]]) -> bool:
@@ -252,7 +253,7 @@ class _Data:
     def write(self, piece: bytes) -> None:
         self.size += len(piece)
         if self.size > _LARGEST_DATA:
-            raise ValueError("too large")
+            raise OverflowError("too large")
         self.pieces.append(bytes(piece))
 
 
@@ -263,12 +264,16 @@ def _is_data(value: object, pieces: list[bytes]) -> bool:
 def same_data(value: object) -> Check | None:
     """A check for containers in containers, if nothing but constants is in them.
 
-    A pickle takes a tenth of the time that it takes to look into each of them.
+    A pickle takes a tenth of the time that it takes to look into each of them, and not more than to
+    look at all of them together (see `groups`).
+
+    Raises:
+        OverflowError: it is large.
     """
     try:
         return functools.partial(_is_data, value, _Data(value).pieces)
-    except Exception as error:  # something else is in it, or it is large
-        if is_interrupt(error):
+    except Exception as error:  # something else is in it
+        if is_interrupt(error) or isinstance(error, OverflowError):
             raise
         return None
 

@@ -42,6 +42,7 @@ import copy
 import functools
 import itertools
 import pickle
+import time
 import types
 import weakref
 from collections.abc import Callable, Collection, Sequence
@@ -53,6 +54,7 @@ from .arrays import is_array
 from .bulk import BULK, Bulk
 from .checks import CONTAINERS, is_imported
 from .constancy import is_constant
+from .costs import Costs
 from .digests import digest_of
 from .imports import Import, importable_as, is_only_itself, origin_of, origin_of_object
 from .namespaces import (
@@ -78,6 +80,10 @@ __all__ = ["Definition", "DefinitionError", "Definitions"]
 
 _ROUNDS: Final = 5
 """Attempts to find the owner of each object, while other threads bind globals."""
+
+
+_COSTLY: Final = 0.001
+"""Seconds to make an entry, from which on it is measured what its comparisons take."""
 
 
 class DefinitionError(Exception):
@@ -135,6 +141,9 @@ class Definitions:
     Threads may race here: each works on objects of its own, and puts them into
     the caches whole. The caches are bounded, since what they hold can, by a
     detour, keep alive the callable that they should only keep while it lives.
+
+    Attributes:
+        costs: what the comparisons take.
     """
 
     _BOUND: Final = 1024
@@ -156,7 +165,10 @@ class Definitions:
         self._numbers = itertools.count(1)
         # Of entries for which nothing but another pickle is a proof, what they were last.
         self._repeated: dict[Key, bytes] = {}
+        # Those whose proof is slow and did not hold: there is none until they come twice.
+        self._changing: set[Key] = set()
         self._packer = packer
+        self.costs = Costs()
 
     def define(self, func: Any, keys: frozenset[Key]) -> Definition:
         """Return the definition of a callable whose arguments refer to these entries."""
@@ -179,7 +191,7 @@ class Definitions:
         """Keep nothing any more."""
         for cache in (
             *(self._known, self._pieces, self._classes),
-            *(self._bulks, self._bound, self._repeated),
+            *(self._bulks, self._bound, self._repeated, self._changing),
         ):
             cache.clear()
 
@@ -206,6 +218,7 @@ class Definitions:
     ) -> Definition:
         again = old is not None
         key = global_of(func)
+        self._drop_bulks()
         try:
             # If it is a global, the proof of that entry is enough.
             root = self._make_piece(
@@ -282,6 +295,9 @@ class Definitions:
         if old is not None and (old.available or optional) and holds(old.proof):
             return old
         self._pieces.pop(key, None)  # not to be asked again
+        if old is not None and old.proof is not None and old.proof.is_slow:
+            self._changing.add(key)
+        start = time.perf_counter()
         try:
             piece = self._make_entry(key)
         except BaseException as error:
@@ -297,6 +313,8 @@ class Definitions:
             else:
                 piece = _make_unavailable(key, error)
         if piece.proof is not None:
+            if key[0] and time.perf_counter() - start > _COSTLY:
+                piece.proof.measure(self.costs, _describe_key(key))
             self._keep_piece(key, piece)
         return piece
 
@@ -329,7 +347,8 @@ class Definitions:
         ident, before = self._bulks.get(key, (0, None))
         number = self._number(key, value)
         array = GlobalArray.of(value)
-        piece = self._make_piece(value, key, proven=array is None, before=before)
+        proven = array is None and key not in self._changing
+        piece = self._make_piece(value, key, proven=proven, before=before)
         bulk = piece.bulk
         if before is not None and bulk is not before:
             self._drop({key: (ident, before)})
@@ -343,11 +362,14 @@ class Definitions:
         if module and piece.proof is not None and piece.proof.bindings[key] != id(value):
             return piece._replace(proof=None)  # another thread has bound another object meanwhile
         if piece.proof is None and array is None and module and not piece.proxies:
-            if self._repeated.get(key) == piece.digest:
+            if self._repeated.get(key) != piece.digest:
+                self._repeated[key] = piece.digest
+            elif key in self._changing:
+                self._changing.discard(key)
+            else:
                 # So that what changes each time is not pickled twice.
                 pickled = Pickled(functools.partial(_says, piece), piece.refs, piece.names)
                 piece = piece._replace(proof=repeat(key, _identity(value), pickled))
-            self._repeated[key] = piece.digest
         return piece
 
     def _number(self, key: Key, value: object) -> int:
@@ -373,6 +395,7 @@ class Definitions:
             for key in list(cache):
                 if bound_to(key) is None:
                     cache.pop(key, None)
+        self._changing.intersection_update(self._bound)
         self._most_bound = max(self._BOUND, 2 * len(self._bound))
 
     def _drop_bulks(self) -> None:
@@ -411,8 +434,6 @@ class Definitions:
             return piece
         same = before if before is not None and before.says(data, views) else None
         bulk = same or self._packer.bulk(data, views)
-        if bulk is not same:
-            self._drop_bulks()
         return piece._replace(payload=(bulk.payload,), digest=bulk.digest, bulk=bulk)
 
 

@@ -18,7 +18,7 @@ import sys
 import types
 import typing
 import weakref
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Sequence
 from datetime import date, timedelta
 from decimal import Context
 from enum import Enum
@@ -30,6 +30,7 @@ from ..system.interrupts import is_interrupt
 from .arrays import is_fixed, known_kinds
 from .checks import (
     ATOMS,
+    CONSTANTS,
     FUNCTION_TABLES,
     IMMUTABLE_MODULES,
     NAMED_TUPLE_ARGS,
@@ -56,6 +57,8 @@ from .checks import (
     same_data,
     same_items,
 )
+from .costs import Costs
+from .groups import group_reader, holds_the_same
 from .namespaces import (
     MISSING,
     Key,
@@ -76,10 +79,10 @@ class Unprovable(Exception):  # noqa: N818 - an answer, not an error
 
 
 _BUILTIN_CONTAINERS: Final = frozenset((tuple, frozenset, list, set, dict))
-_MAX_CHILDREN: Final = 2000
-"""A graph that is larger than this is pickled anew, rather than looked through."""
+_MOST_VISITS: Final = 2000
+"""If more is to be looked at one by one, all is pickled anew, which takes less time."""
 _MANY: Final = 64
-"""From so many items on they are looked at together, if all of them are constants."""
+"""From so many on, items, or objects of one type, are looked at together."""
 _LARGEST_ARRAYS: Final = 64 * 1024
 """Bytes of arrays in a graph, of which the proof keeps a copy; if there are more, the same."""
 
@@ -126,13 +129,15 @@ class Proof:
     Attributes:
         bindings: what globals were bound to.
         checks: of the nodes of the graph that may change.
+        is_slow: whether it took about as long to make as a pickle.
     """
 
-    __slots__ = ("_compiled", "_keep", "_modules", "_registered", "bindings", "checks")
+    __slots__ = ("_compiled", "_keep", "_modules", "_registered", "bindings", "checks", "is_slow")
 
     def __init__(self) -> None:
         self.bindings: dict[Key, int] = {}
         self.checks: dict[Any, Check] = {}
+        self.is_slow = False
         self._keep: list[Any] = []
         # A new import may be a submodule that pickled code would have to import.
         self._modules = len(sys.modules)
@@ -158,6 +163,15 @@ class Proof:
             union._keep.append(proof._keep)
             union._modules = min(union._modules, proof._modules)
         return union
+
+    def measure(self, costs: Costs, what: str) -> None:
+        """Have it measured what the checks take.
+
+        Args:
+            costs: where it is noted.
+            what: the global that they are of, in words.
+        """
+        self.checks = {(Costs, what): costs.timed(what, self.checks.values())}
 
     def _compile(self) -> list[Check]:
         compiled: list[Check] = []
@@ -204,6 +218,13 @@ def _may_be_kept(value: object) -> bool:
     return type(value) is not types.FunctionType and not is_class(value)
 
 
+def _may_all_be_kept(values: Iterable[object]) -> bool:
+    return not any(
+        kind is types.FunctionType or issubclass(kind, type) or known_kinds().get(kind) == ""
+        for kind in set(map(type, values))
+    )
+
+
 def prove(value: object, *, weakly: bool = False) -> Proof | None:
     """Write down what a pickle of this captures, or return None if it cannot be known.
 
@@ -225,15 +246,56 @@ class _Prover:
     def __init__(self, value: object, *, weakly: bool) -> None:
         self.proof = Proof()
         self._weak, self._root = (value, MISSING) if weakly else (MISSING, value)
-        self._children = 0
+        self._visits = 0
         self._bytes = 0  # of arrays
         self._todo = [value]
         self._seen: set[int] = set()
         while self._todo:
-            self._visit(self._todo.pop())
+            values, self._todo = self._todo, []
+            if len(values) >= _MANY:
+                values = self._visit_groups(values)
+            for value in values:
+                self._visit(value)
+
+    def _visit_groups(self, values: list[Any]) -> list[Any]:
+        """Return those that are to be looked at one by one."""
+        values = [*dict(zip(map(id, values), values, strict=True)).values()]  # each once
+        for kind in set(map(type, values)):
+            group = [value for value in values if type(value) is kind]
+            if len(group) >= _MANY and self._visit_group(kind, group):
+                values = [value for value in values if type(value) is not kind]
+        return values
+
+    def _visit_group(self, kind: type, values: list[Any]) -> bool:
+        """Whether these objects could be looked at together."""
+        if kind in CONSTANTS:
+            self.proof._keep.append(values)
+            return True
+        slots = copyreg._slotnames(kind) if _has_plain_state(kind) else None  # type: ignore[attr-defined]
+        read = group_reader(kind, slots)
+        if read is None:
+            return False
+        if kind is type(self._weak) and any(value is self._weak for value in values):
+            raise Unprovable  # see `_visit`
+        group = [value for value in values if id(value) not in self._seen]
+        contents = read(group)
+        if not _may_all_be_kept(contents.children):
+            return False
+        self._seen.update(map(id, group))
+        self.proof._keep.append(group)
+        if kind is not tuple and kind is not frozenset:
+            check = functools.partial(holds_the_same, read, group, contents)
+            self.proof.checks[holds_the_same, id(group)] = check
+            self.proof.is_slow = True
+        self._todo.append(kind)
+        self._todo += [child for child in contents.children if type(child) not in CONSTANTS]
+        return True
 
     def _visit(self, value: Any) -> None:
         kind = type(value)
+        self._visits += 1
+        if self._visits > _MOST_VISITS:
+            raise Unprovable
         if value is self._weak:
             if id(value) in self._seen and self._keeps_more_than_atoms():
                 raise Unprovable  # what is kept leads to it, and would keep it alive
@@ -292,12 +354,15 @@ class _Prover:
             if check is not None:
                 self.proof.checks[same_items, id(value)] = check
                 return
-        elif value is self._root and (check := same_data(value)) is not None:
-            self.proof.checks[same_data, id(value)] = check
+        elif value is self._root and (same := same_data(value)) is not None:
+            self.proof.checks[same_data, id(value)] = same
             return
+        children = READERS[kind](value)
         if frozen:
-            self._count(value)
-            self._todo += value
+            self._todo += children
+        elif check is not None and _may_all_be_kept(children):
+            self.proof.checks[same_items, id(value)] = check
+            self._todo += [child for child in children if type(child) not in CONSTANTS]
         else:
             self._check(READERS[kind], value)
 
@@ -322,18 +387,12 @@ class _Prover:
 
     def _check(self, read: Read, source: Any, children: Iterable[object] | None = None) -> None:
         found = list(read(source))
-        self._count(found)
         ids = [*map(id, found)]
         check = functools.partial(has_children, read, source, ids)
         if source is self._weak:
             check = functools.partial(has_children_still, read, weakref.ref(source), ids)
         self.proof.checks[read, id(source)] = check
         self._todo += found if children is None else children
-
-    def _count(self, children: Sized) -> None:
-        self._children += len(children)
-        if self._children > _MAX_CHILDREN:
-            raise Unprovable
 
     def _check_import(self, value: Any) -> None:
         module, name = value.__module__, value.__qualname__
@@ -356,7 +415,6 @@ class _Prover:
         # Not the tables themselves: kept alive, they might keep the function alive.
         children = [*parts[:FUNCTION_TABLES], *parts[FUNCTION_TABLES + 3 :]]
         if plain := plain_function(ref, func):
-            self._count(parts)
             self.proof.checks[read_function, id(ref)] = plain
             self._todo += children
         else:

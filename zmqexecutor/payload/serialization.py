@@ -181,6 +181,7 @@ class CallPickler:
         Raises:
             SerializationError: something of it cannot be pickled; the message
                 says what, and the cause why. What a signal handler raises passes.
+            PerformanceWarning: see `Costs.warn`.
         """
         call = fn, args, kwargs
         if type(fn) is types.MethodType:
@@ -202,6 +203,8 @@ class CallPickler:
                 raise
             failure = _explain(*call, error)
         else:
+            if self._definitions.costs.due:
+                self._definitions.costs.warn()
             used = arguments.shares
             if used:
                 self._check_pool(used)
