@@ -1,6 +1,6 @@
-"""Every exception that zmqexecutor raises on purpose.
+"""Every exception that zmqexecutor raises on purpose, and its warning.
 
-Each one is a subclass of the standard exception that callers of
+Each exception is a subclass of the standard one that callers of
 `concurrent.futures` already catch, so that a changed import is enough.
 """
 

@@ -11,9 +11,9 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Final
 
-__all__ = ["Costs"]
+__all__ = ["CHEAP", "Costs"]
 
-_CHEAP: Final = 0.0005
+CHEAP: Final = 0.0005
 """Seconds that a comparison may take."""
 _MUCH: Final = 1.0
 """Seconds for all comparisons of a global, from which on it is worth a warning."""
@@ -63,7 +63,7 @@ class Costs:
             cost.times += 1
             before = cost.seconds
             cost.seconds += time.thread_time() - start
-            if before < _MUCH <= cost.seconds and cost.seconds > _CHEAP * cost.times:
+            if before < _MUCH <= cost.seconds and cost.seconds > CHEAP * cost.times:
                 self._note(what, cost)
             return True
 

@@ -82,8 +82,8 @@ _ROUNDS: Final = 5
 """Attempts to find the owner of each object, while other threads bind globals."""
 
 
-_COSTLY: Final = 0.001
-"""Seconds to make an entry, from which on it is measured what its comparisons take."""
+_LONG: Final = 0.001
+"""Seconds to make an entry, from which on it is asked what a comparison takes."""
 
 
 class DefinitionError(Exception):
@@ -313,7 +313,7 @@ class Definitions:
             else:
                 piece = _make_unavailable(key, error)
         if piece.proof is not None:
-            if key[0] and time.perf_counter() - start > _COSTLY:
+            if key[0] and time.perf_counter() - start > _LONG:
                 piece.proof.measure(self.costs, _describe_key(key))
             self._keep_piece(key, piece)
         return piece

@@ -15,6 +15,7 @@ import copyreg
 import functools
 import operator
 import sys
+import time
 import types
 import typing
 import weakref
@@ -57,7 +58,7 @@ from .checks import (
     same_data,
     same_items,
 )
-from .costs import Costs
+from .costs import CHEAP, Costs
 from .groups import group_reader, holds_the_same
 from .namespaces import (
     MISSING,
@@ -82,7 +83,9 @@ _BUILTIN_CONTAINERS: Final = frozenset((tuple, frozenset, list, set, dict))
 _MOST_VISITS: Final = 2000
 """If more is to be looked at one by one, all is pickled anew, which takes less time."""
 _MANY: Final = 64
-"""From so many on, items, or objects of one type, are looked at together."""
+"""From so many items on it pays to look whether all of them are constants."""
+_GROUP: Final = 4
+"""From so many objects of one type on it pays to look at them together."""
 _LARGEST_ARRAYS: Final = 64 * 1024
 """Bytes of arrays in a graph, of which the proof keeps a copy; if there are more, the same."""
 
@@ -165,13 +168,16 @@ class Proof:
         return union
 
     def measure(self, costs: Costs, what: str) -> None:
-        """Have it measured what the checks take.
+        """Have it measured what the checks take from now on, if that is much.
 
         Args:
             costs: where it is noted.
             what: the global that they are of, in words.
         """
-        self.checks = {(Costs, what): costs.timed(what, self.checks.values())}
+        start = time.thread_time()
+        if self.holds() and time.thread_time() - start > CHEAP:
+            self.checks = {(Costs, what): costs.timed(what, self.checks.values())}
+            self._compiled = None
 
     def _compile(self) -> list[Check]:
         compiled: list[Check] = []
@@ -252,7 +258,7 @@ class _Prover:
         self._seen: set[int] = set()
         while self._todo:
             values, self._todo = self._todo, []
-            if len(values) >= _MANY:
+            if len(values) >= _GROUP:
                 values = self._visit_groups(values)
             for value in values:
                 self._visit(value)
@@ -262,7 +268,7 @@ class _Prover:
         values = [*dict(zip(map(id, values), values, strict=True)).values()]  # each once
         for kind in set(map(type, values)):
             group = [value for value in values if type(value) is kind]
-            if len(group) >= _MANY and self._visit_group(kind, group):
+            if len(group) >= _GROUP and self._visit_group(kind, group):
                 values = [value for value in values if type(value) is not kind]
         return values
 
@@ -391,7 +397,7 @@ class _Prover:
         check = functools.partial(has_children, read, source, ids)
         if source is self._weak:
             check = functools.partial(has_children_still, read, weakref.ref(source), ids)
-        self.proof.checks[read, id(source)] = check
+        self.proof.checks[has_children, id(source)] = check
         self._todo += found if children is None else children
 
     def _check_import(self, value: Any) -> None:
