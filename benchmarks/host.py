@@ -30,6 +30,8 @@ table: Any = None
 def look_up(index: int) -> int:
     """A task that uses it."""
     found = table[index]
+    if isinstance(found, Point):
+        found = found.x
     return int(found["id"] if isinstance(found, dict) else found)
 
 

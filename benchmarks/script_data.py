@@ -91,6 +91,13 @@ WORKLOADS += [
     )
     for name, title, unit, mebibytes, make in (
         ("records", "300 records", "µs", 0, lambda: _records(0) * 3),
+        (
+            "objects",
+            "1000 objects",
+            "µs",
+            0,
+            lambda: [__main__.Point(n, n / 2) for n in range(1000)],
+        ),
         ("texts", "1000 texts", "µs", 0, lambda: {n: str(n) for n in range(1000)}),
         ("10k-texts", "10 000 texts", "µs", 0, lambda: {n: str(n) for n in range(10_000)}),
         *((f"{size}M", f"{size} MiB array", "ms", size, _array(size)) for size in (1, 10, 100)),

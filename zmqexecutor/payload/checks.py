@@ -70,7 +70,7 @@ ATOMS: Final = frozenset(
         *(type(...), type(NotImplemented), types.CodeType, types.BuiltinFunctionType),
         *(types.MethodDescriptorType, types.WrapperDescriptorType),
         *(types.ClassMethodDescriptorType, type(dataclasses.MISSING)),
-        dataclasses._FIELD_BASE,  # type: ignore[attr-defined]
+        *(dataclasses._FIELD_BASE, dataclasses._DataclassParams),  # type: ignore[attr-defined]
     )
 )
 CONSTANTS: Final = frozenset((type(None), bool, int, float, complex, str, bytes))

@@ -12,6 +12,7 @@ for each call.
 from __future__ import annotations
 
 import copyreg
+import dataclasses
 import functools
 import operator
 import sys
@@ -132,7 +133,7 @@ class Proof:
     Attributes:
         bindings: what globals were bound to.
         checks: of the nodes of the graph that may change.
-        is_slow: whether it took about as long to make as a pickle.
+        is_slow: whether it took as long to make as a pickle takes, and that is long.
     """
 
     __slots__ = ("_compiled", "_keep", "_modules", "_registered", "bindings", "checks", "is_slow")
@@ -292,7 +293,7 @@ class _Prover:
         if kind is not tuple and kind is not frozenset:
             check = functools.partial(holds_the_same, read, group, contents)
             self.proof.checks[holds_the_same, id(group)] = check
-            self.proof.is_slow = True
+            self.proof.is_slow |= len(group) >= _MANY
         self._todo.append(kind)
         self._todo += [child for child in contents.children if type(child) not in CONSTANTS]
         return True
@@ -332,6 +333,8 @@ class _Prover:
             pass
         elif kind is slice:
             self._todo += (value.start, value.stop, value.step)
+        elif kind is dataclasses.Field:  # nothing uses it any more when the class has been made
+            self._todo += (value.type, value.default, value.default_factory, value.metadata)
         elif kind.__module__ == "operator":  # `itemgetter` and the like
             make, arguments = value.__reduce__()
             self._todo += (make, *arguments)
