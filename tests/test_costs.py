@@ -112,3 +112,16 @@ def test_none_for_map(executor: ZmqExecutor, script: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert list(executor.map(script.use, range(500), timeout=60)) == [2000] * 500
+
+
+@pytest.mark.parametrize("code", [{}, {"__name__": "some"}, {"__name__": None}])
+def test_all_that_are_due(code: dict[str, Any]) -> None:
+    measured = costs.Costs()
+    measured.due += ["one", "another"]
+    code["warn"] = measured.warn
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        exec("warn()\nwarn()", code)
+    expected = ["one", "another"] if code.get("__name__", "") is not None else []  # Python does not
+    assert [str(warning.message) for warning in caught] == expected
+    assert not measured.due

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copyreg
+import dataclasses
 import datetime
 import decimal
 import enum
@@ -344,3 +346,161 @@ def test_what_changes_each_time_is_not_looked_through(
     assert counted.pickles == pickles
     script.value[0].x = "yet another"
     assert key() not in keys
+
+
+# ------------------------------------------------------------- what was found by attacks
+
+
+def test_types_that_are_equal_to_others() -> None:
+    class Meta(type):
+        def __eq__(cls, other: object) -> bool:
+            return True
+
+        def __hash__(cls) -> int:
+            return 7
+
+    class Old(metaclass=Meta):
+        __slots__ = ("x",)
+
+        def __init__(self, x: object) -> None:
+            self.x = x
+
+        def __len__(self) -> int:
+            raise AssertionError
+
+    class New(metaclass=Meta):
+        __slots__ = ("x",)
+
+    value = [Old(n) for n in range(MANY)]
+    changes: list[Callable[[], None]] = [
+        lambda: setattr(value[7], "x", "another"),
+        lambda: become(value[7], New),
+    ]
+    for change in changes:
+        proof = prove(value)
+        assert proof is not None
+        assert proof.holds()
+        change()
+        assert not proof.holds()
+
+
+def test_a_slot_with_nothing_in_it(script: Any) -> None:
+    value = slotted(script)
+    del value["7"].left
+    proof = prove(value)
+    assert proof is not None
+    assert proof.holds()
+    value["7"].left = 1
+    assert not proof.holds()
+
+
+def reduced(_: object) -> tuple[Callable[..., Any], tuple[()]]:
+    return list, ()
+
+
+@pytest.mark.parametrize("count", [1, 10, 5000])
+def test_a_reduction_that_is_registered_later(
+    script: Any, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    monkeypatch.setattr(copyreg, "dispatch_table", dict(copyreg.dispatch_table))
+    value = [script.Point(n) for n in range(count)]
+    prove(value)
+    proof = prove(value)
+    assert proof is not None
+    assert proof.holds()
+    copyreg.pickle(script.Point, reduced)
+    assert not proof.holds()
+
+
+def test_what_a_dataclass_tells_of_its_fields(script: Any) -> None:
+    proof = prove(script.Point)
+    assert proof is not None
+    assert proof.holds()
+    script.Point.__dataclass_fields__["x"].default = 7
+    assert not proof.holds()
+
+
+@pytest.mark.parametrize("count", [100, 5000])
+@pytest.mark.parametrize("kind", [list, dict])
+def test_nothing_is_kept_of_what_has_been_emptied(script: Any, count: int, kind: type) -> None:
+    pickler = CallPickler()
+    script.value = kind((n, script.Point(n)) for n in range(count))
+    for _ in range(4):
+        pickler.dump_call(script.get, (), {})
+    one = weakref.ref(script.value[7] if kind is dict else script.value[7][1])
+    script.value.clear()
+    pickler.dump_call(lambda: 1, (), {})
+    gc.collect()
+    assert one() is None
+    assert pickler.dump_call(script.get, (), {}).shared is not None
+
+
+def test_local_classes_that_change(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pickler = CallPickler()
+    counted = Counted(monkeypatch)
+
+    def make() -> Any:
+        class Local:
+            table = points(script)
+
+        return Local
+
+    for _ in range(3):
+        cls = make()
+        for n in range(4):
+            pickler.dump_call(cls, (), {})
+            cls.table[n].x = "another"
+        for _ in range(3):
+            pickler.dump_call(cls, (), {})
+        pickles = counted.pickles
+        pickler.dump_call(cls, (), {})
+        assert counted.pickles == pickles
+        dead = weakref.ref(cls)
+        del cls
+        gc.collect()
+        assert dead() is None
+    assert not pickler._definitions._changing
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: np.zeros(100_000), lambda: tuple(range(10_000)), lambda: [[0] * 10_000]]
+)
+def test_an_equal_one_is_not_packed_again(
+    script: Any, monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any]
+) -> None:
+    packed = []
+    pickler = CallPickler()
+    pack = pickler.packer.bulk
+
+    def counted(*args: Any) -> Any:
+        packed.append(args)
+        return pack(*args)
+
+    monkeypatch.setattr(pickler.packer, "bulk", counted)
+    for _ in range(5):
+        script.value = make()
+        pickler.dump_call(script.get, (), {})
+    assert len(packed) == 1
+
+
+def fields_of(cls: Any) -> tuple[bool, ...]:
+    return tuple(field.default_factory is dataclasses.MISSING for field in dataclasses.fields(cls))
+
+
+def derive(cls: Any) -> Any:
+    @dataclasses.dataclass
+    class Derived(cls):  # type: ignore[misc]
+        z: int = 7
+        _: dataclasses.KW_ONLY = dataclasses.KW_ONLY  # type: ignore[assignment]
+        more: list[int] = dataclasses.field(default_factory=list)
+
+    made = Derived(1)
+    return made.x, made.y, made.tags, made.z, made.more
+
+
+def test_a_dataclass_of_the_script_is_one_in_workers(script: Any) -> None:
+    """What dataclasses know a missing default by is one object, in each process."""
+    with ZmqExecutor(1) as executor:
+        assert executor.submit(fields_of, script.Point).result(60) == (True, True, False)
+        assert executor.submit(derive, script.Point).result(60) == (1, 2.5, [], 7, [])
+        assert executor.submit(script.Point, 1).result(60) == script.Point(1)

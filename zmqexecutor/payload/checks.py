@@ -24,7 +24,7 @@ from ..system.interrupts import is_interrupt
 from ..wire.comparison import same, same_objects
 from .arrays import is_simple, known_kinds
 from .namespaces import MISSING, Key, importable, namespace
-from .reducers import is_registered, reduce, reduce_singledispatch
+from .reducers import SENTINELS, is_registered, reduce, reduce_singledispatch
 from .tables import unchanged
 
 __all__ = [
@@ -69,8 +69,8 @@ ATOMS: Final = frozenset(
         *(type(None), bool, int, float, complex, str, bytes, range),
         *(type(...), type(NotImplemented), types.CodeType, types.BuiltinFunctionType),
         *(types.MethodDescriptorType, types.WrapperDescriptorType),
-        *(types.ClassMethodDescriptorType, type(dataclasses.MISSING)),
-        *(dataclasses._FIELD_BASE, dataclasses._DataclassParams),  # type: ignore[attr-defined]
+        *(types.ClassMethodDescriptorType, *SENTINELS),
+        dataclasses._FIELD_BASE,  # type: ignore[attr-defined]
     )
 )
 CONSTANTS: Final = frozenset((type(None), bool, int, float, complex, str, bytes))

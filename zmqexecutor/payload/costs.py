@@ -87,7 +87,15 @@ class Costs:
         from ..errors import PerformanceWarning
 
         level, frame = 1, sys._getframe()
-        while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == _PACKAGE:
+        while frame.f_back and _is_ours(frame.f_globals.get("__name__")):
             level, frame = level + 1, frame.f_back
-        while self.due:
-            warnings.warn(self.due.pop(), PerformanceWarning, stacklevel=level)
+        while True:
+            try:
+                message = self.due.pop(0)
+            except IndexError:  # another thread has given it
+                return
+            warnings.warn(message, PerformanceWarning, stacklevel=level)
+
+
+def _is_ours(module: object) -> bool:
+    return str(module).partition(".")[0] == _PACKAGE

@@ -128,6 +128,14 @@ class Definition(NamedTuple):
     """What of the callable must be alive; see `ArgumentPickler`."""
 
 
+class _Large(NamedTuple):
+    """A global of which much is kept: what tells that it is gone, without a look through it."""
+
+    ident: int
+    size: int
+    bulk: Bulk | None
+
+
 class _Known(NamedTuple):
     """The definitions of one callable, by what its arguments referred to besides."""
 
@@ -157,8 +165,8 @@ class Definitions:
         self._known: dict[int, _Known] = {}
         self._pieces: dict[Key, _Piece] = {}
         self._classes: dict[Key, weakref.ref[type]] = {}
-        # Of globals that may be in no kept piece: the id of their value, and its bulk.
-        self._bulks: dict[Key, tuple[int, Bulk]] = {}
+        # These may be in no kept piece.
+        self._large: dict[Key, _Large] = {}
         # What tells the object that a global was bound to last, and its number (see `_number`).
         self._bound: dict[Key, tuple[Callable[[object], bool], int]] = {}
         self._most_bound = self._BOUND
@@ -191,7 +199,7 @@ class Definitions:
         """Keep nothing any more."""
         for cache in (
             *(self._known, self._pieces, self._classes),
-            *(self._bulks, self._bound, self._repeated, self._changing),
+            *(self._large, self._bound, self._repeated, self._changing),
         ):
             cache.clear()
 
@@ -218,7 +226,6 @@ class Definitions:
     ) -> Definition:
         again = old is not None
         key = global_of(func)
-        self._drop_bulks()
         try:
             # If it is a global, the proof of that entry is enough.
             root = self._make_piece(
@@ -231,6 +238,7 @@ class Definitions:
         if key is not None:
             root = root._replace(proof=Proof())
         pieces = self._closure(root, keys)
+        self._drop_what_is_gone()
         entries: list[Entry] = []
         for key in _ordered(pieces):
             digest = pieces[key].digest
@@ -295,7 +303,7 @@ class Definitions:
         if old is not None and (old.available or optional) and holds(old.proof):
             return old
         self._pieces.pop(key, None)  # not to be asked again
-        if old is not None and old.proof is not None and old.proof.is_slow:
+        if key[0] and old is not None and old.proof is not None and old.proof.is_slow:
             self._changing.add(key)
         start = time.perf_counter()
         try:
@@ -344,16 +352,17 @@ class Definitions:
             origin = importable_as(name, value)
             if origin is not None:
                 return _make_import(key, value, origin, value)
-        ident, before = self._bulks.get(key, (0, None))
+        large = self._large.get(key)
+        before = large.bulk if large else None
         number = self._number(key, value)
         array = GlobalArray.of(value)
         proven = array is None and key not in self._changing
         piece = self._make_piece(value, key, proven=proven, before=before)
         bulk = piece.bulk
-        if before is not None and bulk is not before:
-            self._drop({key: (ident, before)})
-        if bulk is not None:
-            self._bulks[key] = id(value), bulk
+        if large is not None and bulk is not before:
+            self._drop({key: large})
+        if bulk is not None or (piece.proof is not None and piece.proof.is_slow):
+            self._large[key] = _Large(id(value), _size_of(value), bulk)
         if array is not None:
             packed = bulk.buffers if bulk else ()
             piece = piece._replace(proof=array.proof((key, *piece.refs), packed))
@@ -361,13 +370,13 @@ class Definitions:
             piece = piece._replace(digest=digest_of(piece.digest, b"%d" % number))
         if module and piece.proof is not None and piece.proof.bindings[key] != id(value):
             return piece._replace(proof=None)  # another thread has bound another object meanwhile
-        if piece.proof is None and array is None and module and not piece.proxies:
+        if piece.proof is None and array is None and module:
+            # So that what changes each time is not pickled twice, nor looked through.
             if self._repeated.get(key) != piece.digest:
                 self._repeated[key] = piece.digest
-            elif key in self._changing:
+            elif not proven:
                 self._changing.discard(key)
-            else:
-                # So that what changes each time is not pickled twice.
+            elif not piece.proxies:
                 pickled = Pickled(functools.partial(_says, piece), piece.refs, piece.names)
                 piece = piece._replace(proof=repeat(key, _identity(value), pickled))
         return piece
@@ -398,26 +407,27 @@ class Definitions:
         self._changing.intersection_update(self._bound)
         self._most_bound = max(self._BOUND, 2 * len(self._bound))
 
-    def _drop_bulks(self) -> None:
-        """Keep nothing of globals that have been deleted, or bound to something else."""
+    def _drop_what_is_gone(self) -> None:
+        """Keep nothing of globals that have been deleted, emptied, or bound to something else."""
         gone = {}
-        for key, (ident, bulk) in list(self._bulks.items()):
+        for key, large in list(self._large.items()):
             module, name = key
             value = namespace(module).get(name, MISSING) if module else class_by_id(name)
-            if id(value) != ident:
-                gone[key] = ident, bulk
+            if id(value) != large.ident or _size_of(value) != large.size:
+                gone[key] = large
         if gone:
             self._drop(gone)
 
-    def _drop(self, bulks: dict[Key, tuple[int, Bulk]]) -> None:
+    def _drop(self, gone: dict[Key, _Large]) -> None:
         """Keep neither these nor what is made of them."""
-        shares = {bulk.share for _, bulk in bulks.values()}
-        for key in bulks:
-            self._bulks.pop(key, None)
+        shares = {large.bulk.share for large in gone.values() if large.bulk is not None}
+        for key in gone:
+            self._large.pop(key, None)
             self._pieces.pop(key, None)
         for known in list(self._known.values()):
             for keys, definition in list(known.by_keys.items()):
-                if not shares.isdisjoint(definition.shares):
+                used = definition.proof.bindings.keys() if definition.proof else ()
+                if not (shares.isdisjoint(definition.shares) and gone.keys().isdisjoint(used)):
                     known.by_keys.pop(keys, None)
 
     def _make_piece(
@@ -435,6 +445,10 @@ class Definitions:
         same = before if before is not None and before.says(data, views) else None
         bulk = same or self._packer.bulk(data, views)
         return piece._replace(payload=(bulk.payload,), digest=bulk.digest, bulk=bulk)
+
+
+def _size_of(value: Any) -> int:
+    return len(value) if type(value) in (dict, list, set) else 0
 
 
 def _identity(value: object) -> Callable[[object], bool]:

@@ -34,6 +34,11 @@ ReadGroup: TypeAlias = Callable[[Sequence[Any]], Contents]
 _attributes_of: Final = operator.attrgetter("__dict__")
 
 
+def _types_of(instances: Sequence[Any]) -> set[int]:
+    # By their ids, since a type may have an odd idea of what is equal to it.
+    return set(map(id, map(type, instances)))
+
+
 def _read_items(containers: Sequence[Any]) -> Contents:
     return Contents([*map(len, containers)], tuple(chain.from_iterable(containers)))
 
@@ -45,12 +50,12 @@ def _read_entries(tables: Sequence[dict[Any, Any]]) -> Contents:
 
 def _read_attributes(instances: Sequence[Any]) -> Contents:
     sizes, children = _read_entries([*map(_attributes_of, instances)])
-    return Contents([set(map(type, instances)), *sizes], children)
+    return Contents([_types_of(instances), *sizes], children)
 
 
 def _read_slots(slots_of: Callable[[Any], Any], instances: Sequence[Any]) -> Contents:
     children = tuple(chain.from_iterable(map(slots_of, instances)))
-    return Contents([set(map(type, instances))], children)
+    return Contents([_types_of(instances)], children)
 
 
 def group_reader(kind: type, slots: Sequence[str] | None) -> ReadGroup | None:
@@ -60,7 +65,7 @@ def group_reader(kind: type, slots: Sequence[str] | None) -> ReadGroup | None:
         kind: their type, exactly.
         slots: attributes that have one. None if they are pickled as more than their attributes.
     """
-    if kind in (tuple, frozenset, list, set):
+    if any(kind is each for each in (tuple, frozenset, list, set)):
         return _read_items
     if kind is dict:
         return _read_entries

@@ -12,7 +12,6 @@ for each call.
 from __future__ import annotations
 
 import copyreg
-import dataclasses
 import functools
 import operator
 import sys
@@ -136,7 +135,10 @@ class Proof:
         is_slow: whether it took as long to make as a pickle takes, and that is long.
     """
 
-    __slots__ = ("_compiled", "_keep", "_modules", "_registered", "bindings", "checks", "is_slow")
+    __slots__ = (
+        *("_compiled", "_keep", "_modules", "_reducers", "_registered"),
+        *("bindings", "checks", "is_slow"),
+    )
 
     def __init__(self) -> None:
         self.bindings: dict[Key, int] = {}
@@ -145,6 +147,7 @@ class Proof:
         self._keep: list[Any] = []
         # A new import may be a submodule that pickled code would have to import.
         self._modules = len(sys.modules)
+        self._reducers = len(copyreg.dispatch_table)
         self._registered = frozenset(cp._PICKLE_BY_VALUE_MODULES)
         self._compiled: list[Check] | None = None
 
@@ -166,6 +169,7 @@ class Proof:
             union.checks.update(proof.checks)
             union._keep.append(proof._keep)
             union._modules = min(union._modules, proof._modules)
+            union._reducers = min(union._reducers, proof._reducers)
         return union
 
     def measure(self, costs: Costs, what: str) -> None:
@@ -197,7 +201,7 @@ class Proof:
 
     def holds(self) -> bool:
         """Say whether a new pickle would say the same. Raises nothing of its own."""
-        if len(sys.modules) != self._modules:
+        if len(sys.modules) != self._modules or len(copyreg.dispatch_table) != self._reducers:
             return False
         if self._registered != cp._PICKLE_BY_VALUE_MODULES:
             return False
@@ -266,12 +270,16 @@ class _Prover:
 
     def _visit_groups(self, values: list[Any]) -> list[Any]:
         """Return those that are to be looked at one by one."""
-        values = [*dict(zip(map(id, values), values, strict=True)).values()]  # each once
-        for kind in set(map(type, values)):
-            group = [value for value in values if type(value) is kind]
-            if len(group) >= _GROUP and self._visit_group(kind, group):
-                values = [value for value in values if type(value) is not kind]
-        return values
+        groups: dict[
+            int, list[Any]
+        ] = {}  # by the id of their type, since a type may have an odd hash
+        for value in dict(zip(map(id, values), values, strict=True)).values():  # each once
+            groups.setdefault(id(type(value)), []).append(value)
+        left: list[Any] = []
+        for group in groups.values():
+            if len(group) < _GROUP or not self._visit_group(type(group[0]), group):
+                left += group
+        return left
 
     def _visit_group(self, kind: type, values: list[Any]) -> bool:
         """Whether these objects could be looked at together."""
@@ -285,7 +293,10 @@ class _Prover:
         if kind is type(self._weak) and any(value is self._weak for value in values):
             raise Unprovable  # see `_visit`
         group = [value for value in values if id(value) not in self._seen]
-        contents = read(group)
+        try:
+            contents = read(group)
+        except AttributeError:  # a slot with nothing in it
+            return False
         if not _may_all_be_kept(contents.children):
             return False
         self._seen.update(map(id, group))
@@ -333,8 +344,6 @@ class _Prover:
             pass
         elif kind is slice:
             self._todo += (value.start, value.stop, value.step)
-        elif kind is dataclasses.Field:  # nothing uses it any more when the class has been made
-            self._todo += (value.type, value.default, value.default_factory, value.metadata)
         elif kind.__module__ == "operator":  # `itemgetter` and the like
             make, arguments = value.__reduce__()
             self._todo += (make, *arguments)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextvars
 import copyreg
+import dataclasses
 import functools
 import io
 import struct
@@ -29,6 +30,7 @@ from .namespaces import importable
 __all__ = [
     "GUARDS",
     "REDUCERS",
+    "SENTINELS",
     "SINGLEDISPATCH_CODE",
     "is_executor",
     "is_ordinary",
@@ -200,6 +202,15 @@ GUARDS: Final[dict[type, Callable[[Any], Reduced]]] = {
 """What a program keeps beside its globals to guard them, and how to make a new one."""
 
 
+# ------------------------------------------------------------------ dataclasses
+
+SENTINELS: Final = {
+    type(getattr(dataclasses, name)): name
+    for name in ("MISSING", "KW_ONLY", "_HAS_DEFAULT_FACTORY")
+}
+"""Types of which dataclasses have one object, and know it: by its name in their module."""
+
+
 # ----------------------------------------------------------------- all of them
 
 _FILENAME = 10  # of the arguments of `types.CodeType`, since Python 3.10
@@ -225,6 +236,7 @@ REDUCERS: Final[dict[type, Callable[[Any], Reduced]]] = {
     functools.singledispatchmethod: _reduce_singledispatchmethod,
     functools._lru_cache_wrapper: reduce_lru_cache,
     typing.TypeVar: _reduce_type_variable,
+    **dict.fromkeys(SENTINELS, lambda sentinel: SENTINELS[type(sentinel)]),
     **dict.fromkeys(_TYPING_ARGUMENTS, _reduce_typing),
 }
 """Ours, and cloudpickle's."""
