@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import gc
 import os
+import select
 import signal
 import sys
 import threading
@@ -28,6 +29,7 @@ from zmqexecutor import (
     ZmqExecutor,
 )
 from zmqexecutor.master.tasks import Task
+from zmqexecutor.system.descriptors import check_threads
 
 from .conftest import eventually
 
@@ -632,7 +634,73 @@ def test_a_module_that_makes_an_executor_when_imported(
     )
     result = run_script("import helper", timeout=110)
     assert result.returncode == 1
-    assert "nested more than" in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("zmqexecutor.errors.SerializationError: The call cannot be unpickled in")
+    assert "worker: RuntimeError: executors are nested more than 6 deep" in last, "once"
+
+
+def test_an_executor_of_a_module_starts_nothing_in_workers(
+    tmp_path: Path, run_script: Callable[..., Any]
+) -> None:
+    (tmp_path / "helper.py").write_text(
+        "from zmqexecutor import ZmqExecutor\n"
+        "executor = ZmqExecutor(1)\n"
+        "def work(): return executor._opening._supervisor is None\n"
+    )
+    result = run_script(
+        "import helper\n"
+        "with helper.executor as executor:\n"
+        "    print(helper.work(), executor.submit(helper.work).result())"
+    )
+    assert result.stdout == "False True\n"
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def test_a_frozen_program_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its executable is not Python: it would run the program itself, again and again."""
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    with pytest.raises(RuntimeError, match=r"in a frozen program .* use a ProcessPoolExecutor"):
+        ZmqExecutor(1)
+
+
+def test_without_epoll(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gevent takes it out of the module."""
+    monkeypatch.delattr(select, "epoll", raising=False)
+    with ZmqExecutor(1) as executor:
+        assert list(executor.map(square, range(5))) == [0, 1, 4, 9, 16]
+        with pytest.raises(WorkerLostError):
+            executor.submit(os._exit, 3).result(60)
+        assert executor.submit(square, 3).result(60) == 9
+
+
+def test_too_few_threads_are_told_before_zeromq_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_threads()
+    count = threading.active_count()
+    left = iter([True, True])
+    start = threading.Thread.start
+
+    def start_few(thread: threading.Thread) -> None:
+        if not next(left, False):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_few)
+    with pytest.raises(RuntimeError, match=r"can't start new thread: fewer than 3 .*ulimit -u"):
+        check_threads()
+    assert threading.active_count() == count
+
+
+def test_the_words_of_an_assert(executor: ZmqExecutor) -> None:
+    """pytest rewrites it, with names that its module has not where pytest does not import it."""
+
+    def fail() -> None:
+        assert [1, 2] == [1, 3]
+
+    with pytest.raises(AssertionError, match=r"assert \[1, 2\] == \[1, 3\]"):
+        executor.submit(fail).result(60)
 
 
 def test_modules_of_the_user_do_not_stand_for_the_standard_librarys(
@@ -792,3 +860,16 @@ def test_an_executor_cannot_be_sent() -> None:
                 executor.submit(*call).result(30)
         with pytest.raises(SerializationError, match="__getstate__"):
             executor.submit(Holder(executor).work).result(30)
+
+
+def test_an_executor_that_cannot_have_its_threads_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse() -> None:
+        raise RuntimeError("can't start new thread")
+
+    with ZmqExecutor(1) as executor:
+        assert executor.submit(square, 3).result(60) == 9
+    monkeypatch.setattr("zmqexecutor.master.channels.check_threads", refuse)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        ZmqExecutor(1)

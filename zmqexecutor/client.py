@@ -13,7 +13,7 @@ import zmq
 from . import errors
 from .errors import JobFailedError, NoMasterError, TaskTimeoutError
 from .system.arguments import check_timeout
-from .system.descriptors import check_descriptors
+from .system.descriptors import check_descriptors, check_threads
 from .wire import codecs, handshakes, protocol, security
 from .wire.liveness import CLIENT_PATIENCE
 from .wire.protocol import (
@@ -85,6 +85,7 @@ class Client:
         self._connected = False
         self._number = 0
         check_descriptors()
+        check_threads()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = security.socket(self._context, zmq.DEALER, endpoint, keys=self._keys)
         self._socket.routing_id = uuid.uuid4().hex.encode()

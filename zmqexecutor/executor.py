@@ -109,7 +109,7 @@ class ZmqExecutor(MappingExecutor):
             SerializationError: the initializer or its arguments cannot be pickled.
             OSError: there are too few file descriptors, or no place for the pool's private
                 directory. Of the latter the first executor of a program tells at its first use.
-            RuntimeError: executors are nested too deep.
+            RuntimeError: executors are nested too deep, or there is no interpreter for workers.
         """
         if interpreter.depth >= interpreter.DEEPEST:
             raise RuntimeError(

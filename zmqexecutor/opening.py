@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Final
 from .errors import AFTER_EXIT, AFTER_SHUTDOWN, FORKED, ForkedExecutorError
 from .settings import PoolSettings
 from .supervision.supervisor_process import SupervisorProcess
+from .system import interpreter
 from .system.descriptors import check_descriptors
-from .system.interpreter import WORKER
 from .system.shutdown import end_before_exit
 
 if TYPE_CHECKING:
@@ -37,10 +37,11 @@ class Opening:
     """
 
     def __init__(self, settings: PoolSettings) -> None:
-        """Start a supervisor.
+        """Start a supervisor, unless this is a worker.
 
         Raises:
             OSError: too few file descriptors are left.
+            RuntimeError: there is no interpreter for workers.
         """
         self.opened: Pool | None = None
         self._settings = settings
@@ -52,9 +53,12 @@ class Opening:
         self._lock = threading.RLock()
         if settings.max_workers:
             check_descriptors()
+            interpreter.python_command()  # there is none in a frozen program
+        # A worker has most likely imported the module that makes this for its functions.
+        if settings.max_workers and not interpreter.depth:
             with suppress(OSError, RuntimeError):  # the engine tries again, and tells of it
                 # With resource limits workers are not forked from a template.
-                preload = "" if settings.worker_rlimits else WORKER
+                preload = "" if settings.worker_rlimits else interpreter.WORKER
                 self._supervisor = SupervisorProcess(preload)
                 weakref.finalize(self, self._supervisor.discard)
         end_before_exit(self)

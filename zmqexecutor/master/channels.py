@@ -13,7 +13,7 @@ import zmq
 
 from ..errors import ProtocolError
 from ..system.arguments import check_seconds
-from ..system.descriptors import check_descriptors
+from ..system.descriptors import check_descriptors, check_threads
 from ..wire import protocol, security
 from ..wire.liveness import LOST_AFTER
 from ..wire.protocol import LARGEST_CONTROL_MESSAGE, Frame
@@ -123,6 +123,7 @@ class Channels:
         self.dropped = 0
         endpoint, work = entrance.endpoint, entrance.work
         check_descriptors()
+        check_threads()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         keys = entrance.access.keys
         lost_after = entrance.lost_after

@@ -305,7 +305,9 @@ class DeathWatch:
     """
 
     def __init__(self) -> None:
-        self._epoll = select.epoll() if hasattr(os, "pidfd_open") else None
+        # gevent takes `epoll` out of the module.
+        linux = hasattr(os, "pidfd_open") and hasattr(select, "epoll")
+        self._epoll = select.epoll() if linux else None
         self._pids: dict[int, int] = {}  # descriptor: pid
         self._descriptors: dict[int, int] = {}
 

@@ -197,6 +197,9 @@ def dump_exception(stage: str, error: BaseException, note: Callable[[BaseExcepti
     # sys.exit() while the result is pickled is the task's own doing, like an error in it.
     if stage == UNPICKLING or (stage == PICKLING and isinstance(error, Exception)):
         message = f"{stage}: {describe(error)}."
+        # A module that the worker imports may use an executor, whose worker imports it too, ...
+        if type(error) is SerializationError and str(error).startswith(stage):
+            message = str(error)
     pickled = b""
     try:
         with io.BytesIO() as file:

@@ -158,7 +158,8 @@ class ValuePickler(pickle.Pickler, ABC):
         if home is None:
             own = self._copied_globals(func.__globals__)
         else:
-            used = {}
+            # What pytest makes of `assert` uses names that no module has by itself, nor a source.
+            used = {} if shared else {name: used[name] for name in used if name[0] == "@"}
             if shared:
                 names = code_globals(func.__code__) | BASE_NAMES.intersection(func.__globals__)
                 self.names.update([(home, name) for name in names])

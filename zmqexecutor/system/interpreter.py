@@ -30,8 +30,14 @@ def python_command(*arguments: str) -> list[str]:
         arguments: what is to be run: `-c` and code, or `-m`, a module and its arguments.
 
     Raises:
-        RuntimeError: it is not known where the interpreter is.
+        RuntimeError: it is not known where the interpreter is, or there is none.
     """
+    if getattr(sys, "frozen", False):  # its executable is the program, which would start itself
+        raise RuntimeError(
+            "zmqexecutor cannot start processes in a frozen program (made by PyInstaller, for "
+            "example), since there is no Python interpreter to run them. Run the program with "
+            "Python, or use a ProcessPoolExecutor"
+        )
     if not sys.executable:
         raise RuntimeError(
             "sys.executable is empty: set it to a Python interpreter that can import zmqexecutor"
