@@ -76,8 +76,8 @@ def test_a_warning(executor: ZmqExecutor, script: Any, make: Callable[[Any], Any
     assert warning.category is PerformanceWarning
     assert warning.filename == script.__file__, "who has called"
     assert re.match(
-        r"Each submit compares the global 'value' of costly_script with what the workers have, "
-        r"which takes [\d.]+ ms, and has been done \d+ times\. To save this time use map",
+        r"Each call of submit or map compares the global 'value' of costly_script with what the "
+        r"workers have, which takes [\d.]+ ms, and has been done \d+ times\. To save this time ",
         str(warning.message),
     )
 

@@ -22,7 +22,7 @@ import pytest
 from tests.conftest import sent_by_value
 from tests.test_bulk import Counted
 from zmqexecutor import ZmqExecutor
-from zmqexecutor.payload import definitions
+from zmqexecutor.payload import pieces
 from zmqexecutor.payload.proofs import prove
 from zmqexecutor.payload.serialization import CallPickler
 
@@ -323,7 +323,7 @@ def test_what_changes_each_time_is_not_looked_through(
             proved.append(value)
         return prove(value, **kwargs)
 
-    monkeypatch.setattr(definitions, "prove", watched)
+    monkeypatch.setattr(pieces, "prove", watched)
     pickler = CallPickler()
     counted = Counted(monkeypatch)
 

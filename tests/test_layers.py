@@ -28,8 +28,8 @@ LAYERS = """
     wire: liveness protocol codecs wakeup mappings journal shortcuts security handshakes
         filling comparison buffers leases
     payload: namespaces imports arrays enums byvalue reducers unavailable constancy digests shares
-        bulk picklers bindings packing tables checks groups costs proofs repeats definitions
-        snapshots values plain failures serialization
+        bulk picklers bindings packing tables checks groups costs proofs repeats pieces
+        definitions snapshots values plain failures serialization
         inheritance setups
     worker: handler targets registration worker calls
     supervision: terminal last_words prctl template launch process group supervisor
@@ -91,6 +91,7 @@ MAY_PICKLE = {
     "payload.checks",
     "payload.proofs",
     "payload.repeats",
+    "payload.pieces",
     "payload.definitions",
     "payload.values",
     "payload.plain",

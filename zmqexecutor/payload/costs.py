@@ -72,9 +72,9 @@ class Costs:
     def _note(self, what: str, cost: _Cost) -> None:
         milliseconds = 1000 * cost.seconds / cost.times
         self.due.append(
-            f"Each submit compares {what} with what the workers have, which takes "
-            f"{milliseconds:.3g} ms, and has been done {cost.times} times. To save this time use "
-            "map, which does it once; or pass the object as an argument that is shared, "
+            f"Each call of submit or map compares {what} with what the workers have, which takes "
+            f"{milliseconds:.3g} ms, and has been done {cost.times} times. To save this time let "
+            "one map do more of the calls; or pass the object as an argument that is shared, "
             "executor.share(...); or have the initializer make it in the workers."
         )
 

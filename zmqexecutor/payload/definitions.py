@@ -31,9 +31,9 @@ namespace per module, as they did at home:
 
 The parts, from below: `namespaces` says which code travels by value, and has the
 dicts of globals; `byvalue` takes functions and classes apart and makes them again;
-`picklers` turn the rest into references; `bindings` is the worker's side. Here, the
-parent gathers the entries that a callable can reach into its *definition*, and keeps
-it while `proofs` says that a new one would be the same.
+`picklers` turn the rest into references; `pieces` makes single entries; `bindings` is the
+worker's side. Here, the parent gathers the entries that a callable can reach into its
+*definition*, and keeps it while `proofs` says that a new one would be the same.
 """
 
 from __future__ import annotations
@@ -45,32 +45,40 @@ import pickle
 import time
 import types
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 from ..system.interrupts import is_interrupt
 from ..wire.protocol import Shared
 from .arrays import is_array
-from .bulk import BULK, Bulk
-from .checks import CONTAINERS, is_imported
+from .bulk import Bulk
 from .constancy import is_constant
 from .costs import Costs
 from .digests import digest_of
-from .imports import Import, importable_as, is_only_itself, origin_of, origin_of_object
+from .imports import importable_as, is_only_itself, origin_of, origin_of_object
 from .namespaces import (
     MISSING,
     Entry,
     Key,
-    Payload,
     bound_to,
     class_by_id,
-    importable,
     is_class,
     namespace,
 )
 from .packing import Packer
-from .picklers import DefinitionPickler, bound_objects, global_of
-from .proofs import GlobalArray, Proof, holds, prove
+from .picklers import bound_objects, global_of
+from .pieces import (
+    Piece,
+    describe_key,
+    describe_unavailable,
+    in_groups,
+    in_order,
+    make_import,
+    make_piece,
+    make_unavailable,
+    reach,
+)
+from .proofs import GlobalArray, Proof, holds
 from .reducers import GUARDS
 from .repeats import Pickled, repeat
 from .shares import Share
@@ -94,24 +102,6 @@ class DefinitionError(Exception):
         self.what = what
         self.error = error
         self.is_class = is_class(part)
-
-
-class _Piece(NamedTuple):
-    """An entry, or the root of a definition, in the making."""
-
-    payload: Payload
-    digest: bytes
-    refs: frozenset[Key]
-    names: frozenset[Key]
-    is_class: bool
-    proof: Proof | None
-    available: bool = True
-    bulk: Bulk | None = None
-    """What the payload names, if it is too large to be there itself."""
-    inlined: frozenset[int] = frozenset()
-    """See `DefinitionPickler`."""
-    proxies: tuple[object, ...] = ()
-    """See `ArgumentPickler`."""
 
 
 class Definition(NamedTuple):
@@ -163,7 +153,7 @@ class Definitions:
             packer: for what is large.
         """
         self._known: dict[int, _Known] = {}
-        self._pieces: dict[Key, _Piece] = {}
+        self._pieces: dict[Key, Piece] = {}
         self._classes: dict[Key, weakref.ref[type]] = {}
         # These may be in no kept piece.
         self._large: dict[Key, _Large] = {}
@@ -240,10 +230,10 @@ class Definitions:
         pieces = self._closure(root, keys)
         self._drop_what_is_gone()
         entries: list[Entry] = []
-        for key in _ordered(pieces):
+        for key in in_order(pieces):
             digest = pieces[key].digest
             if pieces[key].refs:
-                digest = digest_of(*(pieces[other].digest for other in sorted(_reach(pieces, key))))
+                digest = digest_of(*(pieces[other].digest for other in sorted(reach(pieces, key))))
             entries.append((*key, digest, pieces[key].payload))
         parts = [
             part
@@ -263,7 +253,7 @@ class Definitions:
         proof = Proof.union(proven) if len(proven) == len(proofs) else None
         return Definition(shared, proof, shares, root.bulk, root.proxies)
 
-    def _closure(self, root: _Piece, keys: frozenset[Key]) -> dict[Key, _Piece]:
+    def _closure(self, root: Piece, keys: frozenset[Key]) -> dict[Key, Piece]:
         """Return all entries that can be reached."""
         for _ in range(_ROUNDS):
             pieces = self._collect(root, keys)
@@ -280,10 +270,10 @@ class Definitions:
                 break
             for key in outdated:
                 self._pieces.pop(key, None)
-        return _grouped(pieces)
+        return in_groups(pieces)
 
-    def _collect(self, root: _Piece, keys: frozenset[Key]) -> dict[Key, _Piece]:
-        pieces: dict[Key, _Piece] = {}
+    def _collect(self, root: Piece, keys: frozenset[Key]) -> dict[Key, Piece]:
+        pieces: dict[Key, Piece] = {}
         # What only methods of classes name is often not needed (the pool itself, say,
         # in the method that submits the others); so it may be missing.
         needed = [*root.refs, *root.names, *keys]
@@ -298,7 +288,7 @@ class Definitions:
             (optional if piece.is_class else todo).extend(piece.names)
         return pieces
 
-    def _piece(self, key: Key, optional: bool) -> _Piece:
+    def _piece(self, key: Key, optional: bool) -> Piece:
         old = self._pieces.get(key)
         if old is not None and (old.available or optional) and holds(old.proof):
             return old
@@ -314,19 +304,19 @@ class Definitions:
             value = bound_to(key)
             origin = origin_of_object(key, value)
             if origin is not None:
-                why = Unavailable(_describe_unavailable(key, error))
-                piece = _make_import(key, value, origin, why)
+                why = Unavailable(describe_unavailable(key, error))
+                piece = make_import(key, value, origin, why)
             elif not optional:
-                raise DefinitionError(_describe_key(key), error, value)
+                raise DefinitionError(describe_key(key), error, value)
             else:
-                piece = _make_unavailable(key, error)
+                piece = make_unavailable(key, error)
         if piece.proof is not None:
             if key[0] and time.perf_counter() - start > _LONG:
-                piece.proof.measure(self.costs, _describe_key(key))
+                piece.proof.measure(self.costs, describe_key(key))
             self._keep_piece(key, piece)
         return piece
 
-    def _keep_piece(self, key: Key, piece: _Piece) -> None:
+    def _keep_piece(self, key: Key, piece: Piece) -> None:
         pieces, classes = self._pieces, self._classes
         if len(pieces) >= self._BOUND:
             pieces.clear()
@@ -339,19 +329,19 @@ class Definitions:
                 cls, lambda _: (pieces.pop(key, None), classes.pop(key, None))
             )
 
-    def _make_entry(self, key: Key) -> _Piece:
+    def _make_entry(self, key: Key) -> Piece:
         module, name = key
         value = namespace(module).get(name, MISSING) if module else class_by_id(name)
         if value is MISSING:
             proof = Proof()
             proof.bind([key])
-            return _Piece((), b"", frozenset(), frozenset(), False, proof)
+            return Piece((), b"", frozenset(), frozenset(), False, proof)
         if module and (origin := origin_of(value)) is not None:
-            return _make_import(key, value, origin, None)
+            return make_import(key, value, origin, None)
         if module and (type(value) in GUARDS or is_only_itself(value)):
             origin = importable_as(name, value)
             if origin is not None:
-                return _make_import(key, value, origin, value)
+                return make_import(key, value, origin, value)
         large = self._large.get(key)
         before = large.bulk if large else None
         number = self._number(key, value)
@@ -377,7 +367,7 @@ class Definitions:
             elif not proven:
                 self._changing.discard(key)
             elif not piece.proxies:
-                pickled = Pickled(functools.partial(_says, piece), piece.refs, piece.names)
+                pickled = Pickled(piece.says, piece.refs, piece.names)
                 piece = piece._replace(proof=repeat(key, _identity(value), pickled))
         return piece
 
@@ -432,14 +422,14 @@ class Definitions:
 
     def _make_piece(
         self, value: object, key: Key | None, *, proven: bool = True, before: Bulk | None = None
-    ) -> _Piece:
+    ) -> Piece:
         try:
-            piece, data, views = _make_piece(value, key, proven=proven)
+            piece, data, views = make_piece(value, key, proven=proven)
         except RuntimeError as error:
             if "changed size during iteration" not in str(error):
                 raise
             # Another thread fills it while it is pickled. A copy is made in one go.
-            piece, data, views = _make_piece(_copy_of(value, error), key, proven=False)
+            piece, data, views = make_piece(_copy_of(value, error), key, proven=False)
         if not data:
             return piece
         same = before if before is not None and before.says(data, views) else None
@@ -464,12 +454,6 @@ def _identity(value: object) -> Callable[[object], bool]:
     return lambda other: id(other) == ident
 
 
-def _says(piece: _Piece, payload: Payload, views: Sequence[memoryview]) -> bool:
-    if piece.bulk is None:
-        return payload == piece.payload and not views
-    return len(payload) == 1 and piece.bulk.says(payload[0], views)
-
-
 def _can_change(value: object) -> bool:
     if is_array(value):
         return False
@@ -485,134 +469,3 @@ def _copy_of(value: object, error: Exception) -> object:
     if type(value) in (dict, set):
         return copy.copy(value)
     raise error
-
-
-def _describe_key(key: Key) -> str:
-    module, name = key
-    if module:
-        return f"the global {name!r} of {module}"
-    return f"the class {getattr(class_by_id(name), '__qualname__', name)}"
-
-
-def _make_import(key: Key, value: object, origin: Key, otherwise: object) -> _Piece:
-    """Of a global that has been imported, and that a copy cannot stand for."""
-    reference = Import(origin, value, otherwise)
-    piece = _make_piece(reference, key, proven=False)[0]
-    proof = Proof()
-    proof.bind((key, *piece.refs))
-    proof.checks[origin] = functools.partial(is_imported, *origin, id(value))
-    return piece._replace(proof=proof)
-
-
-def _describe_unavailable(key: Key, error: BaseException) -> str:
-    try:
-        why = str(error)[:2000]
-    except Exception:
-        why = type(error).__name__
-    return f"{_describe_key(key)} cannot be used in a worker, as it cannot be pickled: {why}"
-
-
-def _make_unavailable(key: Key, error: BaseException) -> _Piece:
-    value = namespace(key[0]).get(key[1], MISSING) if key[0] else MISSING
-    reason = _describe_unavailable(key, error)
-    piece = _make_piece(Unavailable(reason), None)[0]._replace(available=False)
-    # A lock or a pool stays what it is. What else holds something may come to hold another thing.
-    kind = type(value)
-    replaceable = (
-        kind in CONTAINERS
-        or issubclass(kind, (type, types.FunctionType, Collection))
-        or (kind.__module__ != "builtins" and not importable(kind))
-    )
-    if piece.proof is None or replaceable:
-        return piece._replace(proof=None)
-    piece.proof.bind([key])
-    return piece
-
-
-def _make_piece(
-    value: object, key: Key | None, *, proven: bool = True
-) -> tuple[_Piece, bytes, list[memoryview]]:
-    """A piece, without its payload if that is bulk: then it follows, with its buffers."""
-    # The proof comes first: what changes after it is seen at the next call.
-    proof = prove(value, weakly=key is None) if proven else None
-    pickler = DefinitionPickler(key)
-    payload = pickler.dumps(value)
-    refs = frozenset(pickler.refs)
-    if proof is not None:
-        proof.bind(refs if key is None else (*refs, key))
-        if not proof.holds():
-            proof = None  # another thread has changed it meanwhile, and may change it back
-    names = frozenset(pickler.names)
-    views, data = pickler.outside.views, b""
-    if len(payload) == 1 and (views or len(payload[0]) >= BULK):
-        data, payload = payload[0], ()
-    inlined = frozenset(pickler.inlined)
-    digest = digest_of(*payload)
-    piece = _Piece(payload, digest, refs, names, is_class(value), proof, inlined=inlined)
-    if pickler.proxies:
-        piece = piece._replace(proxies=pickler.take_proxies())
-    return piece, data, views
-
-
-def _ordered(pieces: dict[Key, _Piece]) -> list[Key]:
-    """The order in which a worker binds entries: first what others hold, or their code names.
-
-    That code may run when an object is unpickled: a `__setstate__`, say, or a `__hash__`.
-    """
-    ordered: dict[Key, None] = {}
-    begun: set[Key] = set()
-    todo = sorted(pieces, reverse=True)
-    while todo:
-        key = todo[-1]
-        if key in begun:
-            todo.pop()
-            ordered[key] = None
-        else:
-            begun.add(key)
-            piece = pieces[key]
-            needed = (piece.refs | piece.names) & pieces.keys()
-            todo += sorted(needed - begun, reverse=True)
-    return list(ordered)
-
-
-def _reach(pieces: dict[Key, _Piece], start: Key) -> set[Key]:
-    """Return the entries whose objects this one holds, and itself.
-
-    Classes do not count. One that is sent again changes in place, so who holds it
-    need not be sent again.
-    """
-    reached = {start}
-    todo = list(pieces[start].refs)
-    while todo:
-        key = todo.pop()
-        if key not in reached and not pieces[key].is_class:
-            reached.add(key)
-            todo.extend(pieces[key].refs)
-    return reached
-
-
-def _grouped(pieces: dict[Key, _Piece]) -> dict[Key, _Piece]:
-    """Put objects that hold each other into one pickle.
-
-    References between entries are resolved one entry at a time. A class is there
-    to be referred to before its contents are, nothing else is.
-    """
-    holders = {key: _reach(pieces, key) for key, piece in pieces.items() if piece.refs}
-    grouped = dict(pieces)
-    for key, held in holders.items():
-        group = sorted(other for other in held if key in holders.get(other, ()))
-        if grouped[key] is not pieces[key] or not _is_cycle(pieces, key, group):
-            continue
-        pickler = DefinitionPickler(key, frozenset(group))
-        values = tuple(namespace(module).get(name) for module, name in group)
-        payload = (*pickler.dumps(values), pickle.dumps(group, 5), b"")
-        digest = digest_of(*payload, *(pieces[member].digest for member in group))
-        for member in group:
-            grouped[member] = pieces[member]._replace(
-                payload=payload, digest=digest, refs=frozenset(pickler.refs), bulk=None
-            )
-    return grouped
-
-
-def _is_cycle(pieces: dict[Key, _Piece], key: Key, group: list[Key]) -> bool:
-    return not pieces[key].is_class and (len(group) > 1 or key in pieces[key].refs)

@@ -159,7 +159,7 @@ class ValuePickler(pickle.Pickler, ABC):
             own = self._copied_globals(func.__globals__)
         else:
             # What pytest makes of `assert` uses names that no module has by itself, nor a source.
-            used = {} if shared else {name: used[name] for name in used if name[0] == "@"}
+            used = {} if shared else {name: used[name] for name in used if name.startswith("@")}
             if shared:
                 names = code_globals(func.__code__) | BASE_NAMES.intersection(func.__globals__)
                 self.names.update([(home, name) for name in names])
