@@ -89,6 +89,8 @@ def serve(endpoint):
             socket.close()
 
 
+if len(sys.argv) != 2:
+    sys.exit("usage: python bare_worker.py ENDPOINT (a master's, such as ipc:///tmp/jobs.ipc)")
 context = zmq.Context()
 while serve(sys.argv[1]):
     pass
